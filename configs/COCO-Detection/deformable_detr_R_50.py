@@ -1,0 +1,1 @@
+from ..common.base import dataloader, lr_multiplier, model, optimizer, train

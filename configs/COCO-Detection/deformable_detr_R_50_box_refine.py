@@ -1,0 +1,3 @@
+from ..common.base import dataloader, lr_multiplier, model, optimizer, train
+
+model.transformer.with_box_refine = True

@@ -1,0 +1,125 @@
+# The official recipe: ResNet-50, 50 epochs, 16 GPUs x 2 images. Twin of base.yaml.
+from detectron2.config import LazyCall as L
+from detectron2.data import (
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.modeling import ResNet
+from detectron2.modeling.backbone import BasicStem
+from detectron2.solver import WarmupParamScheduler
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+
+from deformable_detr.data import NamedErrorsMapper, build_detr_augmentation, get_train_dicts
+from deformable_detr.engine import build_evaluator
+from deformable_detr.layers import PositionEmbeddingSine
+from deformable_detr.modeling import (
+    DeformableDETR,
+    DeformableTransformer,
+    HungarianMatcher,
+    MultiScaleBackbone,
+    SetCriterion,
+)
+from deformable_detr.solver import ClippedAdamW, get_param_groups
+
+model = L(DeformableDETR)(
+    backbone=L(MultiScaleBackbone)(
+        bottom_up=L(ResNet)(
+            stem=L(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),
+            stages=L(ResNet.make_default_stages)(depth=50, stride_in_1x1=False, norm="FrozenBN"),
+            out_features=["res3", "res4", "res5"],
+            freeze_at=2,
+        ),
+        in_features=["res3", "res4", "res5"],
+        hidden_dim="${..transformer.d_model}",
+        num_feature_levels=4,
+    ),
+    position_embedding=L(PositionEmbeddingSine)(embed_dim="${..transformer.d_model}"),
+    transformer=L(DeformableTransformer)(
+        d_model=256,
+        n_heads=8,
+        num_encoder_layers=6,
+        num_decoder_layers=6,
+        dim_feedforward=1024,
+        dropout=0.1,
+        num_feature_levels="${..backbone.num_feature_levels}",
+        enc_n_points=4,
+        dec_n_points=4,
+        with_box_refine=False,
+        two_stage=False,
+    ),
+    criterion=L(SetCriterion)(
+        matcher=L(HungarianMatcher)(cost_class=2.0, cost_bbox=5.0, cost_giou=2.0, focal_alpha=0.25),
+        class_weight=2.0,
+        bbox_weight=5.0,
+        giou_weight=2.0,
+        focal_alpha=0.25,
+        aux_loss=True,
+    ),
+    num_classes=80,
+    num_queries=300,
+    test_topk_per_image=100,
+    pixel_mean=[123.675, 116.280, 103.530],
+    pixel_std=[58.395, 57.120, 57.375],
+    input_format="RGB",
+)
+
+dataloader = dict(
+    train=L(build_detection_train_loader)(
+        # The official code trains on images without objects too, and batches at random.
+        dataset=L(get_train_dicts)(names="coco_2017_train", num_classes="${model.num_classes}", filter_empty=False),
+        mapper=L(NamedErrorsMapper)(
+            is_train=True,
+            augmentations=L(build_detr_augmentation)(
+                is_train=True,
+                min_size=[480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
+                max_size=1333,
+                crop_size=[384, 600],
+            ),
+            image_format="${model.input_format}",
+        ),
+        total_batch_size=32,
+        aspect_ratio_grouping=False,
+        num_workers=4,
+    ),
+    test=L(build_detection_test_loader)(
+        dataset=L(get_detection_dataset_dicts)(names="coco_2017_val", filter_empty=False),
+        mapper=L(NamedErrorsMapper)(
+            is_train=False,
+            augmentations=L(build_detr_augmentation)(is_train=False, min_size=800, max_size=1333),
+            image_format="${model.input_format}",
+        ),
+        num_workers=4,
+    ),
+    evaluator=L(build_evaluator)(
+        dataset_name="${dataloader.test.dataset.names}", output_dir="${train.output_dir}/inference"
+    ),
+)
+
+optimizer = L(ClippedAdamW)(
+    params=L(get_param_groups)(
+        base_lr="${..lr}", weight_decay="${..weight_decay}", backbone_multiplier=0.1, location_multiplier=0.1
+    ),
+    lr=2e-4,
+    weight_decay=1e-4,
+    max_norm=0.1,
+)
+
+# 118,287 images / 32 = 3,696 iterations an epoch; 50 epochs, drop after 40.
+lr_multiplier = L(WarmupParamScheduler)(
+    scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[147840], num_updates="${train.max_iter}"),
+    warmup_factor=1.0,
+    warmup_length=0.0,
+)
+
+train = dict(
+    output_dir="./output",
+    init_checkpoint="detectron2://ImageNetPretrained/torchvision/R-50.pkl",
+    max_iter=184800,
+    amp=dict(enabled=False),
+    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+    checkpointer=dict(period=3696, max_to_keep=100),
+    eval_period=18480,
+    log_period=20,
+    device="cuda",
+)

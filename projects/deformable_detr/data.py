@@ -1,0 +1,195 @@
+"""Data for DETR training: augmentation, checked datasets, and the user's own COCO-format files."""
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Sequence
+
+import detectron2.data.transforms as T
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import BoxMode
+from fvcore.transforms.transform import Transform
+
+logger = logging.getLogger(__name__)
+
+# The short sides before a random crop, official value (datasets/coco.py of the reference implementation).
+PRE_CROP_SIZES = (400, 500, 600)
+
+
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's resize with the official rounding, which truncates: 640x480 becomes 1066x800, not 1067x800.
+
+    The two differ for half of all image sizes, enough to miss published logits.
+    """
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        height, width = image.shape[:2]
+        if self.is_range:
+            size = np.random.randint(self.short_edge_length[0], self.short_edge_length[1] + 1)
+        else:
+            size = np.random.choice(self.short_edge_length)
+        new_height, new_width = self.get_output_shape(height, width, int(size), self.max_size)
+        return T.ResizeTransform(height, width, new_height, new_width, self.interp)
+
+    @staticmethod
+    def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
+        """Size (h, w) in pixels whose short side is ``short_edge_length``, unless its long side exceeds ``max_size``."""
+        short, long = min(oldh, oldw), max(oldh, oldw)
+        size = short_edge_length
+        if long / short * size > max_size:
+            size = round(max_size * short / long)
+        scaled_long = int(size * long / short)
+        new_h, new_w = (size, scaled_long) if oldh < oldw else (scaled_long, size)
+        return max(new_h, 1), max(new_w, 1)
+
+
+def build_detr_augmentation(
+    *,
+    is_train: bool,
+    min_size: Sequence[int] | int,
+    max_size: int,
+    sample_style: str = "choice",
+    random_flip: bool = True,
+    crop_type: str = "absolute_range",
+    crop_size: Sequence[float] | None = (384, 600),
+) -> list[T.Augmentation]:
+    """DETR's augmentation: flip; then resize, in half of the cases after a resize and a random crop.
+
+    Args:
+        min_size: short sides in pixels to choose from.
+        max_size: limit on the long side in pixels.
+        crop_size: range of the crop's sides in pixels (``crop_type`` as in Detectron2); None never crops.
+    """
+    min_size = min_size if isinstance(min_size, int) else list(min_size)
+    resize = ResizeShortestEdge(min_size, max_size, sample_style)
+    if not is_train:
+        return [resize]
+    augmentations: list[T.Augmentation] = [T.RandomFlip()] if random_flip else []
+    if crop_size is not None:
+        crop = [ResizeShortestEdge(PRE_CROP_SIZES, sys.maxsize, "choice"), T.RandomCrop(crop_type, crop_size)]
+        augmentations.append(T.RandomApply(T.AugmentationList(crop), prob=0.5))
+    return [*augmentations, resize]
+
+
+def augmentation_from_config(cfg: CfgNode, *, is_train: bool) -> list[T.Augmentation]:
+    """:func:`build_detr_augmentation` with the values of ``cfg.INPUT``.
+
+    Raises:
+        ValueError: on a flip that this augmentation does not know.
+    """
+    node = cfg.INPUT
+    if not is_train:
+        return build_detr_augmentation(is_train=False, min_size=[node.MIN_SIZE_TEST], max_size=node.MAX_SIZE_TEST)
+    if node.RANDOM_FLIP not in ("horizontal", "none"):
+        raise ValueError(f"INPUT.RANDOM_FLIP must be 'horizontal' or 'none', got {node.RANDOM_FLIP!r}")
+    return build_detr_augmentation(
+        is_train=True,
+        min_size=node.MIN_SIZE_TRAIN,
+        max_size=node.MAX_SIZE_TRAIN,
+        sample_style=node.MIN_SIZE_TRAIN_SAMPLING,
+        random_flip=node.RANDOM_FLIP == "horizontal",
+        crop_type=node.CROP.TYPE,
+        crop_size=node.CROP.SIZE if node.CROP.ENABLED else None,
+    )
+
+
+class NamedErrorsMapper(DatasetMapper):
+    """Detectron2's stock mapper whose errors about unreadable images say which image it was."""
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        try:
+            return super().__call__(dataset_dict)
+        # Pillow reports broken files as OSError, SyntaxError (PNG) or ValueError (sizes).
+        except (OSError, SyntaxError, ValueError) as error:
+            raise OSError(f"cannot read {_describe(dataset_dict)}: {error}") from error
+
+
+def get_train_dicts(names: str | Sequence[str], *, num_classes: int, filter_empty: bool = False) -> list[dict]:
+    """Load training datasets and check every annotation before the first step.
+
+    Args:
+        names: registered datasets.
+        num_classes: class outputs of the model.
+        filter_empty: drop images without objects; the official recipe keeps them.
+
+    Raises:
+        KeyError: if a dataset is not registered.
+        ValueError: on classes outside ``[0, num_classes)`` and on boxes with NaN or infinite values.
+    """
+    dicts = get_detection_dataset_dicts(names, filter_empty=filter_empty)
+    check_annotations(dicts, num_classes=num_classes)
+    return dicts
+
+
+def check_annotations(dicts: Sequence[dict], *, num_classes: int) -> None:
+    """Refuse annotations that cannot be trained on; report boxes without area, which the mapper drops."""
+    without_area = []
+    for record in dicts:
+        for annotation in record.get("annotations", ()):
+            label, box = annotation["category_id"], annotation["bbox"]
+            if not 0 <= label < num_classes:
+                raise ValueError(
+                    f"category_id must be in [0, {num_classes}) (NUM_CLASSES of the model), got {label} "
+                    f"in {_describe(record)}"
+                )
+            if not all(math.isfinite(value) for value in box):
+                raise ValueError(f"bbox must be finite, got {list(box)} in {_describe(record)}")
+            x0, y0, x1, y1 = BoxMode.convert(list(box), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+            if x1 <= x0 or y1 <= y0:
+                without_area.append((record, box))
+    if without_area:
+        record, box = without_area[0]
+        logger.warning(
+            f"{len(without_area)} boxes without area are left out of training; the first is {list(box)} "
+            f"in {_describe(record)}"
+        )
+
+
+def register_coco_data(name: str, json_file: str, image_root: str) -> list[str]:
+    """Register the user's COCO-format detection data, replacing an earlier registration of the same name.
+
+    Args:
+        name: the dataset name for ``DATASETS``.
+        json_file: annotations in COCO's "instances" format.
+        image_root: folder of the images.
+
+    Returns:
+        Class names, in the order of the model's outputs (ascending COCO category id).
+
+    Raises:
+        FileNotFoundError: if the file or the folder does not exist.
+        ValueError: if the file is not in COCO's format.
+    """
+    if not os.path.isfile(json_file):
+        raise FileNotFoundError(f"there is no annotation file {json_file!r} for dataset {name!r}")
+    if not os.path.isdir(image_root):
+        raise FileNotFoundError(f"there is no image folder {image_root!r} for dataset {name!r}")
+    with open(json_file, encoding="utf-8") as f:
+        try:
+            content = json.load(f)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{json_file} must be JSON in COCO format: {error}") from error
+    absent = [key for key in ("images", "annotations", "categories") if key not in content]
+    if absent:
+        raise ValueError(f"{json_file} must be in COCO format with images, annotations and categories; no {absent}")
+    if not content["categories"]:
+        raise ValueError(f"{json_file} must list at least one category")
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    register_coco_instances(name, {}, json_file, image_root)
+    return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+
+
+def _describe(record: dict) -> str:
+    return f"image {record.get('file_name', '<no file_name>')} (image_id {record.get('image_id', '<none>')})"

@@ -1,0 +1,122 @@
+"""Any Detectron2 backbone in, L feature maps of equal width out."""
+
+import math
+from collections.abc import Sequence
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet
+from torch import Tensor, nn
+
+
+class MultiScaleBackbone(Backbone):
+    """Projects backbone features to one width and adds coarser levels (Deformable DETR, appendix A.2).
+
+    Each feature of ``in_features`` passes a 1x1 convolution and GroupNorm. Further levels come from 3x3 stride-2
+    convolutions: the first one on the *raw* last feature, the next ones on the level before.
+
+    Args:
+        bottom_up: the backbone that computes ``in_features``.
+        in_features: names of its outputs, finest first.
+        hidden_dim: channels of every output level.
+        num_feature_levels: number L of output levels, at least ``len(in_features)``.
+    """
+
+    def __init__(
+        self,
+        bottom_up: Backbone,
+        *,
+        in_features: Sequence[str] = ("res3", "res4", "res5"),
+        hidden_dim: int = 256,
+        num_feature_levels: int = 4,
+    ) -> None:
+        super().__init__()
+        shapes = bottom_up.output_shape()
+        missing = [name for name in in_features if name not in shapes]
+        if missing or not in_features:
+            raise ValueError(f"in_features {list(in_features)} must name outputs of the backbone: {sorted(shapes)}")
+        if num_feature_levels < len(in_features):
+            raise ValueError(
+                f"num_feature_levels ({num_feature_levels}) must be at least the number of in_features "
+                f"({len(in_features)}: {', '.join(in_features)})"
+            )
+        self.bottom_up = bottom_up
+        self.in_features = tuple(in_features)
+        self.hidden_dim = hidden_dim
+        self.num_feature_levels = num_feature_levels
+
+        strides = [shapes[name].stride for name in in_features]
+        channels = [shapes[name].channels for name in in_features]
+        projections = [_projection(c, hidden_dim, kernel_size=1) for c in channels]
+        for level in range(len(in_features), num_feature_levels):
+            in_channels = channels[-1] if level == len(in_features) else hidden_dim
+            projections.append(_projection(in_channels, hidden_dim, kernel_size=3))
+            strides.append(strides[-1] * 2)
+        self.input_proj = nn.ModuleList(projections)
+        self._out_features = [f"level{i}" for i in range(num_feature_levels)]
+        self._out_feature_strides = dict(zip(self._out_features, strides, strict=True))
+        self._out_feature_channels = dict.fromkeys(self._out_features, hidden_dim)
+
+    @property
+    def size_divisibility(self) -> int:
+        """What ``bottom_up`` needs: 0 for a ResNet, whose batches are then padded exactly like the official code's."""
+        return self.bottom_up.size_divisibility
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        return self.bottom_up.padding_constraints
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Args: x: (N, 3, H, W). Returns: ``{"level0": (N, hidden_dim, H_0, W_0), ...}``, finest level first."""
+        features = self.bottom_up(x)
+        raw = [features[name] for name in self.in_features]
+        levels = [project(feature) for project, feature in zip(self.input_proj, raw, strict=False)]
+        source = raw[-1]
+        for project in self.input_proj[len(raw) :]:
+            source = project(source)
+            levels.append(source)
+        return dict(zip(self._out_features, levels, strict=True))
+
+
+def _projection(in_channels: int, hidden_dim: int, *, kernel_size: int) -> nn.Sequential:
+    """1x1 projection, or 3x3 with stride 2, and GroupNorm; convolution initialised as in the official code."""
+    conv = nn.Conv2d(in_channels, hidden_dim, kernel_size, stride=(kernel_size + 1) // 2, padding=kernel_size // 2)
+    nn.init.xavier_uniform_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    # 32 groups wherever a group keeps two channels: a 1x1 map of one image has no variance within a single one.
+    groups = 32 if hidden_dim % 32 == 0 and hidden_dim > 32 else math.gcd(32, hidden_dim // 2)
+    return nn.Sequential(conv, nn.GroupNorm(groups, hidden_dim))
+
+
+def dilate_res5(resnet: ResNet) -> ResNet:
+    """Turn the last stage of a bottleneck ResNet into the official DC5 stage, in place.
+
+    Stride 2 becomes dilation 2 in every 3x3 convolution *after* the first block, as torchvision does and as the
+    released weights were trained. Detectron2's own ``RES5_DILATION: 2`` also dilates the first block, which changes
+    the features of the same weights (by up to 39 on a scale of 224).
+    """
+    if not hasattr(resnet, "res5") or not hasattr(resnet.res5[0], "conv3"):
+        raise ValueError("dilate_res5 needs a ResNet with bottleneck blocks and a res5 stage")
+    first = resnet.res5[0]
+    for conv in (first.conv1, first.conv2, first.shortcut):
+        conv.stride = (1, 1)
+    first.stride = 1
+    for index, block in enumerate(resnet.res5):
+        dilation = 1 if index == 0 else 2
+        block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+    resnet._out_feature_strides["res5"] = resnet._out_feature_strides["res4"]
+    return resnet
+
+
+@BACKBONE_REGISTRY.register()
+def build_multi_scale_backbone(cfg, input_shape: ShapeSpec) -> MultiScaleBackbone:
+    """Build :class:`MultiScaleBackbone` on the registered backbone ``MODEL.DEFORMABLE_DETR.BOTTOM_UP``."""
+    node = cfg.MODEL.DEFORMABLE_DETR
+    bottom_up = BACKBONE_REGISTRY.get(node.BOTTOM_UP)(cfg, input_shape)
+    if isinstance(bottom_up, ResNet) and cfg.MODEL.RESNETS.RES5_DILATION == 2:
+        dilate_res5(bottom_up)
+    return MultiScaleBackbone(
+        bottom_up,
+        in_features=node.IN_FEATURES,
+        hidden_dim=node.HIDDEN_DIM,
+        num_feature_levels=node.NUM_FEATURE_LEVELS,
+    )

@@ -1,0 +1,313 @@
+"""The Deformable DETR meta-architecture.
+
+Shapes: Ld decoder layers, N images, Lq queries, K classes, S encoder cells, C hidden width.
+"""
+
+import copy
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from ..layers import PositionEmbeddingSine
+from .criterion import SetCriterion
+from .deformable_transformer import DeformableTransformer
+from .matcher import HungarianMatcher, Target
+
+# Prior probability of every class at initialisation (focal loss paper, section 4.1).
+PRIOR_PROBABILITY = 0.01
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them; (..., in_dim) -> (..., out_dim)."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
+        super().__init__()
+        widths = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+@META_ARCH_REGISTRY.register()
+class DeformableDETR(nn.Module):
+    """Deformable DETR (arXiv 2010.04159) for Detectron2's trainers and evaluators.
+
+    Args:
+        backbone: gives L maps of ``transformer.d_model`` channels, finest first, such as ``MultiScaleBackbone``.
+        position_embedding: encodes a padding mask (N, H, W) as (N, C, H, W).
+        transformer: encoder and decoder; decides about box refinement and two-stage.
+        criterion: training losses.
+        num_classes: K, class outputs. There is no background output.
+        num_queries: Lq, detections per image before selection; two-stage: proposals kept.
+        test_topk_per_image: detections returned per image, 100 in the official evaluation.
+        pixel_mean, pixel_std: per channel, in the range and channel order of the input images.
+        input_format: channel order the model expects, "RGB" or "BGR"; for Detectron2's predictors and visualisers.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        # Model:
+        backbone: Backbone,
+        position_embedding: nn.Module,
+        transformer: DeformableTransformer,
+        num_classes: int,
+        num_queries: int = 300,
+        # Loss:
+        criterion: SetCriterion,
+        # Inference and input:
+        test_topk_per_image: int = 100,
+        pixel_mean: tuple[float, ...] = (123.675, 116.28, 103.53),
+        pixel_std: tuple[float, ...] = (58.395, 57.12, 57.375),
+        input_format: str = "RGB",
+    ) -> None:
+        super().__init__()
+        _check_positive(num_classes=num_classes, num_queries=num_queries, test_topk_per_image=test_topk_per_image)
+        _check_levels(backbone, transformer)
+        self.backbone = backbone
+        self.position_embedding = position_embedding
+        self.transformer = transformer
+        self.criterion = criterion
+        self.num_classes = num_classes
+        self.num_queries = num_queries
+        self.test_topk_per_image = test_topk_per_image
+        self.input_format = input_format
+        self.register_buffer("pixel_mean", torch.tensor(list(pixel_mean)).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(list(pixel_std)).view(-1, 1, 1), persistent=False)
+        self.query_embed = None
+        if not transformer.two_stage:
+            self.query_embed = nn.Embedding(num_queries, 2 * transformer.d_model)
+        self.class_embed = self._replicate_head(self._build_class_head())
+        self.bbox_embed = self._replicate_head(MLP(transformer.d_model, transformer.d_model, 4, 3))
+        self._init_box_heads()
+
+    @classmethod
+    def from_config(cls, cfg) -> dict[str, Any]:
+        node = cfg.MODEL.DEFORMABLE_DETR
+        backbone = build_backbone(cfg)
+        matcher = HungarianMatcher(
+            cost_class=node.COST_CLASS,
+            cost_bbox=node.COST_L1,
+            cost_giou=node.COST_GIOU,
+            focal_alpha=node.FOCAL_ALPHA,
+        )
+        return {
+            "backbone": backbone,
+            "position_embedding": PositionEmbeddingSine(node.HIDDEN_DIM),
+            "transformer": DeformableTransformer(
+                d_model=node.HIDDEN_DIM,
+                n_heads=node.NHEADS,
+                num_encoder_layers=node.ENC_LAYERS,
+                num_decoder_layers=node.DEC_LAYERS,
+                dim_feedforward=node.DIM_FEEDFORWARD,
+                dropout=node.DROPOUT,
+                num_feature_levels=node.NUM_FEATURE_LEVELS,
+                enc_n_points=node.ENC_N_POINTS,
+                dec_n_points=node.DEC_N_POINTS,
+                with_box_refine=node.WITH_BOX_REFINE,
+                two_stage=node.TWO_STAGE,
+            ),
+            "criterion": SetCriterion(
+                matcher,
+                class_weight=node.CLASS_WEIGHT,
+                bbox_weight=node.L1_WEIGHT,
+                giou_weight=node.GIOU_WEIGHT,
+                focal_alpha=node.FOCAL_ALPHA,
+                aux_loss=node.AUX_LOSS,
+            ),
+            "num_classes": node.NUM_CLASSES,
+            "num_queries": node.NUM_QUERIES,
+            "test_topk_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict[str, Instances]]:
+        """Train or detect, in Detectron2's standard format.
+
+        Args:
+            batched_inputs: per image "image" (3, H, W) in ``input_format``, range 0-255; for training "instances" with
+                ``gt_boxes`` (xyxy pixels of "image") and ``gt_classes``; for inference optionally "height" and
+                "width", the size in which boxes are wanted.
+
+        Returns:
+            In training mode the weighted losses of :class:`SetCriterion`; in evaluation mode per image
+            ``{"instances": Instances(pred_boxes, scores, pred_classes)}``, best first.
+
+        Raises:
+            ValueError: on ground truth that cannot be trained on, naming file, rule and value.
+        """
+        images = self.preprocess_image(batched_inputs)
+        if not self.training:
+            outputs = self._predict(images)
+            return self.inference(outputs["pred_logits"][-1], outputs["pred_boxes"][-1], images, batched_inputs)
+        targets = self.prepare_targets(batched_inputs)
+        return self.criterion(self._predict(images), targets)
+
+    @torch.no_grad()
+    def predict_raw(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """All predictions in evaluation mode, before post-processing.
+
+        Returns:
+            "pred_logits" (Ld, N, Lq, K), "pred_boxes" (Ld, N, Lq, 4) cxcywh in [0, 1] relative to each image without
+            its padding, and for two-stage models "enc_logits" (N, S, K), "enc_boxes" (N, S, 4).
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            return self._predict(self.preprocess_image(batched_inputs))
+        finally:
+            self.train(was_training)
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise, then pad with zeros to the largest height and width of the batch."""
+        images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
+        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+
+    def prepare_targets(self, batched_inputs: list[dict]) -> list[Target]:
+        """Ground truth as "labels" (n,) and "boxes" (n, 4) cxcywh in [0, 1] of the unpadded image, on the device."""
+        targets = []
+        for x in batched_inputs:
+            if "instances" not in x:
+                raise ValueError(f'training needs "instances" for every image; {_describe(x)} has none')
+            instances = x["instances"]
+            boxes, labels = instances.gt_boxes.tensor, instances.gt_classes
+            _check_ground_truth(boxes, labels, self.num_classes, x)
+            height, width = instances.image_size
+            scale = boxes.new_tensor([width, height, width, height])
+            boxes = box_convert(boxes / scale, "xyxy", "cxcywh")
+            targets.append({"labels": labels.to(self.device), "boxes": boxes.to(self.device)})
+        return targets
+
+    def inference(
+        self, logits: Tensor, boxes: Tensor, images: ImageList, batched_inputs: list[dict]
+    ) -> list[dict[str, Instances]]:
+        """Select the highest class scores over all queries, as in the official evaluation.
+
+        A query may appear with several classes. Boxes are scaled to the wanted size and neither clipped to the image
+        nor filtered, exactly as the published APs were measured.
+
+        Args:
+            logits: (N, Lq, K).
+            boxes: (N, Lq, 4) cxcywh in [0, 1].
+        """
+        scores = logits.float().sigmoid().flatten(1)
+        scores, index = scores.topk(min(self.test_topk_per_image, scores.shape[1]), dim=1)
+        queries = index.div(self.num_classes, rounding_mode="floor")
+        boxes = box_convert(boxes.float(), "cxcywh", "xyxy")
+        results = []
+        for i, (x, size) in enumerate(zip(batched_inputs, images.image_sizes, strict=True)):
+            height, width = x.get("height", int(size[0])), x.get("width", int(size[1]))
+            result = Instances((height, width))
+            result.pred_boxes = Boxes(boxes[i, queries[i]] * boxes.new_tensor([width, height, width, height]))
+            result.scores = scores[i]
+            result.pred_classes = index[i] % self.num_classes
+            results.append({"instances": result})
+        return results
+
+    def _predict(self, images: ImageList) -> dict[str, Tensor]:
+        """Backbone, transformer and heads; returns what :meth:`predict_raw` documents."""
+        features = list(self.backbone(images.tensor).values())
+        masks = _padding_masks(images, features)
+        output = self.transformer(
+            features,
+            masks,
+            [self.position_embedding(mask) for mask in masks],
+            query_embed=None if self.query_embed is None else self.query_embed.weight,
+            num_queries=self.num_queries,
+            class_embed=self.class_embed,
+            bbox_embed=self.bbox_embed,
+        )
+        heads = list(self.class_embed)[: len(output.hidden_states)]
+        logits = [head(hidden) for head, hidden in zip(heads, output.hidden_states, strict=True)]
+        # Stacked even where only the last layer is used, so that no head is ever without a gradient (DDP).
+        predictions = {"pred_logits": torch.stack(logits), "pred_boxes": torch.stack(output.boxes)}
+        if output.enc_logits is not None:
+            predictions |= {"enc_logits": output.enc_logits, "enc_boxes": output.enc_boxes}
+        return predictions
+
+    def _build_class_head(self) -> nn.Linear:
+        head = nn.Linear(self.transformer.d_model, self.num_classes)
+        nn.init.constant_(head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+        return head
+
+    def _replicate_head(self, head: nn.Module) -> nn.ModuleList:
+        """One head per decoder layer, plus the encoder's as the last one for two-stage.
+
+        Decoder layers share one head unless boxes are refined. The encoder's head is always its own: its channel 0
+        means "object", not the first class.
+        """
+        layers = self.transformer.num_decoder_layers
+        refine = self.transformer.with_box_refine
+        heads = [copy.deepcopy(head) if refine else head for _ in range(layers)]
+        if self.transformer.two_stage:
+            heads.append(copy.deepcopy(head))
+        return nn.ModuleList(heads)
+
+    def _init_box_heads(self) -> None:
+        """Start every head at its reference: zero deltas, small boxes where the reference has no size."""
+        for head in self.bbox_embed:
+            nn.init.zeros_(head.layers[-1].weight)
+            nn.init.zeros_(head.layers[-1].bias)
+        if not self.transformer.two_stage:
+            # With refinement only the first layer predicts a size from nothing; the others refine that size.
+            nn.init.constant_(self.bbox_embed[0].layers[-1].bias.data[2:], -2.0)
+
+
+def _padding_masks(images: ImageList, features: list[Tensor]) -> list[Tensor]:
+    """Padding of every feature map, (N, H_l, W_l) bool: nearest samples of the full-size mask, as the official code."""
+    height, width = images.tensor.shape[-2:]
+    sizes = torch.tensor(images.image_sizes, device=images.tensor.device)
+    rows = torch.arange(height, device=sizes.device) >= sizes[:, 0, None]
+    columns = torch.arange(width, device=sizes.device) >= sizes[:, 1, None]
+    mask = (rows[:, :, None] | columns[:, None, :]).float()[None]
+    return [F.interpolate(mask, size=feature.shape[-2:])[0].bool() for feature in features]
+
+
+def _check_ground_truth(boxes: Tensor, labels: Tensor, num_classes: int, x: dict) -> None:
+    """Refuse what would otherwise become a NaN loss or an index error on the device."""
+    bad = (labels < 0) | (labels >= num_classes)
+    if bad.any():
+        raise ValueError(f"gt_classes must be in [0, {num_classes}), got {labels[bad].tolist()} in {_describe(x)}")
+    if not boxes.isfinite().all():
+        rows = boxes[~boxes.isfinite().all(dim=1)].tolist()
+        raise ValueError(f"gt_boxes must be finite, got {rows} in {_describe(x)}")
+    empty = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
+    if empty.any():
+        raise ValueError(f"gt_boxes (xyxy) must have an area, got {boxes[empty].tolist()} in {_describe(x)}")
+
+
+def _check_levels(backbone: Backbone, transformer: DeformableTransformer) -> None:
+    channels = [shape.channels for shape in backbone.output_shape().values()]
+    expected = [transformer.d_model] * len(transformer.level_embed)
+    if channels != expected:
+        raise ValueError(
+            f"the backbone must output {len(expected)} levels of {transformer.d_model} channels, as the transformer "
+            f"expects, got channels {channels}"
+        )
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _describe(x: dict) -> str:
+    return f"image {x.get('file_name', '<no file_name>')} (image_id {x.get('image_id', '<none>')})"

@@ -1,0 +1,402 @@
+"""The deformable transformer: encoder, two-stage proposals, decoder with optional box refinement.
+
+Shapes: N batch, L feature levels of (H_l, W_l) cells, S = sum of H_l*W_l, Lq queries, C = d_model, K classes.
+Boxes are cxcywh in [0, 1] relative to the valid (unpadded) part of each image; masks are True at padding.
+Behaviour follows the official Deformable DETR; parameter names are its names, so its weights load unchanged.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import MSDeformAttn
+from ..layers.position_encoding import sine_embedding
+
+SpatialShapes = list[tuple[int, int]]
+
+
+class TransformerOutput(NamedTuple):
+    """What :class:`DeformableTransformer` returns.
+
+    Attributes:
+        hidden_states: per decoder layer (N, Lq, C).
+        boxes: per decoder layer (N, Lq, 4) in [0, 1].
+        enc_logits: (N, S, K), two-stage only.
+        enc_boxes: (N, S, 4) in [0, 1], two-stage only.
+    """
+
+    hidden_states: list[Tensor]
+    boxes: list[Tensor]
+    enc_logits: Tensor | None = None
+    enc_boxes: Tensor | None = None
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Logit of ``x`` clamped to [0, 1], with numerator and denominator at least ``eps`` (as the official code)."""
+    x = x.clamp(0, 1)
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
+
+
+def apply_box_deltas(deltas: Tensor, reference_points: Tensor) -> Tensor:
+    """Boxes from head outputs relative to references (paper, appendix A.3 and eq. 8).
+
+    Args:
+        deltas: (N, Lq, 4), in logit space.
+        reference_points: (N, Lq, 2) centres or (N, Lq, 4) boxes in [0, 1]; centres leave width and height absolute.
+
+    Returns:
+        (N, Lq, 4) boxes in [0, 1], float32.
+    """
+    reference = inverse_sigmoid(reference_points.float())
+    return (deltas.float() + F.pad(reference, (0, 4 - reference.shape[-1]))).sigmoid()
+
+
+def get_valid_sizes(masks: Sequence[Tensor]) -> Tensor:
+    """Number of unpadded cells per level: L masks (N, H_l, W_l) -> (N, L, 2) float32 as (w, h)."""
+    sizes = [torch.stack(((~m[:, 0, :]).sum(1), (~m[:, :, 0]).sum(1)), dim=-1) for m in masks]
+    return torch.stack(sizes, dim=1).float()
+
+
+def cell_centers(height: int, width: int, device: torch.device) -> Tensor:
+    """(H*W, 2) float32 cell centres (x, y) in cells, row by row."""
+    y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
+    x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
+    return torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1).flatten(0, 1)
+
+
+def gen_encoder_proposals(spatial_shapes: SpatialShapes, valid_sizes: Tensor, padding_mask: Tensor) -> Tensor:
+    """One anchor-like proposal per encoder cell (two-stage, paper appendix A.4).
+
+    Level l gets squares of side ``0.05 * 2**l`` around its cell centres. Proposals at padding, or with a coordinate
+    outside (0.01, 0.99), are +inf in logit space: their boxes become 1 and their features are zeroed by the caller.
+
+    Args:
+        spatial_shapes: L pairs (H, W).
+        valid_sizes: (N, L, 2) unpadded cells as (w, h).
+        padding_mask: (N, S) bool.
+
+    Returns:
+        (N, S, 4) proposals in logit space, cxcywh.
+    """
+    proposals = []
+    for level, (height, width) in enumerate(spatial_shapes):
+        centers = cell_centers(height, width, valid_sizes.device) / valid_sizes[:, level, None]
+        proposals.append(torch.cat((centers, torch.full_like(centers, 0.05 * 2.0**level)), dim=-1))
+    boxes = torch.cat(proposals, dim=1)
+    usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~padding_mask
+    return torch.logit(boxes).masked_fill(~usable[..., None], float("inf"))
+
+
+class DeformableTransformerEncoderLayer(nn.Module):
+    """Deformable self-attention and feed-forward network, post-norm."""
+
+    def __init__(
+        self, d_model: int, dim_feedforward: int, dropout: float, n_levels: int, n_heads: int, n_points: int
+    ) -> None:
+        super().__init__()
+        self.self_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
+        self.dropout1 = nn.Dropout(dropout)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.dropout2 = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        self.dropout3 = nn.Dropout(dropout)
+        self.norm2 = nn.LayerNorm(d_model)
+
+    def forward(
+        self,
+        src: Tensor,
+        pos: Tensor,
+        reference_points: Tensor,
+        spatial_shapes: SpatialShapes,
+        padding_mask: Tensor | None,
+    ) -> Tensor:
+        """src, pos: (N, S, C); reference_points: (N, S, L, 2); padding_mask: (N, S). Returns (N, S, C)."""
+        attended = self.self_attn(src + pos, reference_points, src, spatial_shapes, padding_mask)
+        src = self.norm1(src + self.dropout1(attended))
+        expanded = self.linear2(self.dropout2(F.relu(self.linear1(src))))
+        return self.norm2(src + self.dropout3(expanded))
+
+
+class DeformableTransformerEncoder(nn.Module):
+    """A stack of encoder layers in which every cell attends around its own centre in all levels."""
+
+    def __init__(self, layers: Sequence[DeformableTransformerEncoderLayer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    @staticmethod
+    def get_reference_points(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> Tensor:
+        """Cell centres of all levels, in [0, 1] of each target level's *padded* map.
+
+        Args:
+            spatial_shapes: L pairs (H, W).
+            valid_sizes: (N, L, 2) unpadded cells as (w, h).
+
+        Returns:
+            (N, S, L, 2), (x, y).
+        """
+        centers = [
+            cell_centers(height, width, valid_sizes.device) / valid_sizes[:, level, None]
+            for level, (height, width) in enumerate(spatial_shapes)
+        ]
+        valid_ratios = _valid_ratios(spatial_shapes, valid_sizes)
+        return torch.cat(centers, dim=1)[:, :, None] * valid_ratios[:, None]
+
+    def forward(
+        self,
+        src: Tensor,
+        pos: Tensor,
+        spatial_shapes: SpatialShapes,
+        valid_sizes: Tensor,
+        padding_mask: Tensor | None,
+    ) -> Tensor:
+        """src, pos: (N, S, C); valid_sizes: (N, L, 2); padding_mask: (N, S). Returns memory (N, S, C)."""
+        reference_points = self.get_reference_points(spatial_shapes, valid_sizes)
+        for layer in self.layers:
+            src = layer(src, pos, reference_points, spatial_shapes, padding_mask)
+        return src
+
+
+class DeformableTransformerDecoderLayer(nn.Module):
+    """Self-attention among queries, deformable cross-attention to memory, feed-forward network, post-norm.
+
+    The norms are numbered as in the official code: norm1 follows the cross-attention, norm2 the self-attention.
+    """
+
+    def __init__(
+        self, d_model: int, dim_feedforward: int, dropout: float, n_levels: int, n_heads: int, n_points: int
+    ) -> None:
+        super().__init__()
+        self.cross_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
+        self.dropout1 = nn.Dropout(dropout)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.self_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout, batch_first=True)
+        self.dropout2 = nn.Dropout(dropout)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.dropout3 = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        self.dropout4 = nn.Dropout(dropout)
+        self.norm3 = nn.LayerNorm(d_model)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        query_pos: Tensor,
+        reference_points: Tensor,
+        memory: Tensor,
+        spatial_shapes: SpatialShapes,
+        padding_mask: Tensor | None,
+    ) -> Tensor:
+        """tgt, query_pos: (N, Lq, C); reference_points: (N, Lq, L, 2 or 4); memory: (N, S, C). Returns (N, Lq, C)."""
+        query = tgt + query_pos
+        attended = self.self_attn(query, query, tgt, need_weights=False)[0]
+        tgt = self.norm2(tgt + self.dropout2(attended))
+        sampled = self.cross_attn(tgt + query_pos, reference_points, memory, spatial_shapes, padding_mask)
+        tgt = self.norm1(tgt + self.dropout1(sampled))
+        expanded = self.linear2(self.dropout3(F.relu(self.linear1(tgt))))
+        return self.norm3(tgt + self.dropout4(expanded))
+
+
+class DeformableTransformerDecoder(nn.Module):
+    """A stack of decoder layers that predicts boxes after each of them.
+
+    With box refinement each layer looks around the (detached) boxes of the layer before; without it, all layers keep
+    the initial reference points.
+    """
+
+    def __init__(self, layers: Sequence[DeformableTransformerDecoderLayer], *, with_box_refine: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.with_box_refine = with_box_refine
+
+    def forward(
+        self,
+        tgt: Tensor,
+        query_pos: Tensor,
+        reference_points: Tensor,
+        memory: Tensor,
+        *,
+        spatial_shapes: SpatialShapes,
+        valid_sizes: Tensor,
+        padding_mask: Tensor | None,
+        bbox_embed: Sequence[nn.Module],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Decode the queries.
+
+        Args:
+            tgt, query_pos: (N, Lq, C).
+            reference_points: (N, Lq, 2 or 4) in [0, 1] of the valid part of each image.
+            memory: (N, S, C).
+            valid_sizes: (N, L, 2) unpadded cells as (w, h).
+            padding_mask: (N, S) bool.
+            bbox_embed: a box head per layer, (N, Lq, C) -> (N, Lq, 4).
+
+        Returns:
+            Hidden states (N, Lq, C) and boxes (N, Lq, 4) of every layer.
+        """
+        ratios = _valid_ratios(spatial_shapes, valid_sizes)[:, None]
+        hidden_states, boxes = [], []
+        for layer, head in zip(self.layers, bbox_embed, strict=True):
+            to_padded = ratios if reference_points.shape[-1] == 2 else torch.cat((ratios, ratios), dim=-1)
+            reference_per_level = reference_points[:, :, None] * to_padded
+            tgt = layer(tgt, query_pos, reference_per_level, memory, spatial_shapes, padding_mask)
+            hidden_states.append(tgt)
+            boxes.append(apply_box_deltas(head(tgt), reference_points))
+            if self.with_box_refine:
+                reference_points = boxes[-1].detach()
+        return hidden_states, boxes
+
+
+class DeformableTransformer(nn.Module):
+    """Encoder, optional two-stage proposal selection, decoder (paper, sections 4 and A).
+
+    Args:
+        d_model: width C, divisible by ``n_heads`` and by 4 (sine and cosine for two axes).
+        n_heads: attention heads M.
+        num_encoder_layers, num_decoder_layers: depth of the stacks; the decoder needs at least one layer.
+        dim_feedforward: hidden width of the feed-forward networks.
+        dropout: dropout probability everywhere in the transformer.
+        num_feature_levels: levels L.
+        enc_n_points, dec_n_points: sampling points per head and level.
+        with_box_refine: iterative bounding box refinement.
+        two_stage: queries come from the encoder's highest scored proposals instead of learned embeddings.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int = 256,
+        n_heads: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 1024,
+        dropout: float = 0.1,
+        num_feature_levels: int = 4,
+        enc_n_points: int = 4,
+        dec_n_points: int = 4,
+        with_box_refine: bool = False,
+        two_stage: bool = False,
+    ) -> None:
+        super().__init__()
+        if d_model % 4 or d_model % n_heads:
+            raise ValueError(f"d_model ({d_model}) must be divisible by 4 and by n_heads ({n_heads})")
+        if num_decoder_layers < 1:
+            raise ValueError(f"num_decoder_layers must be at least 1, got {num_decoder_layers}")
+        self.d_model = d_model
+        self.num_decoder_layers = num_decoder_layers
+        self.with_box_refine = with_box_refine
+        self.two_stage = two_stage
+
+        shared = (d_model, dim_feedforward, dropout, num_feature_levels, n_heads)
+        self.encoder = DeformableTransformerEncoder(
+            [DeformableTransformerEncoderLayer(*shared, enc_n_points) for _ in range(num_encoder_layers)]
+        )
+        self.decoder = DeformableTransformerDecoder(
+            [DeformableTransformerDecoderLayer(*shared, dec_n_points) for _ in range(num_decoder_layers)],
+            with_box_refine=with_box_refine,
+        )
+        self.level_embed = nn.Parameter(torch.empty(num_feature_levels, d_model))
+        if two_stage:
+            self.enc_output = nn.Linear(d_model, d_model)
+            self.enc_output_norm = nn.LayerNorm(d_model)
+            self.pos_trans = nn.Linear(2 * d_model, 2 * d_model)
+            self.pos_trans_norm = nn.LayerNorm(2 * d_model)
+        else:
+            self.reference_points = nn.Linear(d_model, 2)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as the official code: Xavier for all matrices, then what attention and embeddings override."""
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for module in self.modules():
+            if isinstance(module, MSDeformAttn):
+                module.reset_parameters()
+        nn.init.normal_(self.level_embed)
+        if not self.two_stage:
+            nn.init.zeros_(self.reference_points.bias)
+
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        pos_embeds: Sequence[Tensor],
+        *,
+        query_embed: Tensor | None,
+        num_queries: int,
+        class_embed: Sequence[nn.Module],
+        bbox_embed: Sequence[nn.Module],
+    ) -> TransformerOutput:
+        """Run encoder and decoder.
+
+        Args:
+            features: L maps (N, C, H_l, W_l).
+            masks: L masks (N, H_l, W_l) bool, True = padding.
+            pos_embeds: L encodings (N, C, H_l, W_l).
+            query_embed: (Lq, 2C), position before content; None for two-stage.
+            num_queries: proposals that two-stage keeps; fewer where the image has fewer cells.
+            class_embed, bbox_embed: a head per decoder layer, plus the encoder's as the last one for two-stage.
+        """
+        spatial_shapes = [tuple(feature.shape[-2:]) for feature in features]
+        valid_sizes = get_valid_sizes(masks)
+        padding_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
+        src = _flatten_levels(features)
+        pos = _flatten_levels([p + e[:, None, None] for p, e in zip(pos_embeds, self.level_embed, strict=True)])
+        memory = self.encoder(src, pos, spatial_shapes, valid_sizes, padding_mask)
+
+        enc_logits = enc_boxes = None
+        if self.two_stage:
+            proposals = gen_encoder_proposals(spatial_shapes, valid_sizes, padding_mask)
+            enc_logits, enc_unact = self._score_proposals(memory, proposals, class_embed[-1], bbox_embed[-1])
+            enc_boxes = enc_unact.sigmoid()
+            query_pos, tgt, reference_points = self._select_proposals(enc_logits, enc_unact, num_queries)
+        else:
+            query_pos, tgt = query_embed.expand(src.shape[0], -1, -1).split(self.d_model, dim=-1)
+            reference_points = self.reference_points(query_pos).float().sigmoid()
+
+        hidden_states, boxes = self.decoder(
+            tgt,
+            query_pos,
+            reference_points,
+            memory,
+            spatial_shapes=spatial_shapes,
+            valid_sizes=valid_sizes,
+            padding_mask=padding_mask,
+            bbox_embed=list(bbox_embed)[: self.num_decoder_layers],
+        )
+        return TransformerOutput(hidden_states, boxes, enc_logits, enc_boxes)
+
+    def _score_proposals(
+        self, memory: Tensor, proposals: Tensor, class_head: nn.Module, bbox_head: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """(N, S, C) and (N, S, 4) logits -> class logits (N, S, K) and boxes in logit space (N, S, 4)."""
+        unusable = proposals[..., :1].isinf()
+        features = self.enc_output_norm(self.enc_output(memory.masked_fill(unusable, 0.0)))
+        return class_head(features), bbox_head(features).float() + proposals
+
+    def _select_proposals(
+        self, enc_logits: Tensor, enc_unact: Tensor, num_queries: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn the best proposals into query positions (N, Lq, C), contents (N, Lq, C) and boxes (N, Lq, 4)."""
+        # The encoder head is trained on "object or not": channel 0 is the objectness, the others are negatives.
+        best = enc_logits[..., 0].topk(min(num_queries, enc_logits.shape[1]), dim=1).indices
+        reference_points = enc_unact.gather(1, best[..., None].expand(-1, -1, 4)).detach().sigmoid()
+        encoded = sine_embedding(reference_points * 2 * torch.pi, self.d_model // 2).flatten(-2)
+        query_pos, tgt = self.pos_trans_norm(self.pos_trans(encoded)).split(self.d_model, dim=-1)
+        return query_pos, tgt, reference_points
+
+
+def _flatten_levels(maps: Sequence[Tensor]) -> Tensor:
+    """L maps (N, C, H_l, W_l) -> (N, S, C)."""
+    return torch.cat([m.flatten(2) for m in maps], dim=2).transpose(1, 2)
+
+
+def _valid_ratios(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> Tensor:
+    """Unpadded share of each level, (N, L, 2) as (w, h)."""
+    return valid_sizes / valid_sizes.new_tensor([(width, height) for height, width in spatial_shapes])

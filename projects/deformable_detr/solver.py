@@ -1,0 +1,97 @@
+"""The official optimiser: AdamW with slower backbone and location layers, gradients clipped over the whole model."""
+
+import itertools
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver.build import get_default_optimizer_params, reduce_param_groups
+from torch import nn
+
+
+def lr_factor(name: str, *, backbone_multiplier: float, location_multiplier: float) -> float:
+    """Learning-rate factor of a parameter: the pre-trained backbone and the layers that output locations are slower."""
+    if name.startswith("backbone.") and not name.startswith("backbone.input_proj."):
+        return backbone_multiplier
+    if "sampling_offsets" in name or "reference_points" in name:
+        return location_multiplier
+    return 1.0
+
+
+def get_param_groups(
+    model: nn.Module,
+    *,
+    base_lr: float,
+    weight_decay: float,
+    weight_decay_norm: float | None = None,
+    weight_decay_bias: float | None = None,
+    backbone_multiplier: float = 0.1,
+    location_multiplier: float = 0.1,
+) -> list[dict[str, Any]]:
+    """Parameter groups by learning rate and weight decay, trainable parameters only.
+
+    Args:
+        model: a :class:`DeformableDETR`, before it is wrapped for distributed training.
+        weight_decay_norm, weight_decay_bias: None decays them like every other parameter, as the official code does.
+    """
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=base_lr,
+        weight_decay=weight_decay,
+        weight_decay_norm=weight_decay_norm,
+        weight_decay_bias=weight_decay_bias,
+    )
+    for name, parameter in model.named_parameters():
+        factor = lr_factor(name, backbone_multiplier=backbone_multiplier, location_multiplier=location_multiplier)
+        if parameter.requires_grad and factor != 1.0:
+            groups.append({"params": [parameter], "lr": base_lr * factor})
+    # Later entries override earlier ones of the same parameter.
+    return reduce_param_groups(groups)
+
+
+class ClippedAdamW(torch.optim.AdamW):
+    """AdamW that first clips the norm of all gradients together.
+
+    Clipping in ``step`` is correct under mixed precision: GradScaler unscales before it calls ``step``.
+
+    Args:
+        max_norm: limit on the 2-norm over the gradients of all parameters; None or 0 does not clip.
+    """
+
+    def __init__(self, params, *, max_norm: float | None = 0.1, **kwargs: Any) -> None:
+        super().__init__(params, **kwargs)
+        self.max_norm = max_norm
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if self.max_norm:
+            parameters = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+            nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        return super().step(closure)
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimiser from ``cfg.SOLVER``.
+
+    Raises:
+        ValueError: if ``SOLVER.OPTIMIZER`` or ``SOLVER.CLIP_GRADIENTS`` asks for what this project does not provide.
+    """
+    solver = cfg.SOLVER
+    if solver.OPTIMIZER.upper() != "ADAMW":
+        raise ValueError(f"SOLVER.OPTIMIZER must be ADAMW, got {solver.OPTIMIZER!r}")
+    clip = solver.CLIP_GRADIENTS
+    if clip.ENABLED and (clip.CLIP_TYPE != "full_model" or clip.NORM_TYPE != 2.0):
+        raise ValueError(
+            "SOLVER.CLIP_GRADIENTS must have CLIP_TYPE full_model and NORM_TYPE 2.0, "
+            f"got {clip.CLIP_TYPE!r} and {clip.NORM_TYPE}"
+        )
+    groups = get_param_groups(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        backbone_multiplier=solver.BACKBONE_MULTIPLIER,
+        location_multiplier=solver.LOCATION_MULTIPLIER,
+    )
+    return ClippedAdamW(groups, lr=solver.BASE_LR, max_norm=clip.CLIP_VALUE if clip.ENABLED else None)
