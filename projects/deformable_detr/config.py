@@ -50,7 +50,7 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     # (sampling_offsets, reference_points).
     cfg.SOLVER.setdefault("OPTIMIZER", "ADAMW")
     cfg.SOLVER.setdefault("BACKBONE_MULTIPLIER", 0.1)
-    cfg.SOLVER.LOCATION_MULTIPLIER = 0.1
+    cfg.SOLVER.setdefault("LOCATION_MULTIPLIER", 0.1)
 
 
 def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode | DictConfig:

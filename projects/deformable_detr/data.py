@@ -18,7 +18,7 @@ from detectron2.data import (
 )
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
-from fvcore.transforms.transform import Transform
+from fvcore.transforms.transform import NoOpTransform, Transform
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +38,15 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
             size = np.random.randint(self.short_edge_length[0], self.short_edge_length[1] + 1)
         else:
             size = np.random.choice(self.short_edge_length)
+        if size == 0:
+            # Detectron2's way to ask for the original size, as in MIN_SIZE_TEST: 0.
+            return NoOpTransform()
         new_height, new_width = self.get_output_shape(height, width, int(size), self.max_size)
         return T.ResizeTransform(height, width, new_height, new_width, self.interp)
 
     @staticmethod
     def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
-        """Size (h, w) in pixels whose short side is ``short_edge_length``, unless its long side exceeds ``max_size``."""
+        """Size (h, w) in pixels with the given short side, or with ``max_size`` as long side where that is smaller."""
         short, long = min(oldh, oldw), max(oldh, oldw)
         size = short_edge_length
         if long / short * size > max_size:
@@ -124,8 +127,10 @@ def get_train_dicts(names: str | Sequence[str], *, num_classes: int, filter_empt
 
     Raises:
         KeyError: if a dataset is not registered.
-        ValueError: on classes outside ``[0, num_classes)`` and on boxes with NaN or infinite values.
+        ValueError: without any dataset, on classes outside ``[0, num_classes)`` and on boxes with NaN or infinite values.
     """
+    if not names:
+        raise ValueError("there is no dataset to train on: set DATASETS.TRAIN (yaml) or dataloader.train.dataset.names")
     dicts = get_detection_dataset_dicts(names, filter_empty=filter_empty)
     check_annotations(dicts, num_classes=num_classes)
     return dicts
@@ -179,7 +184,8 @@ def register_coco_data(name: str, json_file: str, image_root: str) -> list[str]:
             content = json.load(f)
         except json.JSONDecodeError as error:
             raise ValueError(f"{json_file} must be JSON in COCO format: {error}") from error
-    absent = [key for key in ("images", "annotations", "categories") if key not in content]
+    keys = content if isinstance(content, dict) else ()
+    absent = [key for key in ("images", "annotations", "categories") if key not in keys]
     if absent:
         raise ValueError(f"{json_file} must be in COCO format with images, annotations and categories; no {absent}")
     if not content["categories"]:

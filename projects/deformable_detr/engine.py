@@ -106,6 +106,8 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None
     cfg.model.num_classes = len(names)
     if "train" in classes:
         cfg.dataloader.train.dataset.names = "user_train"
+    else:
+        cfg.dataloader.train.dataset.names = []
     if "val" in classes:
         cfg.dataloader.test.dataset.names = "user_val"
     else:
@@ -118,17 +120,8 @@ def build_evaluator(dataset_name: str, output_dir: str | None = None) -> Dataset
     Raises:
         KeyError: if the dataset is not registered.
         NotImplementedError: on another type, or a dataset without one.
+        ModuleNotFoundError: if the evaluator needs a package that is not installed.
     """
-    evaluator_type = check_evaluator_type(dataset_name)
-    if evaluator_type == "lvis":
-        return LVISEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir)
-    if evaluator_type == "pascal_voc":
-        return PascalVOCDetectionEvaluator(dataset_name)
-    return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir)
-
-
-def check_evaluator_type(dataset_name: str) -> str:
-    """The dataset's ``evaluator_type``, if :func:`build_evaluator` knows it; otherwise its errors."""
     if dataset_name not in DatasetCatalog:
         raise KeyError(f"dataset {dataset_name!r} is not registered; registered are {sorted(DatasetCatalog.list())}")
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
@@ -136,7 +129,16 @@ def check_evaluator_type(dataset_name: str) -> str:
         raise NotImplementedError(
             f"dataset {dataset_name!r} has evaluator_type {evaluator_type!r}; supported are {EVALUATOR_TYPES}"
         )
-    return evaluator_type
+    if evaluator_type == "lvis":
+        try:
+            return LVISEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"evaluating dataset {dataset_name!r} needs the package {error.name!r}: pip install {error.name}"
+            ) from error
+    if evaluator_type == "pascal_voc":
+        return PascalVOCDetectionEvaluator(dataset_name)
+    return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir)
 
 
 class Trainer(DefaultTrainer):
@@ -174,15 +176,25 @@ class Trainer(DefaultTrainer):
 def main(args: argparse.Namespace) -> Any:
     """Train, or evaluate with ``--eval-only``; runs in every process that Detectron2 launches."""
     cfg = setup(args)
+    if not build_evaluators(cfg) and args.eval_only:
+        raise ValueError("--eval-only needs a dataset to evaluate on, in the configuration or with --val-json")
     if isinstance(cfg, CfgNode):
         return _run_yaml(cfg, args)
-    return do_eval(cfg) if args.eval_only else do_train(cfg, resume=args.resume)
+    return do_eval(cfg, resume=args.resume) if args.eval_only else do_train(cfg, resume=args.resume)
+
+
+def build_evaluators(cfg: CfgNode | DictConfig) -> list[DatasetEvaluator]:
+    """All evaluators of a configuration.
+
+    Built before training, an evaluator that cannot work fails then, and not when training has ended;
+    DefaultTrainer.test would only warn.
+    """
+    if isinstance(cfg, CfgNode):
+        return [Trainer.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
+    return [instantiate(cfg.dataloader.evaluator)] if "evaluator" in cfg.dataloader else []
 
 
 def _run_yaml(cfg: CfgNode, args: argparse.Namespace) -> Any:
-    # DefaultTrainer.test would only warn about an unknown evaluator, after the training it makes useless.
-    for name in cfg.DATASETS.TEST:
-        check_evaluator_type(name)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = DeformableDETRCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
@@ -207,15 +219,20 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict | None:
     return results
 
 
-def do_eval(cfg: DictConfig) -> dict | None:
-    """Build the LazyConfig's model, load ``train.init_checkpoint`` and evaluate."""
+def do_eval(cfg: DictConfig, *, resume: bool = False) -> dict | None:
+    """Build the LazyConfig's model, load ``train.init_checkpoint`` and evaluate.
+
+    Args:
+        resume: evaluate the last checkpoint in ``train.output_dir`` instead if there is one.
+    """
     model = instantiate(cfg.model).to(cfg.train.device)
     model = create_ddp_model(model)
-    DeformableDETRCheckpointer(model).load(cfg.train.init_checkpoint)
+    checkpointer = DeformableDETRCheckpointer(model, cfg.train.output_dir)
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     return do_test(cfg, model)
 
 
-def do_train(cfg: DictConfig, *, resume: bool = False) -> dict | None:
+def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
     """Train as a LazyConfig says, with the hooks of Detectron2's own LazyConfig script.
 
     Args:

@@ -1,0 +1,79 @@
+import pytest
+import torch
+import torchvision
+from detectron2.modeling import ResNet
+from detectron2.modeling.backbone import BasicStem
+
+from deformable_detr.checkpoint import convert
+from deformable_detr.modeling import MultiScaleBackbone, dilate_res5
+
+
+def build_resnet(depth=50, **stage_options):
+    stages = ResNet.make_default_stages(depth, norm="FrozenBN", **stage_options)
+    return ResNet(BasicStem(norm="FrozenBN"), stages, out_features=["res5"]).eval()
+
+
+def test_extra_levels_come_from_the_raw_last_feature(tiny_backbone):
+    backbone = MultiScaleBackbone(tiny_backbone, hidden_dim=64, num_feature_levels=5)
+    image = torch.randn(2, 3, 128, 96)
+    levels = backbone(image)
+    assert [tuple(f.shape[1:]) for f in levels.values()] == [
+        (64, 16, 12),
+        (64, 8, 6),
+        (64, 4, 3),
+        (64, 2, 2),
+        (64, 1, 1),
+    ]
+    raw = backbone.bottom_up(image)["res5"]
+    torch.testing.assert_close(levels["level3"], backbone.input_proj[3](raw))
+    torch.testing.assert_close(levels["level4"], backbone.input_proj[4](levels["level3"]))
+    assert [s.stride for s in backbone.output_shape().values()] == [8, 16, 32, 64, 128]
+
+
+def test_projection_starts_with_zero_bias_and_xavier_weights(tiny_backbone):
+    backbone = MultiScaleBackbone(tiny_backbone, hidden_dim=64)
+    conv = backbone.input_proj[3][0]
+    bound = (6 / (16 * 9 + 64 * 9)) ** 0.5
+    assert conv.bias.abs().max() == 0
+    assert conv.weight.abs().max() <= bound
+    assert conv.weight.abs().max() > 0.9 * bound
+
+
+@pytest.mark.parametrize(("hidden_dim", "groups"), [(256, 32), (96, 32), (64, 32), (32, 16), (48, 8)])
+def test_group_norm_has_32_groups_unless_too_few_channels(tiny_backbone, hidden_dim, groups):
+    backbone = MultiScaleBackbone(tiny_backbone, hidden_dim=hidden_dim)
+    assert backbone.input_proj[0][1].num_groups == groups
+
+
+def test_unknown_in_feature_is_named(tiny_backbone):
+    with pytest.raises(ValueError, match=r"res9.*res3.*res4.*res5"):
+        MultiScaleBackbone(tiny_backbone, in_features=["res9"])
+
+
+def test_fewer_levels_than_features_is_refused(tiny_backbone):
+    with pytest.raises(ValueError, match=r"num_feature_levels \(2\).*3: res3, res4, res5"):
+        MultiScaleBackbone(tiny_backbone, num_feature_levels=2)
+
+
+@pytest.mark.parametrize("dilation", [False, True], ids=["resnet", "dc5"])
+def test_resnet50_equals_torchvision_bit_for_bit(dilation):
+    torch.manual_seed(0)
+    reference = torchvision.models.resnet50(
+        norm_layer=torchvision.ops.FrozenBatchNorm2d, replace_stride_with_dilation=[False, False, dilation]
+    ).eval()
+    resnet = build_resnet(stride_in_1x1=False)
+    backbone = MultiScaleBackbone(
+        dilate_res5(resnet) if dilation else resnet, in_features=["res5"], num_feature_levels=1
+    )
+    model = torch.nn.ModuleDict({"backbone": backbone})
+    converted, _ = convert(reference.state_dict(), model=model)
+    model.load_state_dict(converted, strict=False)
+    image = torch.randn(1, 3, 97, 64)
+    body = torchvision.models._utils.IntermediateLayerGetter(reference, {"layer4": "0"})
+    assert torch.equal(resnet(image)["res5"], body(image)["0"])
+    assert resnet.output_shape()["res5"].stride == (16 if dilation else 32)
+
+
+def test_dilation_needs_bottleneck_blocks():
+    with pytest.raises(ValueError, match="bottleneck"):
+        dilate_res5(build_resnet(depth=18))

@@ -1,0 +1,166 @@
+import math
+
+import pytest
+import torch
+
+from deformable_detr.modeling.deformable_transformer import (
+    DeformableTransformer,
+    DeformableTransformerEncoder,
+    apply_box_deltas,
+    gen_encoder_proposals,
+    get_valid_sizes,
+    inverse_sigmoid,
+)
+
+
+def padding(height, width, valid_height, valid_width):
+    mask = torch.ones(1, height, width, dtype=torch.bool)
+    mask[:, :valid_height, :valid_width] = False
+    return mask
+
+
+def test_inverse_sigmoid_clamps_numerator_and_denominator_at_1e_5():
+    x = torch.tensor([0.0, 0.25, 1.0, -3.0, 7.0])
+    expected = [math.log(1e-5), math.log(1 / 3), -math.log(1e-5), math.log(1e-5), -math.log(1e-5)]
+    torch.testing.assert_close(inverse_sigmoid(x), torch.tensor(expected))
+
+
+def test_zero_deltas_return_the_reference_box():
+    box = torch.tensor([[[0.3, 0.6, 0.2, 0.1]]])
+    torch.testing.assert_close(apply_box_deltas(torch.zeros(1, 1, 4), box), box)
+
+
+def test_reference_centres_do_not_shift_width_and_height():
+    boxes = apply_box_deltas(torch.tensor([[[0.0, 0.0, -2.0, 1.0]]]), torch.tensor([[[0.3, 0.6]]]))
+    expected = [0.3, 0.6, 1 / (1 + math.exp(2)), 1 / (1 + math.exp(-1))]
+    torch.testing.assert_close(boxes, torch.tensor([[expected]]))
+
+
+def test_valid_sizes_are_width_before_height():
+    assert get_valid_sizes([padding(4, 6, 3, 5), padding(2, 3, 2, 3)]).tolist() == [[[5, 3], [3, 2]]]
+
+
+def test_encoder_reference_points_are_cell_centres_of_the_padded_maps():
+    # Level 0: 2x4 cells of which 2x3 are valid; level 1: 1x2, fully valid.
+    sizes = torch.tensor([[[3.0, 2.0], [2.0, 1.0]]])
+    points = DeformableTransformerEncoder.get_reference_points([(2, 4), (1, 2)], sizes)
+    assert points.shape == (1, 10, 2, 2)
+    # Cell (row 1, column 2) of level 0 is at (2.5/3, 1.5/2) of the image, which is 3/4 as wide as level 0's map.
+    torch.testing.assert_close(points[0, 6, 0], torch.tensor([2.5 / 4, 1.5 / 2]))
+    torch.testing.assert_close(points[0, 6, 1], torch.tensor([2.5 / 3, 1.5 / 2]))
+    # Column 1 of level 1 is at 1.5/2 of the image, so at 1.5/2 * 3/4 of level 0's map.
+    torch.testing.assert_close(points[0, 9, 0], torch.tensor([1.5 / 2 * 3 / 4, 0.5]))
+
+
+def test_proposals_are_squares_on_cell_centres_that_double_per_level():
+    masks = [padding(4, 4, 4, 4), padding(2, 2, 2, 2)]
+    flat = torch.cat([m.flatten(1) for m in masks], 1)
+    boxes = gen_encoder_proposals([(4, 4), (2, 2)], get_valid_sizes(masks), flat).sigmoid()
+    torch.testing.assert_close(boxes[0, 5], torch.tensor([0.375, 0.375, 0.05, 0.05]))
+    torch.testing.assert_close(boxes[0, 18], torch.tensor([0.25, 0.75, 0.1, 0.1]))
+
+
+def test_proposals_at_padding_or_at_the_border_are_infinite():
+    mask = padding(1, 200, 1, 120)
+    proposals = gen_encoder_proposals([(1, 200)], get_valid_sizes([mask]), mask.flatten(1))
+    finite = proposals[0].isfinite().all(-1)
+    # Centres (i + 0.5) / 120 are inside (0.01, 0.99) for i = 1 ... 118.
+    assert finite.nonzero().flatten().tolist() == list(range(1, 119))
+    assert (proposals[0][~finite] == float("inf")).all()
+
+
+def test_proposals_of_the_sixth_level_are_all_invalid():
+    shapes = [(1, 1)] * 6
+    masks = [padding(1, 1, 1, 1)] * 6
+    flat = torch.cat([m.flatten(1) for m in masks], 1)
+    proposals = gen_encoder_proposals(shapes, get_valid_sizes(masks), flat)
+    assert proposals[0].isfinite().all(-1).tolist() == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize("two_stage", [False, True])
+@pytest.mark.parametrize("refine", [False, True])
+@pytest.mark.parametrize(
+    ("levels", "d_model", "n_heads", "points"), [(3, 32, 4, 2), (4, 48, 6, 1), (5, 20, 1, 3), (4, 64, 8, 4)]
+)
+def test_every_combination_trains_and_no_parameter_is_unused(
+    make_model, make_input, two_stage, refine, levels, d_model, n_heads, points
+):
+    model = make_model(
+        levels=levels,
+        d_model=d_model,
+        n_heads=n_heads,
+        enc_n_points=points,
+        dec_n_points=points + 1,
+        with_box_refine=refine,
+        two_stage=two_stage,
+    )
+    images = [make_input(96, 64, [[4, 8, 40, 60]], [2]), make_input(70, 90)]
+    losses = model(images)
+    layers = {"", "_0", "_1"} | ({"_enc"} if two_stage else set())
+    assert set(losses) == {f"loss_{name}{s}" for name in ("ce", "bbox", "giou") for s in layers}
+    sum(losses.values()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("in_features", "cells"), [(("res5",), 2 * 3 + 1 * 2), (("res4", "res5"), 4 * 6 + 2 * 3)])
+def test_levels_may_start_at_any_feature(make_model, make_input, in_features, cells):
+    model = make_model(levels=2, in_features=in_features, two_stage=True, num_queries=300).eval()
+    outputs = model.predict_raw([make_input(64, 96)])
+    assert outputs["enc_logits"].shape[1] == cells
+    # There are never more queries than cells to propose them.
+    assert outputs["pred_logits"].shape[2] == cells
+
+
+def test_refinement_moves_references_without_gradient(make_model, make_input, randomize):
+    model = randomize(make_model(with_box_refine=True, aux_loss=False))
+    images = [make_input(64, 64, [[4, 4, 30, 40]], [1])]
+    sum(model(images).values()).backward()
+    # Without auxiliary losses nothing but detached references connects the first head to the loss.
+    assert model.bbox_embed[0].layers[-1].weight.grad.abs().max() == 0
+    assert model.bbox_embed[2].layers[-1].weight.grad.abs().max() > 0
+
+
+def test_initial_state_follows_the_official_code(make_model):
+    model = make_model(d_model=64, n_heads=8, with_box_refine=True)
+    prior = -math.log(99)
+    assert all(torch.allclose(h.bias, torch.tensor(prior)) for h in model.class_embed)
+    assert [h.layers[-1].bias.tolist() for h in model.bbox_embed] == [[0, 0, -2, -2], [0] * 4, [0] * 4]
+    transformer = model.transformer
+    assert transformer.reference_points.bias.tolist() == [0, 0]
+    layer = transformer.encoder.layers[0]
+    assert layer.self_attn.sampling_offsets.weight.abs().max() == 0
+    assert layer.self_attn.sampling_offsets.bias.view(8, 4, 4, 2)[1, 2, 1].tolist() == [2, 2]
+    bound = (6 / (64 + 48)) ** 0.5
+    assert 0.9 * bound < layer.linear1.weight.abs().max() <= bound
+    # Biases of linear layers keep PyTorch's default, level embeddings and queries are standard normal.
+    assert layer.linear1.bias.abs().max() > 0
+    assert transformer.level_embed.std().item() == pytest.approx(1, abs=0.2)
+    assert model.query_embed.weight.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_two_stage_heads_start_without_a_size_bias(make_model):
+    model = make_model(two_stage=True, with_box_refine=True)
+    assert len(model.class_embed) == len(model.bbox_embed) == 4
+    assert all(h.layers[-1].bias.abs().max() == 0 for h in model.bbox_embed)
+    assert model.query_embed is None and not hasattr(model.transformer, "reference_points")
+
+
+def test_shared_heads_are_one_module_but_the_encoder_has_its_own(make_model):
+    model = make_model(two_stage=True)
+    assert model.class_embed[0] is model.class_embed[2]
+    assert model.class_embed[3] is not model.class_embed[0]
+    assert model.bbox_embed[3] is not model.bbox_embed[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_model": 30, "n_heads": 5}, r"d_model \(30\) .* 4 "),
+        ({"d_model": 32, "n_heads": 5}, r"d_model \(32\) .*n_heads \(5\)"),
+        ({"num_decoder_layers": 0}, "num_decoder_layers .*0"),
+    ],
+)
+def test_impossible_sizes_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        DeformableTransformer(**options)

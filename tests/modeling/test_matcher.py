@@ -1,0 +1,64 @@
+import math
+
+import pytest
+import torch
+
+from deformable_detr.modeling import HungarianMatcher
+
+
+def target(labels, boxes):
+    return {"labels": torch.tensor(labels, dtype=torch.int64), "boxes": torch.tensor(boxes).reshape(-1, 4)}
+
+
+def test_cost_matrix_equals_hand_computed_numbers():
+    # One prediction with probability 0.25 for class 1; box and target are half-overlapping squares.
+    logits = torch.tensor([[3.0, math.log(0.25 / 0.75)]])
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
+    cost = HungarianMatcher().cost_matrix(logits, boxes, target([1], [[0.6, 0.5, 0.2, 0.2]]))
+    positive = 0.25 * 0.75**2 * -math.log(0.25)
+    negative = 0.75 * 0.25**2 * -math.log(0.75)
+    l1 = 0.1
+    # Intersection 0.1 x 0.2, union 2 * 0.04 - 0.02 = 0.06, enclosing box 0.3 x 0.2 = 0.06: GIoU = 1/3 - 0.
+    expected = 2 * (positive - negative) + 5 * l1 - 2 * (1 / 3)
+    assert cost.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_matching_is_a_cheapest_assignment():
+    boxes = torch.tensor([[[0.2, 0.2, 0.1, 0.1], [0.8, 0.8, 0.1, 0.1], [0.5, 0.5, 0.1, 0.1]]])
+    targets = [target([0, 0], [[0.5, 0.5, 0.1, 0.1], [0.2, 0.2, 0.1, 0.1]])]
+    ((rows, columns),) = HungarianMatcher()(torch.zeros(1, 3, 1), boxes, targets)
+    assert dict(zip(rows.tolist(), columns.tolist(), strict=True)) == {0: 1, 2: 0}
+
+
+def test_images_are_matched_independently():
+    torch.manual_seed(0)
+    logits, boxes = torch.randn(3, 7, 4), torch.rand(3, 7, 4) * 0.5 + 0.2
+    targets = [target([1, 2], torch.rand(2, 4).tolist()), target([], []), target([3], torch.rand(1, 4).tolist())]
+    matcher = HungarianMatcher()
+    together = matcher(logits, boxes, targets)
+    for i in range(3):
+        ((rows, columns),) = matcher(logits[i : i + 1], boxes[i : i + 1], targets[i : i + 1])
+        assert torch.equal(together[i][0], rows) and torch.equal(together[i][1], columns)
+    assert [len(rows) for rows, _ in together] == [2, 0, 1]
+
+
+def test_more_objects_than_queries_match_every_query_once():
+    torch.manual_seed(0)
+    ((rows, columns),) = HungarianMatcher()(
+        torch.randn(1, 3, 2), torch.rand(1, 3, 4), [target([0] * 5, torch.rand(5, 4).tolist())]
+    )
+    assert rows.tolist() == [0, 1, 2]
+    assert len(set(columns.tolist())) == 3
+
+
+def test_non_finite_predictions_are_named_and_never_reach_scipy():
+    boxes = torch.rand(2, 3, 4)
+    boxes[1, 2, 0] = float("nan")
+    targets = [target([0], [[0.5, 0.5, 0.1, 0.1]])] * 2
+    with pytest.raises(FloatingPointError, match="image 1 .*pred_boxes has 1"):
+        HungarianMatcher()(torch.zeros(2, 3, 1), boxes, targets)
+
+
+def test_all_zero_weights_are_refused():
+    with pytest.raises(ValueError, match="must not all be 0"):
+        HungarianMatcher(cost_class=0, cost_bbox=0, cost_giou=0)
