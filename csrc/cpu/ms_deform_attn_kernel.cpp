@@ -1,0 +1,294 @@
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "../ms_deform_attn.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace deformable_detr {
+namespace {
+
+// The level of each of the L*P points of a query, as arrays so that the loops over points vectorise.
+template <typename A>
+struct LevelOfPoint {
+  const A *width, *height;
+  const int32_t *columns, *rows, *start;
+
+  LevelOfPoint from(int64_t point) const {
+    return {width + point, height + point, columns + point, rows + point, start + point};
+  }
+};
+
+template <typename A>
+class LevelTable {
+ public:
+  LevelTable(at::IntArrayRef spatial_shapes, int64_t points) {
+    int32_t first = 0;
+    for (size_t level = 0; level < spatial_shapes.size() / 2; ++level) {
+      const int64_t rows = spatial_shapes[2 * level], columns = spatial_shapes[2 * level + 1];
+      sizes_.insert(sizes_.end(), points, static_cast<A>(columns));
+      heights_.insert(heights_.end(), points, static_cast<A>(rows));
+      columns_.insert(columns_.end(), points, static_cast<int32_t>(columns));
+      rows_.insert(rows_.end(), points, static_cast<int32_t>(rows));
+      start_.insert(start_.end(), points, first);
+      first += static_cast<int32_t>(rows * columns);
+    }
+  }
+
+  LevelOfPoint<A> view() const {
+    return {sizes_.data(), heights_.data(), columns_.data(), rows_.data(), start_.data()};
+  }
+
+ private:
+  std::vector<A> sizes_, heights_;
+  std::vector<int32_t> columns_, rows_, start_;
+};
+
+// Where the points of one query fall; corners in the order top left, top right, bottom left, bottom right.
+template <typename A>
+struct Points {
+  int32_t* row[4];  // of the value tensor, -1 where the corner lies outside the map
+  A* weight[4];
+  A *x, *y;  // distance from the left and top corners, in [0, 1)
+  int32_t* inside;
+
+  explicit Points(int64_t count) : integers_(5 * count), numbers_(6 * count) {
+    for (int corner = 0; corner < 4; ++corner) {
+      row[corner] = integers_.data() + corner * count;
+      weight[corner] = numbers_.data() + corner * count;
+    }
+    inside = integers_.data() + 4 * count;
+    x = numbers_.data() + 4 * count;
+    y = numbers_.data() + 5 * count;
+  }
+  Points(const Points&) = delete;
+
+ private:
+  std::vector<int32_t> integers_;
+  std::vector<A> numbers_;
+};
+
+// Strides count elements. zeros: D zeros, read for corners outside.
+template <typename T, typename A>
+struct Forward {
+  const T* value;
+  int64_t image_stride, row_stride, head_stride;
+  const A *locations, *weights;
+  T* output;
+  const T* zeros;
+  LevelOfPoint<A> level;
+  int64_t M, D, Lq, points;
+};
+
+template <typename T, typename A>
+struct Backward {
+  const T* value;
+  int64_t image_stride, row_stride, head_stride;
+  A* grad_value;
+  int64_t grad_image_stride, grad_row_stride, grad_head_stride;
+  const T* grad_output;
+  const A *locations, *weights;
+  A *grad_locations, *grad_weights;
+  const T* zeros;
+  LevelOfPoint<A> level;
+  int64_t M, D, Lq, L, P;
+};
+
+namespace baseline {
+#define SIMD_BYTES 16
+#include "ms_deform_attn_loops.h"
+#undef SIMD_BYTES
+}  // namespace baseline
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+namespace avx2 {
+#define SIMD_BYTES 32
+#define SIMD_F16C
+#include "ms_deform_attn_loops.h"
+#undef SIMD_F16C
+#undef SIMD_BYTES
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+bool has_avx2() {
+  static const bool supported =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return supported;
+}
+#endif
+
+template <typename T, typename A>
+auto forward_queries() {
+#if defined(__x86_64__)
+  if (has_avx2()) return &avx2::forward_queries<T, A>;
+#endif
+  return &baseline::forward_queries<T, A>;
+}
+
+template <typename T, typename A>
+auto backward_level() {
+#if defined(__x86_64__)
+  if (has_avx2()) return &avx2::backward_level<T, A>;
+#endif
+  return &baseline::backward_level<T, A>;
+}
+
+// Rows of one head apart by M*D are slow to gather from: each lies in a page and cache set of its own. With
+// many samples per row it pays to copy the value to (N, M, S, D) first, seen here as (N, S, M, D).
+bool heads_first_pays(const Sizes& sizes) { return sizes.Lq * sizes.L * sizes.P >= 2 * sizes.S; }
+
+at::Tensor arrange_value(const at::Tensor& value, const Sizes& sizes) {
+  if (heads_first_pays(sizes)) return value.transpose(1, 2).contiguous().transpose(1, 2);
+  return value.stride(3) == 1 ? value : value.contiguous();
+}
+
+template <typename T, typename A>
+void forward(const at::Tensor& value, const at::Tensor& locations, const at::Tensor& weights,
+             const LevelTable<A>& levels, const Sizes& sizes, const at::Tensor& output) {
+  const std::vector<T> zeros(sizes.D, T(0));
+  const Forward<T, A> op{value.const_data_ptr<T>(),
+                         value.stride(0),
+                         value.stride(1),
+                         value.stride(2),
+                         locations.const_data_ptr<A>(),
+                         weights.const_data_ptr<A>(),
+                         output.mutable_data_ptr<T>(),
+                         zeros.data(),
+                         levels.view(),
+                         sizes.M,
+                         sizes.D,
+                         sizes.Lq,
+                         sizes.L * sizes.P};
+  constexpr int64_t chunk = 64;
+  const int64_t chunks = at::divup(sizes.Lq, chunk);
+  const auto run = forward_queries<T, A>();
+  at::parallel_for(0, sizes.N * sizes.M * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / chunks / sizes.M, head = task / chunks % sizes.M;
+      const int64_t query = task % chunks * chunk;
+      run(op, image, head, query, std::min(query + chunk, sizes.Lq));
+    }
+  });
+}
+
+template <typename T, typename A>
+void backward(const at::Tensor& grad_output, const at::Tensor& value, const at::Tensor& locations,
+              const at::Tensor& weights, const LevelTable<A>& levels, const Sizes& sizes,
+              const at::Tensor& grad_value, const at::Tensor& grad_locations, const at::Tensor& grad_weights) {
+  const std::vector<T> zeros(sizes.D, T(0));
+  const Backward<T, A> op{value.const_data_ptr<T>(),
+                          value.stride(0),
+                          value.stride(1),
+                          value.stride(2),
+                          grad_value.mutable_data_ptr<A>(),
+                          grad_value.stride(0),
+                          grad_value.stride(1),
+                          grad_value.stride(2),
+                          grad_output.const_data_ptr<T>(),
+                          locations.const_data_ptr<A>(),
+                          weights.const_data_ptr<A>(),
+                          grad_locations.mutable_data_ptr<A>(),
+                          grad_weights.mutable_data_ptr<A>(),
+                          zeros.data(),
+                          levels.view(),
+                          sizes.M,
+                          sizes.D,
+                          sizes.Lq,
+                          sizes.L,
+                          sizes.P};
+  const auto run = backward_level<T, A>();
+  // One owner per (image, head, level): no atomics, and the same sums for every number of threads.
+  at::parallel_for(0, sizes.N * sizes.M * sizes.L, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task)
+      run(op, task / sizes.L / sizes.M, task / sizes.L % sizes.M, task % sizes.L);
+  });
+}
+
+template <typename Function>
+void dispatch(at::ScalarType type, const Function& function) {
+  switch (type) {
+    case at::kDouble:
+      return function(double{}, double{});
+    case at::kFloat:
+      return function(float{}, float{});
+    case at::kBFloat16:
+      return function(c10::BFloat16{}, float{});
+    case at::kHalf:
+      return function(c10::Half{}, float{});
+    default:
+      TORCH_CHECK(false, "value must be float64, float32, bfloat16 or float16, got ", type);
+  }
+}
+
+at::Tensor ms_deform_attn_cpu(const at::Tensor& value, at::IntArrayRef spatial_shapes,
+                              const at::Tensor& sampling_locations, const at::Tensor& attention_weights) {
+  const Sizes sizes = check_arguments(value, spatial_shapes, sampling_locations, attention_weights);
+  const auto type = compute_type(value.scalar_type());
+  const auto output = at::empty({sizes.N, sizes.Lq, sizes.M * sizes.D}, value.options());
+  if (output.numel() == 0) return output;
+  const auto arranged = arrange_value(value, sizes);
+  const auto locations = sampling_locations.to(type).contiguous();
+  const auto weights = attention_weights.to(type).contiguous();
+  dispatch(value.scalar_type(), [&](auto t, auto a) {
+    const LevelTable<decltype(a)> levels(spatial_shapes, sizes.P);
+    forward<decltype(t), decltype(a)>(arranged, locations, weights, levels, sizes, output);
+  });
+  return output;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cpu(
+    const at::Tensor& grad_output, const at::Tensor& value, at::IntArrayRef spatial_shapes,
+    const at::Tensor& sampling_locations, const at::Tensor& attention_weights) {
+  const Sizes sizes = check_arguments(value, spatial_shapes, sampling_locations, attention_weights);
+  check_grad_output(grad_output, value, sizes);
+  const auto type = compute_type(value.scalar_type());
+  const auto options = value.options().dtype(type);
+  const bool heads_first = heads_first_pays(sizes);
+  auto grad_value = heads_first ? at::zeros({sizes.N, sizes.M, sizes.S, sizes.D}, options).transpose(1, 2)
+                                : at::zeros({sizes.N, sizes.S, sizes.M, sizes.D}, options);
+  const auto grad_locations = at::empty(sampling_locations.sizes(), options);
+  const auto grad_weights = at::empty(attention_weights.sizes(), options);
+  if (grad_weights.numel() != 0) {
+    const auto arranged = arrange_value(value, sizes);
+    const auto grad = grad_output.to(value.scalar_type()).contiguous();
+    const auto locations = sampling_locations.to(type).contiguous();
+    const auto weights = attention_weights.to(type).contiguous();
+    dispatch(value.scalar_type(), [&](auto t, auto a) {
+      const LevelTable<decltype(a)> levels(spatial_shapes, sizes.P);
+      backward<decltype(t), decltype(a)>(grad, arranged, locations, weights, levels, sizes, grad_value,
+                                         grad_locations, grad_weights);
+    });
+  }
+  return {grad_value.to(value.scalar_type()).contiguous(),
+          grad_locations.to(sampling_locations.scalar_type()),
+          grad_weights.to(attention_weights.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(deformable_detr, CPU, m) {
+  m.impl("ms_deform_attn", ms_deform_attn_cpu);
+  m.impl("ms_deform_attn_backward", ms_deform_attn_backward_cpu);
+}
+
+}  // namespace deformable_detr

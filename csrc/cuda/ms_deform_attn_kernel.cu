@@ -1,0 +1,241 @@
+#include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "../ms_deform_attn.h"
+#include "ms_deform_attn_kernel.cuh"
+
+namespace deformable_detr {
+namespace {
+
+constexpr int kVectorBytes = 16;
+constexpr int64_t kDefaultSharedMemory = 48 << 10;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int32_t round_down_to_power_of_two(int64_t number) {
+  int32_t power = 1;
+  while (2 * power <= number) power *= 2;
+  return power;
+}
+
+bool aligned(const at::Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kVectorBytes == 0;
+}
+
+// Whether every row of channels can be read in whole, aligned vectors of `lanes` neighbouring threads.
+bool fits_vectors(const at::Tensor& value, int64_t lanes) {
+  const int64_t vector = kVectorBytes / value.element_size();
+  bool fits = value.size(3) % (vector * lanes) == 0 && aligned(value);
+  for (int dim = 0; dim < 3; ++dim) fits = fits && value.stride(dim) % vector == 0;
+  return fits;
+}
+
+// Fills in the sizes; `sample_bytes` of shared memory per point, `lanes` threads per query.
+Geometry make_geometry(const at::Tensor& value, at::IntArrayRef spatial_shapes, const Sizes& sizes, int32_t lanes,
+                       int64_t sample_bytes) {
+  TORCH_CHECK(sizes.L <= kMaxLevels, "spatial_shapes must hold at most ", kMaxLevels, " levels on CUDA, got ",
+              sizes.L);
+  TORCH_CHECK(sizes.S < kMaxRows, "value must have S < 2^27 on CUDA, got ", sizes.S);
+  TORCH_CHECK(sizes.M < (1 << 30) && sizes.D < (1 << 30) && sizes.P < (1 << 20),
+              "M, D and P are too large for CUDA: ", sizes.M, ", ", sizes.D, ", ", sizes.P);
+  Geometry at{};
+  at.L = sizes.L, at.P = sizes.P, at.M = sizes.M, at.D = sizes.D, at.Lq = sizes.Lq;
+  at.image_stride = value.stride(0), at.row_stride = value.stride(1), at.head_stride = value.stride(2);
+  at.grad_row_stride = sizes.M * sizes.D, at.grad_image_stride = sizes.S * at.grad_row_stride;
+  int64_t start = 0, tiles = 0;
+  for (int64_t level = 0; level < sizes.L; ++level) {
+    const int64_t height = spatial_shapes[2 * level], width = spatial_shapes[2 * level + 1];
+    at.levels[level] = {static_cast<int32_t>(height), static_cast<int32_t>(width), static_cast<int32_t>(start),
+                        static_cast<int32_t>(tiles)};
+    start += height * width;
+    tiles += divide_up(height, kTile) * divide_up(width, kTile);
+  }
+  at.lanes = lanes;
+  at.pitch = (at.L * at.P) | 1;
+  // A warp never holds part of a query, and its samples have to fit.
+  const int64_t fitting = kDefaultSharedMemory / (at.pitch * sample_bytes);
+  const int32_t least = std::max(1, 32 / lanes);
+  at.pass_queries = std::max(least, round_down_to_power_of_two(std::min<int64_t>(fitting, kThreads / lanes)));
+  at.tiled = sizes.Lq == sizes.S;
+  at.tile_queries = at.tiled ? std::max(kTile * kTile, at.pass_queries) : at.pass_queries;
+  at.tiles = at.tiled ? tiles : divide_up(sizes.Lq, at.tile_queries);
+  at.tasks = at.tiles * sizes.N * sizes.M;
+  return at;
+}
+
+template <typename Kernel, typename... Arguments>
+void launch(Kernel kernel, const Geometry& at, int64_t sample_bytes, Arguments... arguments) {
+  const int64_t shared = at.pass_queries * at.pitch * sample_bytes;
+  if (shared > kDefaultSharedMemory) {
+    int device = 0, limit = 0;
+    C10_CUDA_CHECK(cudaGetDevice(&device));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    TORCH_CHECK(shared <= limit, "L * P = ", at.L, " * ", at.P, " needs ", shared,
+                " bytes of shared memory but this device has ", limit);
+    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  }
+  const int64_t threads = divide_up(at.pass_queries * at.lanes, 32) * 32;
+  const int64_t blocks = std::min<int64_t>(at.tasks, INT32_MAX);
+  kernel<<<blocks, threads, shared, c10::cuda::getCurrentCUDAStream()>>>(at, arguments...);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename Function>
+void dispatch(at::ScalarType type, const Function& function) {
+  switch (type) {
+    case at::kDouble:
+      return function(double{}, double{});
+    case at::kFloat:
+      return function(float{}, float{});
+    case at::kBFloat16:
+      return function(c10::BFloat16{}, float{});
+    case at::kHalf:
+      return function(c10::Half{}, float{});
+    default:
+      TORCH_CHECK(false, "value must be float64, float32, bfloat16 or float16, got ", type);
+  }
+}
+
+at::Tensor with_contiguous_channels(const at::Tensor& value) {
+  return value.stride(3) == 1 ? value : value.contiguous();
+}
+
+at::Tensor ms_deform_attn_cuda(const at::Tensor& value, at::IntArrayRef spatial_shapes,
+                               const at::Tensor& sampling_locations, const at::Tensor& attention_weights) {
+  const Sizes sizes = check_arguments(value, spatial_shapes, sampling_locations, attention_weights);
+  const c10::cuda::CUDAGuard guard(value.device());
+  const auto type = compute_type(value.scalar_type());
+  const auto output = at::empty({sizes.N, sizes.Lq, sizes.M * sizes.D}, value.options());
+  if (output.numel() == 0) return output;
+  const auto source = with_contiguous_channels(value);
+  const auto locations = sampling_locations.to(type).contiguous();
+  const auto weights = attention_weights.to(type).contiguous();
+  dispatch(value.scalar_type(), [&](auto t, auto a) {
+    using T = decltype(t);
+    using A = decltype(a);
+    constexpr int vector = kVectorBytes / sizeof(T);
+    const bool vectors = fits_vectors(source, 1);
+    const int64_t lanes = std::min<int64_t>(divide_up(sizes.D, vectors ? vector : 1), kThreads);
+    const Geometry at = make_geometry(source, spatial_shapes, sizes, lanes, sizeof(Sample<A>));
+    launch(vectors ? forward_kernel<T, A, vector> : forward_kernel<T, A, 1>, at, sizeof(Sample<A>),
+           source.template const_data_ptr<T>(), locations.template const_data_ptr<A>(),
+           weights.template const_data_ptr<A>(), output.template mutable_data_ptr<T>());
+  });
+  return output;
+}
+
+// The tensors of one backward call, and the launch of the kernel that fits the head dimension.
+template <typename T, typename A>
+struct BackwardLaunch {
+  const at::Tensor &grad_output, &value, &locations, &weights, &grad_locations, &grad_weights;
+  at::IntArrayRef spatial_shapes;
+  const Sizes& sizes;
+
+  template <typename Sum>
+  void run(const Sum& grad_value) const {
+    constexpr int vector = kVectorBytes / sizeof(T);
+    if constexpr (sizeof(A) == sizeof(float)) {
+      if (aligned(grad_output)) {
+        if (fits_vectors(value, 32)) return run<vector, 32>(grad_value);
+        if (fits_vectors(value, 16)) return run<vector, 16>(grad_value);
+        if (fits_vectors(value, 8)) return run<vector, 8>(grad_value);
+        if (fits_vectors(value, 4)) return run<vector, 4>(grad_value);
+      }
+    }
+    run<1, 32>(grad_value);
+  }
+
+  template <int VEC, int G, typename Sum>
+  void run(const Sum& grad_value) const {
+    constexpr int64_t sample_bytes = sizeof(Sample<A>) + sizeof(Pack<A, 4>);
+    const Geometry at = make_geometry(value, spatial_shapes, sizes, G, sample_bytes);
+    launch(backward_kernel<T, A, VEC, G, Sum>, at, sample_bytes, grad_output.const_data_ptr<T>(),
+           value.const_data_ptr<T>(), locations.const_data_ptr<A>(), weights.const_data_ptr<A>(), grad_value,
+           grad_locations.mutable_data_ptr<A>(), grad_weights.mutable_data_ptr<A>());
+  }
+};
+
+template <typename T>
+void deterministic_backward(const BackwardLaunch<T, float>& backward, const at::Tensor& grad_value) {
+  const auto sums = at::zeros(grad_value.sizes(), grad_value.options().dtype(at::kLong));
+  const auto bound = backward.grad_output.abs().amax().to(at::kFloat).mul(backward.weights.abs().amax());
+  int32_t headroom = 0;  // of the points of a head at one level, each gives a pixel at most its whole weight
+  while ((int64_t{1} << headroom) < backward.sizes.Lq * backward.sizes.P) ++headroom;
+  const FixedPoint sum{reinterpret_cast<unsigned long long*>(sums.mutable_data_ptr<int64_t>()),
+                       bound.template const_data_ptr<float>(), headroom};
+  backward.run(sum);
+  const int64_t count = grad_value.numel();
+  const int64_t blocks = std::min<int64_t>(divide_up(count, kThreads), 1 << 16);
+  fixed_point_to_value<T><<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+      sum, count, grad_value.mutable_data_ptr<T>());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// grad_value, with the other two gradients written on the way.
+template <typename T, typename A>
+at::Tensor run_backward(const BackwardLaunch<T, A>& backward) {
+  const auto options = backward.value.options();
+  const at::IntArrayRef shape = backward.value.sizes();
+  const bool deterministic = at::globalContext().deterministicAlgorithms();
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (deterministic) {
+      const auto grad_value = at::empty(shape, options);
+      deterministic_backward(backward, grad_value);
+      return grad_value;
+    }
+  } else if (deterministic) {
+    at::globalContext().alertNotDeterministic("ms_deform_attn_backward of float64 on CUDA");
+  }
+  const auto sums = at::zeros(shape, options.dtype(compute_type(backward.value.scalar_type())));
+  backward.run(AtomicSum<A>{sums.template mutable_data_ptr<A>()});
+  return sums.to(backward.value.scalar_type());
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cuda(const at::Tensor& grad_output,
+                                                                            const at::Tensor& value,
+                                                                            at::IntArrayRef spatial_shapes,
+                                                                            const at::Tensor& sampling_locations,
+                                                                            const at::Tensor& attention_weights) {
+  const Sizes sizes = check_arguments(value, spatial_shapes, sampling_locations, attention_weights);
+  check_grad_output(grad_output, value, sizes);
+  const c10::cuda::CUDAGuard guard(value.device());
+  const auto type = compute_type(value.scalar_type());
+  const auto options = value.options().dtype(type);
+  // All zero, and no launch, where there is nothing to sample.
+  const bool empty = value.numel() == 0 || attention_weights.numel() == 0;
+  const auto allocate = [&](at::IntArrayRef shape) { return empty ? at::zeros(shape, options) : at::empty(shape, options); };
+  const auto grad_locations = allocate(sampling_locations.sizes());
+  const auto grad_weights = allocate(attention_weights.sizes());
+  at::Tensor grad_value = empty ? at::zeros(value.sizes(), value.options()) : at::Tensor();
+  if (!empty) {
+    const auto source = with_contiguous_channels(value);
+    const auto grad = grad_output.to(value.scalar_type()).contiguous();
+    const auto locations = sampling_locations.to(type).contiguous();
+    const auto weights = attention_weights.to(type).contiguous();
+    dispatch(value.scalar_type(), [&](auto t, auto a) {
+      const BackwardLaunch<decltype(t), decltype(a)> backward{
+          grad, source, locations, weights, grad_locations, grad_weights, spatial_shapes, sizes};
+      grad_value = run_backward(backward);
+    });
+  }
+  return {grad_value, grad_locations.to(sampling_locations.scalar_type()),
+          grad_weights.to(attention_weights.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(deformable_detr, CUDA, m) {
+  m.impl("ms_deform_attn", ms_deform_attn_cuda);
+  m.impl("ms_deform_attn_backward", ms_deform_attn_backward_cuda);
+}
+
+}  // namespace deformable_detr

@@ -1,0 +1,152 @@
+"""Builds deformable_detr with its compiled operator. Environment variables:
+
+DEFORMABLE_DETR_BUILD_OPS=0   skip the operator; the PyTorch implementation is used.
+FORCE_CUDA=1                  build the CUDA kernels on a machine without a GPU; without a toolkit this fails.
+TORCH_CUDA_ARCH_LIST          CUDA architectures, as for every PyTorch extension.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CSRC = Path("csrc")
+CXX_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
+# For a build without a GPU to ask; PTX for what is newer.
+DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+
+
+def say(message: str) -> None:
+    print(f"deformable_detr: {message}", file=sys.stderr)
+
+
+def has_compiler() -> bool:
+    """Whether the C++ compiler that PyTorch would call exists and compiles an empty program."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "empty.cpp")
+        source.write_text("#include <vector>\nint main() { return 0; }\n")
+        command = [*shlex.split(os.environ.get("CXX", "c++")), "-c", str(source), "-o", str(source) + ".o"]
+        try:
+            return subprocess.run(command, capture_output=True).returncode == 0
+        except OSError:
+            return False
+
+
+def cuda_obstacle() -> str | None:
+    """Why the CUDA kernels cannot be built here; None where they can."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if CUDA_HOME is None:
+        return "no CUDA toolkit was found (CUDA_HOME)"
+    try:
+        report = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return f"{CUDA_HOME} has no nvcc"
+    toolkit = re.search(r"release (\d+)\.(\d+)", report)
+    if toolkit is None or toolkit[1] != torch.version.cuda.split(".")[0]:
+        found = f"{toolkit[1]}.{toolkit[2]}" if toolkit else "of unknown version"
+        return f"torch needs CUDA {torch.version.cuda} but the toolkit in {CUDA_HOME} is {found}"
+    return None
+
+
+def with_cuda() -> bool:
+    import torch
+
+    forced = os.environ.get("FORCE_CUDA", "0") == "1"
+    if not forced and not torch.cuda.is_available():
+        return False
+    obstacle = cuda_obstacle()
+    if obstacle is None:
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+        return True
+    if forced:
+        raise SystemExit(f"deformable_detr: FORCE_CUDA=1, but {obstacle}")
+    say(f"building the operator for the CPU only, because {obstacle}")
+    return False
+
+
+def get_extensions() -> list:
+    if os.environ.get("DEFORMABLE_DETR_BUILD_OPS", "1") == "0":
+        return []
+    try:
+        from torch.utils.cpp_extension import CppExtension, CUDAExtension
+    except ImportError as error:
+        raise SystemExit(
+            f"deformable_detr: building needs PyTorch ({error}): install torch, then "
+            "pip install --no-build-isolation . (or set DEFORMABLE_DETR_BUILD_OPS=0)"
+        ) from error
+    if sys.platform == "win32" or not has_compiler():
+        say("no C++ compiler (c++ or CXX) works here: installing without the operator, its slower PyTorch twin is used")
+        return []
+    cuda = with_cuda()
+    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp"), *(CSRC.glob("cuda/*.cu") if cuda else ())]
+    extension = CUDAExtension if cuda else CppExtension
+    return [
+        extension(
+            "deformable_detr._C",
+            sorted(map(str, sources)),
+            depends=sorted(str(path) for path in CSRC.rglob("*.h")) + sorted(str(path) for path in CSRC.rglob("*.cuh")),
+            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+            # The library registers operators and has no Python symbol: one file serves every Python version.
+            py_limited_api=True,
+        )
+    ]
+
+
+def get_commands(extensions: list) -> dict:
+    if not extensions:
+        return {}
+    from torch.utils.cpp_extension import BuildExtension
+
+    return {"build_ext": BuildExtension}
+
+
+extensions = get_extensions()
+setup(
+    name="deformable_detr",
+    version="0.1.0",
+    description="Deformable DETR for Detectron2",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages("projects"),
+    package_dir={"": "projects"},
+    install_requires=[
+        "detectron2",
+        "torch>=2.4",
+        "torchvision",
+        "fvcore",
+        "iopath",
+        "omegaconf",
+        "pycocotools",
+        "scipy",
+        "opencv-python",
+        "numpy",
+    ],
+    extras_require={
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "transformers>=4.57,<4.58",
+            "timm",
+            "safetensors",
+            "ruff",
+            "clang-format",
+            "matplotlib",
+            "tensorboard",
+        ]
+    },
+    ext_modules=extensions,
+    cmdclass=get_commands(extensions),
+    zip_safe=False,
+)

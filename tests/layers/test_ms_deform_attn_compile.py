@@ -1,0 +1,150 @@
+"""Registration of ms_deform_attn: opcheck, torch.compile, torch.export, ONNX, and life without the compiled library."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import deformable_detr.layers
+from deformable_detr.layers import MSDeformAttn, _ops, ms_deform_attn
+
+# Feature maps (H, W) of four image sizes. All sizes change at once: PyTorch makes dynamic only what it saw change.
+SIZES = [[(8, 12), (4, 6)], [(9, 14), (5, 7)], [(11, 7), (6, 4)], [(16, 10), (8, 5)]]
+
+
+class Attention(nn.Module):
+    """The module as a model uses it: feature maps in, shapes taken from them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = MSDeformAttn(d_model=32, n_levels=2, n_heads=4, n_points=2)
+
+    def forward(self, query, reference_points, *features):
+        shapes = [tuple(feature.shape[-2:]) for feature in features]
+        value = torch.cat([feature.flatten(2).transpose(1, 2) for feature in features], 1)
+        return self.attention(query, reference_points, value, shapes)
+
+
+def inputs(shapes, last=2):
+    generator = torch.Generator().manual_seed(1)
+    features = [torch.randn(2, 32, h, w, generator=generator) for h, w in shapes]
+    return torch.randn(2, 5, 32, generator=generator), torch.rand(2, 5, 2, last, generator=generator), *features
+
+
+def op_arguments(case):
+    return case.value, [size for shape in case.spatial_shapes for size in shape], *case.tensors[1:]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_op_passes_all_checks_of_opcheck(make_case, dtype, requires_grad):
+    case = make_case(D=8).to(dtype, torch.float32)
+    case = case.with_grad() if requires_grad else case
+    torch.library.opcheck(torch.ops.deformable_detr.ms_deform_attn.default, op_arguments(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_op_passes_all_checks_of_opcheck(make_case, dtype):
+    case = make_case(D=8).to(dtype, torch.float32)
+    grad = torch.randn(2, 5, 24, device=case.value.device).to(dtype)
+    torch.library.opcheck(torch.ops.deformable_detr.ms_deform_attn_backward.default, (grad, *op_arguments(case)))
+
+
+@pytest.mark.parametrize("last", [2, 4])
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_many_image_sizes_compile_to_at_most_two_graphs(dynamic, last):
+    module = Attention()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=counter)
+    torch._dynamo.reset()
+    for shapes in SIZES:
+        args = inputs(shapes, last)
+        torch.testing.assert_close(compiled(*args), module(*args))
+        compiled(*args).sum().backward()
+    assert counter.frame_count <= 2
+
+
+def export(last=2):
+    # Sizes are multiples of 8, as feature maps of strides 8 and 16 of one image are not independent.
+    dynamic = ({}, {}, ({2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},) * 2)
+    return torch.export.export(Attention().eval(), inputs(SIZES[0], last), dynamic_shapes=dynamic)
+
+
+@pytest.mark.parametrize("last", [2, 4])
+def test_exported_program_works_for_other_sizes(last):
+    exported = export(last)
+    names = {str(node.target) for node in exported.graph.nodes}
+    assert "deformable_detr.ms_deform_attn.default" in names
+    for shapes in SIZES:
+        torch.testing.assert_close(exported.module()(*inputs(shapes, last)), Attention()(*inputs(shapes, last)))
+
+
+def test_exported_op_decomposes_to_grid_sample():
+    program = deformable_detr.layers.decompose_ms_deform_attn(export())
+    names = {str(node.target) for node in program.graph.nodes}
+    assert not any("ms_deform_attn" in name for name in names) and any("grid_sampler" in name for name in names)
+    for shapes in SIZES[:2]:
+        torch.testing.assert_close(program.module()(*inputs(shapes)), Attention()(*inputs(shapes)))
+
+
+def test_schemas_in_python_and_in_the_compiled_library_agree():
+    source = Path(__file__).parents[2] / "csrc" / "ms_deform_attn.cpp"
+    text = "".join(source.read_text().split()).replace('""', "")
+    for schema in _ops.SCHEMAS:
+        assert f'm.def("{"".join(schema.split())}")' in text
+
+
+def run_without_library(code: str) -> subprocess.CompletedProcess:
+    """Run code in a new interpreter in which the compiled library cannot be found."""
+    preamble = f"""
+        import importlib.machinery, logging, sys, types
+        package = types.ModuleType("deformable_detr")
+        package.__path__ = [{str(Path(_ops.__file__).parents[1])!r}]
+        sys.modules["deformable_detr"] = package
+        importlib.machinery.EXTENSION_SUFFIXES = [".missing"]
+        logging.basicConfig(format="%(levelname)s %(message)s")
+        import torch
+        from deformable_detr.layers import ms_deform_attn, ms_deform_attn_pytorch
+    """
+    script = textwrap.dedent(preamble) + textwrap.dedent(code)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+
+def test_without_the_library_the_twin_serves_and_says_so_once():
+    done = run_without_library("""
+        torch.manual_seed(0)
+        shapes = [(3, 4), (2, 2)]
+        tensors = torch.rand(2, 16, 3, 4), torch.rand(2, 5, 3, 2, 2, 2), torch.rand(2, 5, 3, 2, 2)
+        value, locations, weights = (tensor.requires_grad_() for tensor in tensors)
+        gradients = []
+        for attend in (ms_deform_attn, ms_deform_attn_pytorch):
+            output = attend(value, shapes, locations, weights)
+            gradients.append((output, *torch.autograd.grad(output.square().sum(), (value, locations, weights))))
+        torch.testing.assert_close(*gradients)
+        ms_deform_attn(value, shapes, locations, weights)
+        args = value.detach(), [3, 4, 2, 2], locations.detach(), weights.detach()
+        torch.library.opcheck(torch.ops.deformable_detr.ms_deform_attn.default, args)
+    """)
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
+    assert len(warnings) == 1
+    assert "ms_deform_attn uses its slower PyTorch implementation on cpu because deformable_detr._C is not built" in (
+        warnings[0]
+    )
+
+
+def test_a_library_that_does_not_load_is_named_with_the_reason(monkeypatch, tmp_path):
+    broken = tmp_path / "_C.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(_ops, "find_library", lambda: broken)
+    assert _ops._load().startswith("_C.so does not load: ")
+
+
+def test_failing_kernel_fails_instead_of_falling_back(make_case):
+    case = make_case()
+    with pytest.raises(RuntimeError, match="cover 48 positions but value has S=0"):
+        ms_deform_attn(case.value[:, :0], *case.args[1:])
