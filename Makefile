@@ -1,0 +1,60 @@
+# `make demo` and `make test` each set up what they need on a fresh machine; a second call starts at once.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+ENVIRONMENT := $(VENV)/.environment
+OPERATOR := $(VENV)/.operator
+CSRC := $(wildcard $(foreach suffix,h cuh cpp cu,csrc/*.$(suffix) csrc/*/*.$(suffix)))
+
+.PHONY: help setup demo test lint format clean
+
+help:
+	@echo "make demo     train a small Deformable DETR on generated data, evaluate it, draw its detections"
+	@echo "make test     lint and run every test"
+	@echo "make setup    only create $(VENV), install PyTorch and Detectron2, build the operator"
+	@echo "make lint     check the style of Python, C++ and CUDA;  make format applies it"
+	@echo "make clean    remove what was built and drawn (not $(VENV): remove that to start afresh)"
+	@echo "Variables: PYTHON=$(PYTHON) (3.10 or newer), VENV=$(VENV)"
+
+setup: $(OPERATOR)
+
+demo: $(OPERATOR)
+	$(BIN)/python tools/demo.py
+
+test: lint $(OPERATOR)
+	$(BIN)/python -m pytest
+
+lint: $(ENVIRONMENT)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+format: $(ENVIRONMENT)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CSRC)
+
+clean:
+	rm -rf build output .pytest_cache .ruff_cache .hypothesis $(OPERATOR)
+	rm -f projects/deformable_detr/*.so
+	rm -rf projects/*.egg-info
+	find configs projects tests tools -name __pycache__ -prune -exec rm -rf {} +
+
+# constraints.txt names every package of the environment, so installing it needs no resolving.
+$(ENVIRONMENT): constraints.txt tools/install_detectron2.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "error: $(PYTHON) must be Python 3.10 or newer; choose another: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' \
+		|| { echo "error: $(PYTHON) cannot create environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --requirement constraints.txt
+	$(BIN)/python tools/install_detectron2.py --constraint constraints.txt
+	@touch $@
+
+# No build isolation: the operator must be compiled against the PyTorch that will load it. No dependencies: they are
+# there, with the OpenCV that runs without a display in place of the one that setup.py names.
+$(OPERATOR): $(ENVIRONMENT) setup.py pyproject.toml $(CSRC)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
