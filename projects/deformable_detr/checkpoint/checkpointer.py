@@ -1,0 +1,128 @@
+"""Detectron2's checkpointer, with every source of weights that ``convert`` knows and saves that cannot be cut short."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+
+from .convert import convert
+from .files import read_checkpoint
+from .report import CheckpointError, ConversionReport
+from .sources import OURS
+
+
+class DeformableDETRCheckpointer(DetectionCheckpointer):
+    """Loads official, transformers, ImageNet and own checkpoints into the model, or says why it cannot.
+
+    Unlike its base it never skips a parameter silently: what was used, mapped, dropped and missing is logged, and a
+    backbone or transformer that is not covered is a CheckpointError. It runs no code from the files it reads.
+
+    Attributes:
+        report: the ConversionReport of the last load, None before.
+    """
+
+    report: ConversionReport | None = None
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Loads a checkpoint.
+
+        Args:
+            path: file or URL of any handler of Detectron2's PathManager; if empty, nothing is loaded.
+            checkpointables: names of what to load beside the model; None means all.
+
+        Returns:
+            What our own training checkpoints hold beyond that, e.g. "iteration"; empty for other projects' files.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            CheckpointError: if the file cannot be fetched or read, or does not fit the model.
+        """
+        if path:
+            path = self._fetch(path)
+        # Not through Detectron2's load: all it adds are the queries of URLs, which ask for the name matching that
+        # convert() replaces, and a synchronisation that models unwrapped by fvcore do not get.
+        return super(DetectionCheckpointer, self).load(path, checkpointables)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Resumes from the last checkpoint of ``save_dir`` where asked and there is one, else loads ``path``.
+
+        Raises:
+            CheckpointError: if the last checkpoint is of another model than the present one, besides the cases of
+                :meth:`load`.
+        """
+        resume = resume and self.has_checkpoint()
+        extra = super().resume_or_load(path, resume=resume)
+        if resume and not self.report.exact:
+            raise CheckpointError(
+                f"Cannot resume: {self.get_checkpoint_file()} holds another model than the config describes. "
+                f"Start in another OUTPUT_DIR, with MODEL.WEIGHTS set to that file.\n{self.report}"
+            )
+        return extra
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Writes ``<save_dir>/<name>.pth``: either the whole file appears under that name, or none.
+
+        Args:
+            name: file name without folder and suffix.
+            kwargs: plain values to save beside the model and the checkpointables.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
+        file = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", file)
+        with _replacing(file) as stream:
+            torch.save({"model": self.model.state_dict(), **states, **kwargs}, stream)
+        self.tag_last_checkpoint(os.path.basename(file))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Records the file to resume from."""
+        with _replacing(os.path.join(self.save_dir, "last_checkpoint")) as stream:
+            stream.write(last_filename_basename.encode())
+
+    def _fetch(self, path: str) -> str:
+        try:
+            local_path = self.path_manager.get_local_path(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"MODEL.WEIGHTS: {path} cannot be downloaded ({error}). Download it where there is a network, and "
+                "give the path of the local file instead"
+            ) from error
+        if not os.path.exists(local_path):
+            raise FileNotFoundError(
+                f"There is no checkpoint file {local_path} "
+                "(asked for by MODEL.WEIGHTS, or by last_checkpoint when resuming)"
+            )
+        return local_path
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        return read_checkpoint(filename)
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> None:
+        state_dict, self.report = convert(checkpoint.pop("model"), model=self.model)
+        if self.report.source != OURS.name:
+            # Another project's optimizer or iteration means nothing to ours.
+            checkpoint.clear()
+        # A backbone leaves the rest to be trained; a detector that leaves something (its classes) is worth a warning.
+        is_detector = "transformer.level_embed" in state_dict
+        self.logger.log(logging.WARNING if is_detector and self.report.missing else logging.INFO, "%s", self.report)
+        self.model.load_state_dict(state_dict, strict=False)
+
+
+@contextmanager
+def _replacing(path: str) -> Iterator[IO[bytes]]:
+    """Opens a neighbour of ``path`` for writing, which takes its place once it is complete and on the disk."""
+    unfinished = f"{path}.tmp"
+    try:
+        with open(unfinished, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)

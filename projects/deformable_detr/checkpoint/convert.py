@@ -1,0 +1,268 @@
+"""Other projects' weights -> ours: renames, then class rows, then a check that nothing was lost on the way."""
+
+import operator
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .report import CheckpointError, ConversionReport
+from .sources import BOTTOM_UP, COCO_CATEGORY_IDS, NUM_COCO_IDS, SOURCES, Source, detect_source
+
+_HEAD_ALIAS = re.compile(r"^transformer\.decoder\.((?:class|bbox)_embed\.)")
+_HEAD = re.compile(r"^(?P<kind>class_embed|bbox_embed)\.(?P<index>\d+)\.(?P<rest>.+)$")
+_QKV = re.compile(r"^(?P<stem>.*\.self_attn)\.(?P<letter>[qkv])_proj\.(?P<rest>weight|bias)$")
+_BOOKKEEPING = {
+    re.compile(r"(^|\.)total_(params|ops)$"): "a counter of the profiler thop, not a weight",
+    re.compile(r"\.num_batches_tracked$"): "a counter of batch norm, not used at inference",
+}
+_ENCODER_OUTPUT = "transformer.enc_output.weight"
+_MAX_NAMED = 5
+
+
+def convert(state_dict: Mapping[str, Any], *, model: nn.Module) -> tuple[dict[str, Tensor], ConversionReport]:
+    """Renames a checkpoint's parameters to ours and fits its classes to the model's.
+
+    Known are the names of the official repository, of transformers 4.x and 5.x, of detrex, of torchvision's and
+    Detectron2's ImageNet backbones, and our own. The class heads of a model with other classes are treated so:
+
+    - 91 outputs (raw COCO category ids) to 80: the rows of the 80 categories, in the order of their ids. This is
+      the contiguous order of Detectron2's built-in COCO datasets.
+    - The encoder's head of a two-stage model scores proposals by channel 0, whatever the classes are; its rows keep
+      their positions.
+    - Any other difference: the model keeps the rows it was initialised with, and the report says so.
+
+    Args:
+        state_dict: name -> tensor or numpy array. It is left as it is.
+        model: the model that shall load the result. It is left as it is.
+
+    Returns:
+        The parameters to load, by our names (those in ``report.missing`` are left out), and the report.
+
+    Raises:
+        CheckpointError: if the names are of no known kind, or if the backbone or the transformer are not covered
+            completely. A pretrained backbone need not cover more than the backbone.
+    """
+    target = model.state_dict(keep_vars=True)
+    tensors = _as_tensors(state_dict)
+    source = detect_source(tensors, model_keys=target)
+    if source is None:
+        known = ", ".join(known.name for known in SOURCES)
+        raise CheckpointError(
+            f"The parameter names of this checkpoint are of no known kind ({known}); "
+            f"it has {len(tensors)} of them: {_name_first(sorted(tensors))}"
+        )
+    report = ConversionReport(source.name)
+    tensors = _rename(tensors, source, report)
+    _join_query_key_value(tensors, report)
+    _spread_shared_heads(tensors, target, report)
+    _fit_class_heads(tensors, target, report)
+    _drop_what_has_no_place(tensors, target, source, report)
+    _note_what_is_missing(tensors, target, source, report)
+    _raise_unless_covered(tensors, target, report)
+    return tensors, report
+
+
+def _as_tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns a plain dict of tensors without the prefix that DistributedDataParallel adds.
+
+    Plain, because the metadata of a torchvision state dict makes Detectron2's FrozenBatchNorm2d subtract eps from
+    the running variances.
+    """
+    tensors = {}
+    wrapped = bool(state_dict) and all(key.startswith("module.") for key in state_dict)
+    for key, value in state_dict.items():
+        try:
+            tensors[key.removeprefix("module.") if wrapped else key] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{key} is a {type(value).__name__}, not a tensor") from error
+    return tensors
+
+
+def _rename(tensors: Mapping[str, Tensor], source: Source, report: ConversionReport) -> dict[str, Tensor]:
+    """Applies the source's renames. The decoder's aliases of the heads count where the heads themselves are absent."""
+    renamed: dict[str, Tensor] = {}
+    aliases = {}
+    for key, tensor in tensors.items():
+        name = source.rename(key)
+        if _HEAD_ALIAS.match(name):
+            aliases[key] = _HEAD_ALIAS.sub(r"\1", name)
+            continue
+        renamed[name] = tensor
+        report.used[name] = (key,)
+    for key, name in aliases.items():
+        if name in renamed:
+            report.dropped[key] = "a second name of the same head"
+        else:
+            renamed[name] = tensors[key]
+            report.used[name] = (key,)
+    return renamed
+
+
+def _join_query_key_value(tensors: dict[str, Tensor], report: ConversionReport) -> None:
+    """Concatenates separate query, key and value projections into nn.MultiheadAttention's ``in_proj_*``."""
+    groups: dict[str, dict[str, str]] = defaultdict(dict)
+    for key in tensors:
+        if match := _QKV.match(key):
+            groups[f"{match['stem']}.in_proj_{match['rest']}"][match["letter"]] = key
+    for name, parts in groups.items():
+        if set(parts) != set("qkv"):
+            continue  # the incomplete ones stay as they are, and are reported as having no place
+        keys = [parts[letter] for letter in "qkv"]
+        tensors[name] = torch.cat([tensors.pop(key) for key in keys])
+        report.used[name] = tuple(original for key in keys for original in report.used.pop(key))
+        report.mapped[name] = "query, key and value projections joined"
+
+
+def _spread_shared_heads(tensors: dict[str, Tensor], target: Mapping[str, Tensor], report: ConversionReport) -> None:
+    """Gives every decoder layer its head where the file holds one for all (saved files leave out the copies)."""
+    for kind in ("class_embed", "bbox_embed"):
+        if any(key.startswith(f"{kind}.1.") for key in tensors):
+            continue
+        for key in target:
+            match = _HEAD.match(key)
+            if match is None or match["kind"] != kind or key in tensors or _is_encoder_head(key, target):
+                continue
+            first = f"{kind}.0.{match['rest']}"
+            if first in tensors:
+                tensors[key] = tensors[first]
+                report.used[key] = report.used[first]
+                report.mapped[key] = "the file's one head for all decoder layers"
+
+
+def _fit_class_heads(tensors: dict[str, Tensor], target: Mapping[str, Tensor], report: ConversionReport) -> None:
+    """Maps the rows of heads whose number of classes differs from the model's."""
+    for key in [key for key in tensors if key.startswith("class_embed.") and key in target]:
+        tensor, initial = tensors[key], target[key].detach()
+        rows, wanted = len(tensor), len(initial)
+        if rows == wanted or tensor.shape[1:] != initial.shape[1:]:
+            continue
+        if _is_encoder_head(key, target):
+            # Channel 0 of this head means "object": taking the rows by category would lose it.
+            tensors[key] = torch.cat([tensor[:wanted], initial[rows:].to(tensor)])
+            report.mapped[key] = f"encoder head: rows keep their positions, {rows} -> {wanted}"
+        elif rows == NUM_COCO_IDS and wanted == len(COCO_CATEGORY_IDS):
+            tensors[key] = tensor[list(COCO_CATEGORY_IDS)]
+            report.mapped[key] = f"rows of the {wanted} COCO categories out of {rows} raw ids"
+        else:
+            del tensors[key]
+            reason = f"{rows} classes in the file, {wanted} in the model: which row is which is not known"
+            report.dropped.update(dict.fromkeys(report.used.pop(key), reason))
+            report.missing[key] = f"initialised: {reason}"
+
+
+def _is_encoder_head(key: str, target: Mapping[str, Tensor]) -> bool:
+    """Whether ``key`` belongs to the head that scores proposals: the last one of a two-stage model."""
+    if _ENCODER_OUTPUT not in target:
+        return False
+    last = max(int(match["index"]) for name in target if (match := _HEAD.match(name)))
+    return key.split(".")[1] == str(last)
+
+
+def _drop_what_has_no_place(
+    tensors: dict[str, Tensor], target: Mapping[str, Tensor], source: Source, report: ConversionReport
+) -> None:
+    """Removes what may be absent from the model without loss. What remains without a place is an error later."""
+    for key in [key for key in tensors if key not in target]:
+        reason = next((reason for pattern, reason in _BOOKKEEPING.items() if pattern.search(key)), None)
+        if reason is None and source.backbone_only:
+            reason = "the model has no such parameter"
+        if reason is not None:
+            del tensors[key]
+            report.mapped.pop(key, None)
+            report.dropped.update(dict.fromkeys(report.used.pop(key), reason))
+
+
+def _note_what_is_missing(
+    tensors: Mapping[str, Tensor], target: Mapping[str, Tensor], source: Source, report: ConversionReport
+) -> None:
+    """Records what the model keeps as it is, where that is to be expected."""
+    for key in target:
+        if key in tensors or key in report.missing:
+            continue
+        if source.backbone_only and not key.startswith(BOTTOM_UP):
+            report.missing[key] = "initialised: not part of a pretrained backbone"
+        elif key.endswith(".num_batches_tracked"):
+            report.missing[key] = "initialised: a counter of batch norm"
+
+
+def _raise_unless_covered(
+    tensors: Mapping[str, Tensor], target: Mapping[str, Tensor], report: ConversionReport
+) -> None:
+    missing = [key for key in target if key not in tensors and key not in report.missing]
+    misshaped = [
+        f"{key} is {tuple(tensor.shape)} in the file and {tuple(target[key].shape)} in the model"
+        for key, tensor in tensors.items()
+        if key in target and tensor.shape != target[key].shape
+    ]
+    unplaced = [f"{key} ({', '.join(report.used[key])})" for key in tensors if key not in target]
+    counts = {
+        "missing in the file": missing,
+        "of another shape": misshaped,
+        "without a place in the model": unplaced,
+        "different in the file but one parameter in the model": _conflicts_in_shared_parameters(tensors, target),
+    }
+    problems = [f"{len(keys)} {what}: {_name_first(keys)}" for what, keys in counts.items() if keys]
+    variant = _compare_variants(tensors, target) if "transformer.level_embed" in tensors else ""
+    if problems or variant:
+        raise CheckpointError(
+            f"The checkpoint ({report.source} names) does not fit the model. {variant}"
+            + "; ".join(f"Parameters {problem}" for problem in problems)
+        )
+
+
+def _conflicts_in_shared_parameters(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
+    """Returns the names of parameters that the model shares (one head for all layers) while the file's differ."""
+    first_name: dict[int, str] = {}
+    conflicts = []
+    for key, parameter in target.items():
+        first = first_name.setdefault(id(parameter), key)
+        if first in tensors and key in tensors and not torch.equal(tensors[first], tensors[key]):
+            conflicts.append(key)
+    return conflicts
+
+
+def _compare_variants(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str:
+    """Returns one sentence on what makes the file another variant of the model than ours; empty if nothing does."""
+    # A model shares one head between its layers; a file holds equal copies of it.
+    theirs = _describe_variant(tensors, same=torch.equal)
+    ours = _describe_variant(target, same=operator.is_)
+    if ours["two_stage"]:
+        # Before training, the box heads of a two-stage model are equal although not shared.
+        ours.pop("with_box_refine", None)
+    differences = [
+        f"{fact} is {theirs[fact]} in the file and {ours[fact]} in the model"
+        for fact in ours.keys() & theirs.keys()
+        if ours[fact] != theirs[fact]
+    ]
+    return f"They are different variants: {', '.join(sorted(differences))}. " if differences else ""
+
+
+def _describe_variant(
+    tensors: Mapping[str, Tensor], *, same: Callable[[Tensor, Tensor], bool]
+) -> dict[str, int | bool]:
+    def count(pattern: str) -> int:
+        return len({match[1] for key in tensors if (match := re.match(pattern, key))})
+
+    facts: dict[str, int | bool] = {
+        "num_feature_levels": count(r"backbone\.input_proj\.(\d+)\."),
+        "num_encoder_layers": count(r"transformer\.encoder\.layers\.(\d+)\."),
+        "num_decoder_layers": count(r"transformer\.decoder\.layers\.(\d+)\."),
+        "two_stage": _ENCODER_OUTPUT in tensors,
+    }
+    if "transformer.level_embed" in tensors:
+        facts["hidden_dim"] = tensors["transformer.level_embed"].shape[1]
+    if "query_embed.weight" in tensors:
+        facts["num_queries"] = len(tensors["query_embed.weight"])
+    second_head = {key.replace(".0.", ".1.", 1): tensors[key] for key in tensors if key.startswith("bbox_embed.0.")}
+    if second_head.keys() <= tensors.keys():
+        facts["with_box_refine"] = not all(same(tensor, tensors[key]) for key, tensor in second_head.items())
+    return facts
+
+
+def _name_first(names: list[str]) -> str:
+    rest = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")

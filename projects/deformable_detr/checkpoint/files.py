@@ -1,0 +1,124 @@
+"""Reads checkpoint files without running code from them."""
+
+import argparse
+import codecs
+import collections
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .report import CheckpointError
+
+# What a checkpoint may name besides tensors and plain Python values. None of it can run code: the official files
+# hold their command line as a Namespace, and training state may hold numpy numbers.
+_NUMPY_RECONSTRUCT = np.zeros(0).__reduce__()[0]
+_NUMPY_FROM_BUFFER = np.zeros(0).__reduce_ex__(5)[0]
+_NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+_NUMPY_DTYPES = [type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)]
+_TORCH_GLOBALS = [argparse.Namespace, codecs.encode, np.ndarray, np.dtype, _NUMPY_RECONSTRUCT, _NUMPY_SCALAR]
+_PICKLE_GLOBALS = {
+    ("_codecs", "encode"): codecs.encode,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+# numpy 2 renamed its core, and files name the one that wrote them.
+for _core in ("numpy.core", "numpy._core"):
+    _PICKLE_GLOBALS[f"{_core}.multiarray", "_reconstruct"] = _NUMPY_RECONSTRUCT
+    _PICKLE_GLOBALS[f"{_core}.multiarray", "scalar"] = _NUMPY_SCALAR
+    _PICKLE_GLOBALS[f"{_core}.numeric", "_frombuffer"] = _NUMPY_FROM_BUFFER
+_STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
+# The words of torch's own unpickler.
+_FORBIDDEN = "Unsupported global: GLOBAL"
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Reads a ``.pth``, ``.pt``, ``.bin``, ``.pkl`` or ``.safetensors`` file onto the CPU.
+
+    Args:
+        path: a local file.
+
+    Returns:
+        A dict with the state dict under "model" and, where the file has more (optimizer, iteration, ...), the rest
+        beside it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file is no checkpoint (a web page, a Git LFS pointer), is truncated, needs code to
+            be run for loading, or holds no state dict.
+    """
+    _raise_if_not_a_checkpoint(path)
+    try:
+        content = _load(path)
+    # What a broken file raises depends on where it is broken; torch and pickle document no common class for it.
+    except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError, ValueError, LookupError) as error:
+        raise CheckpointError(f"{path} {_explain(error)}") from error
+    return _find_state_dict(content, path)
+
+
+def _raise_if_not_a_checkpoint(path: str) -> None:
+    if os.path.isdir(path):
+        raise CheckpointError(f"{path} is a folder; name the weights file inside it, e.g. model.safetensors")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no checkpoint file {path}")
+    with open(path, "rb") as file:
+        start = file.read(256).lstrip().lower()
+    if not start:
+        raise CheckpointError(f"{path} is empty, fetch it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(
+            f"{path} is a web page, not weights: the download was answered with an error or a confirmation page. "
+            "Open the link in a browser and save the file itself"
+        )
+
+
+def _load(path: str) -> Any:
+    if path.endswith(".safetensors"):
+        return load_file(path)
+    if path.endswith(".pkl") and not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            # latin1 is how arrays pickled by Python 2 are read; the files of older Detectron versions are of that kind.
+            return _ArrayUnpickler(file, encoding="latin1").load()
+    with torch.serialization.safe_globals(_TORCH_GLOBALS + _NUMPY_DTYPES):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles numpy arrays in plain containers, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _PICKLE_GLOBALS:
+            raise pickle.UnpicklingError(f"{_FORBIDDEN} {module}.{name}")
+        return _PICKLE_GLOBALS[module, name]
+
+
+def _explain(error: Exception) -> str:
+    message = str(error) or type(error).__name__
+    if forbidden := re.search(rf"{_FORBIDDEN} (\S+)", message):
+        return (
+            f"is refused: loading it would run code from the file ({forbidden[1]}). Where you trust it, save its "
+            "tensors alone, as a plain dict or as .safetensors"
+        )
+    # Torch's own advice, which comes before its reason, is to run the code.
+    reason = message.split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
+    return f"is truncated or not a checkpoint, fetch it again ({reason})"
+
+
+def _find_state_dict(content: Any, path: str) -> dict[str, Any]:
+    """Returns ``content`` with its state dict under "model", whatever it was called."""
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of parameters")
+    for name in _STATE_DICT_KEYS:
+        if isinstance(content.get(name), Mapping):
+            return {"model": content[name]} | {key: value for key, value in content.items() if key != name}
+    return {"model": dict(content)}

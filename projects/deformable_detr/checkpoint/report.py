@@ -1,0 +1,54 @@
+"""What happened to every parameter when a checkpoint was converted."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from tabulate import tabulate
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or that does not fit the model; the message says why and what to do."""
+
+
+@dataclass
+class ConversionReport:
+    """Where each parameter of a converted checkpoint went.
+
+    Attributes:
+        source: the naming scheme that was found.
+        used: our name -> the names in the checkpoint that it was made from.
+        mapped: our name -> what was done to the tensor beyond renaming it.
+        dropped: name in the checkpoint -> why it was not used.
+        missing: our name -> why the model keeps its own initial value.
+    """
+
+    source: str
+    used: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    mapped: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the checkpoint holds this very model: every parameter used as it is, none missing or dropped."""
+        return not (self.mapped or self.dropped or self.missing)
+
+    def __str__(self) -> str:
+        rows = [("used", len(self.used), "", _examples(self.used))]
+        for outcome in ("mapped", "dropped", "missing"):
+            rows += [(outcome, *row) for row in _group_by_reason(getattr(self, outcome))]
+        table = tabulate(rows, headers=("outcome", "keys", "detail", "for example"), tablefmt="pipe")
+        return f"Checkpoint with {self.source} names:\n{table}"
+
+
+def _examples(keys: Iterable[str]) -> str:
+    return next(iter(keys), "")
+
+
+def _group_by_reason(reasons: Mapping[str, str]) -> list[tuple[int, str, str]]:
+    """Returns (number of keys, reason, first key) for every distinct reason."""
+    groups = defaultdict(list)
+    for key, reason in reasons.items():
+        groups[reason].append(key)
+    return [(len(keys), reason, _examples(keys)) for reason, keys in groups.items()]

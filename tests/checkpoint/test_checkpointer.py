@@ -1,0 +1,137 @@
+import argparse
+import logging
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from deformable_detr.checkpoint import CheckpointError
+from deformable_detr.checkpoint.checkpointer import DeformableDETRCheckpointer
+
+
+def assert_same_parameters(model, expected):
+    state_dict = model.state_dict()
+    assert [key for key, value in expected.state_dict().items() if not torch.equal(state_dict[key], value)] == []
+
+
+def test_official_file_loads_and_its_training_state_does_not(build, official_names, tmp_path):
+    theirs, ours = build("_two_stage"), build("_two_stage")
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=0.5)
+    content = {"model": official_names(theirs), "optimizer": {"nonsense": 1}, "epoch": 49}
+    torch.save(content | {"args": argparse.Namespace(lr=2e-4)}, tmp_path / "official.pth")
+    checkpointer = DeformableDETRCheckpointer(ours, optimizer=optimizer)
+    assert checkpointer.load(str(tmp_path / "official.pth")) == {}
+    assert_same_parameters(ours, theirs)
+
+
+@pytest.mark.parametrize("suffix", (".bin", ".safetensors"))
+def test_files_saved_by_transformers_load(suffix, build, transformers_names, tmp_path):
+    theirs, ours = build("_box_refine"), build("_box_refine")
+    path = tmp_path / f"model{suffix}"
+    state_dict = {key: value.contiguous().clone() for key, value in transformers_names(theirs, 4).items()}
+    if suffix == ".bin":
+        torch.save(state_dict, path)
+    else:
+        save_file(state_dict, path)
+    DeformableDETRCheckpointer(ours).load(str(path))
+    assert_same_parameters(ours, theirs)
+
+
+def test_imagenet_backbone_of_detectron2_loads_and_the_rest_stays(build, tmp_path):
+    theirs, ours = build(), build()
+    before = {key: value.clone() for key, value in ours.state_dict().items()}
+    backbone = theirs.backbone.bottom_up
+    arrays = {key: value.numpy() for key, value in backbone.state_dict().items()}
+    content = {"model": arrays, "__author__": "torchvision", "matching_heuristics": True}
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content))
+    DeformableDETRCheckpointer(ours).resume_or_load(str(tmp_path / "R-50.pkl"), resume=False)
+    assert_same_parameters(ours.backbone.bottom_up, backbone)
+    rest = [key for key in before if not key.startswith("backbone.bottom_up.")]
+    assert all(torch.equal(ours.state_dict()[key], before[key]) for key in rest)
+
+
+def test_training_resumes_with_model_optimizer_scheduler_and_iteration(build, tmp_path):
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    model.transformer.level_embed.sum().backward()
+    optimizer.step()
+    scheduler.step()
+    parts = {"optimizer": optimizer, "scheduler": scheduler}
+    DeformableDETRCheckpointer(model, str(tmp_path), **parts).save("model_0000041", iteration=41)
+
+    resumed = build()
+    new_optimizer = torch.optim.AdamW(resumed.parameters(), lr=0.1)
+    new_scheduler = torch.optim.lr_scheduler.StepLR(new_optimizer, 1)
+    checkpointer = DeformableDETRCheckpointer(resumed, str(tmp_path), optimizer=new_optimizer, scheduler=new_scheduler)
+    assert checkpointer.resume_or_load("ignored.pth", resume=True)["iteration"] == 41
+    assert_same_parameters(resumed, model)
+    assert str(new_optimizer.state_dict()) == str(optimizer.state_dict())
+    assert new_scheduler.state_dict() == scheduler.state_dict()
+
+
+def test_resuming_another_model_is_refused(build, tmp_path):
+    DeformableDETRCheckpointer(build(NUM_CLASSES=80), str(tmp_path)).save("model_final")
+    checkpointer = DeformableDETRCheckpointer(build(NUM_CLASSES=5), str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"(?s)Cannot resume: .*model_final\.pth.*80 classes in the file, 5 in"):
+        checkpointer.resume_or_load("", resume=True)
+    assert checkpointer.resume_or_load(str(tmp_path / "model_final.pth"), resume=False) == {}
+
+
+def test_what_became_of_the_parameters_is_logged(build, official_names, tmp_path, caplog):
+    torch.save(official_names(build(NUM_CLASSES=91)), tmp_path / "official.pth")
+    caplog.set_level(logging.INFO)
+    checkpointer = DeformableDETRCheckpointer(build(NUM_CLASSES=5))
+    checkpointer.load(str(tmp_path / "official.pth"))
+    assert str(checkpointer.report) in caplog.text
+    assert "91 classes in the file, 5 in the model" in caplog.text
+
+
+def test_missing_file_is_named_with_its_config_key(build, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth.*MODEL\.WEIGHTS"):
+        DeformableDETRCheckpointer(build()).load(str(tmp_path / "nowhere.pth"))
+
+
+def test_last_checkpoint_that_names_a_deleted_file_is_told(build, tmp_path):
+    (tmp_path / "last_checkpoint").write_text("deleted.pth")
+    with pytest.raises(FileNotFoundError, match=r"deleted\.pth.*last_checkpoint"):
+        DeformableDETRCheckpointer(build(), str(tmp_path)).resume_or_load("", resume=True)
+
+
+def test_a_checkpointer_works_after_a_failed_load(build, tmp_path):
+    model = build()
+    (tmp_path / "bad.pth").write_text("<html>not found</html>")
+    checkpointer = DeformableDETRCheckpointer(model, str(tmp_path))
+    checkpointer.save("good")
+    with pytest.raises(CheckpointError, match="is a web page"):
+        checkpointer.load(str(tmp_path / "bad.pth"))
+    checkpointer.load(str(tmp_path / "good.pth"))
+    assert checkpointer.report.exact
+
+
+def test_no_weights_leave_the_model_as_it_is(build):
+    assert DeformableDETRCheckpointer(build()).load("") == {}
+
+
+def test_an_interrupted_save_leaves_the_last_checkpoint_in_place(build, tmp_path, monkeypatch):
+    checkpointer = DeformableDETRCheckpointer(build(), str(tmp_path))
+    checkpointer.save("model", iteration=1)
+
+    def fill_the_disk(_, stream):
+        stream.write(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    for name in ("model", "model_final"):
+        with pytest.raises(OSError, match="No space left"):
+            checkpointer.save(name, iteration=2)
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model.pth"]
+    assert checkpointer.load(checkpointer.get_checkpoint_file()) == {"iteration": 1}
+
+
+def test_nothing_is_written_without_a_folder_or_by_other_processes(build, tmp_path):
+    DeformableDETRCheckpointer(build()).save("model")
+    DeformableDETRCheckpointer(build(), str(tmp_path), save_to_disk=False).save("model")
+    assert os.listdir(tmp_path) == []
