@@ -94,6 +94,11 @@ def test_missing_file_is_named_with_its_config_key(build, tmp_path):
         DeformableDETRCheckpointer(build()).load(str(tmp_path / "nowhere.pth"))
 
 
+def test_folder_is_not_taken_for_weights(build, tmp_path):
+    with pytest.raises(CheckpointError, match="is a folder; name the weights file inside it"):
+        DeformableDETRCheckpointer(build()).load(str(tmp_path))
+
+
 def test_last_checkpoint_that_names_a_deleted_file_is_told(build, tmp_path):
     (tmp_path / "last_checkpoint").write_text("deleted.pth")
     with pytest.raises(FileNotFoundError, match=r"deleted\.pth.*last_checkpoint"):

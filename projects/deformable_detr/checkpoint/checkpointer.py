@@ -10,7 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from .convert import convert
-from .files import read_checkpoint
+from .files import check_weights_file, read_checkpoint
 from .report import CheckpointError, ConversionReport
 from .sources import OURS
 
@@ -95,8 +95,9 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         if not os.path.exists(local_path):
             raise FileNotFoundError(
                 f"There is no checkpoint file {local_path} "
-                "(asked for by MODEL.WEIGHTS, or by last_checkpoint when resuming)"
+                "(asked for by MODEL.WEIGHTS or train.init_checkpoint, or by last_checkpoint when resuming)"
             )
+        check_weights_file(local_path)
         return local_path
 
     def _load_file(self, filename: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         CheckpointError: if the file is no checkpoint (a web page, a Git LFS pointer), is truncated, needs code to
             be run for loading, or holds no state dict.
     """
-    _raise_if_not_a_checkpoint(path)
+    check_weights_file(path)
     try:
         content = _load(path)
     # What a broken file raises depends on where it is broken; torch and pickle document no common class for it.
@@ -64,7 +64,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return _find_state_dict(content, path)
 
 
-def _raise_if_not_a_checkpoint(path: str) -> None:
+def check_weights_file(path: str) -> None:
+    """Raises what :func:`read_checkpoint` does for a path at which there is something else than a file of weights."""
     if os.path.isdir(path):
         raise CheckpointError(f"{path} is a folder; name the weights file inside it, e.g. model.safetensors")
     if not os.path.isfile(path):

@@ -35,14 +35,14 @@ class ConversionReport:
         return not (self.mapped or self.dropped or self.missing)
 
     def __str__(self) -> str:
-        rows = [("used", len(self.used), "", _examples(self.used))]
+        rows = [("used", len(self.used), "", _first(self.used))]
         for outcome in ("mapped", "dropped", "missing"):
             rows += [(outcome, *row) for row in _group_by_reason(getattr(self, outcome))]
         table = tabulate(rows, headers=("outcome", "keys", "detail", "for example"), tablefmt="pipe")
         return f"Checkpoint with {self.source} names:\n{table}"
 
 
-def _examples(keys: Iterable[str]) -> str:
+def _first(keys: Iterable[str]) -> str:
     return next(iter(keys), "")
 
 
@@ -51,4 +51,4 @@ def _group_by_reason(reasons: Mapping[str, str]) -> list[tuple[int, str, str]]:
     groups = defaultdict(list)
     for key, reason in reasons.items():
         groups[reason].append(key)
-    return [(len(keys), reason, _examples(keys)) for reason, keys in groups.items()]
+    return [(len(keys), reason, _first(keys)) for reason, keys in groups.items()]
