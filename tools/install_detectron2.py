@@ -123,9 +123,7 @@ __legacy__ = sys.modules[__name__]
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", help="install this folder or pip requirement instead of v0.6")
     parser.add_argument("--constraint", type=Path, help="a pip constraints file for the dependencies")
     args = parser.parse_args(argv)
@@ -193,14 +191,10 @@ def fetch_sdist(folder: Path) -> Path:
     )
     pinned = f"{SDIST_NAME}=={SDIST_VERSION}"
     if "DO NOT MATCH THE HASHES" in result.stderr:
-        raise InstallError(
-            f"The package index offers a {pinned} other than the one with sha256 {SDIST_SHA256}."
-        )
+        raise InstallError(f"The package index offers a {pinned} other than the one with sha256 {SDIST_SHA256}.")
     if result.returncode:
         reason = last_line(result.stderr)
-        raise InstallError(
-            f"{pinned} could not be fetched; is the package index reachable? pip says: {reason}"
-        )
+        raise InstallError(f"{pinned} could not be fetched; is the package index reachable? pip says: {reason}")
     (archive,) = folder.glob("*.tar.gz")
     return archive
 
@@ -318,9 +312,7 @@ def build_wheel(source: str, folder: Path) -> Path:
     return wheel
 
 
-def run_pip(
-    *arguments: str, capture: bool = False, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess:
+def run_pip(*arguments: str, capture: bool = False, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """Run pip in the running interpreter's environment, with ``env`` added to the variables."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     return subprocess.run(command, capture_output=capture, text=True, env={**os.environ, **(env or {})})

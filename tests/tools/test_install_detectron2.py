@@ -111,9 +111,7 @@ def test_an_archive_with_another_hash_is_not_even_opened(tmp_path):
 
 def test_the_wheel_holds_package_configs_and_projects_under_their_installed_names(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"detectron2/model_zoo/configs/Base.yaml", "detectron2/projects/point_rend/config.py"} <= set(
-        names
-    )
+    assert {"detectron2/model_zoo/configs/Base.yaml", "detectron2/projects/point_rend/config.py"} <= set(names)
     assert not any(name.startswith(("setup.py", "projects/", "pb1")) for name in names)
 
 
@@ -178,9 +176,7 @@ def test_a_detectron2_that_does_not_import_is_reported_with_its_reason(tmp_path)
     (tmp_path / "detectron2/__init__.py").write_text('raise ImportError("libc10.so is missing")\n')
     result = run_script(python_path=tmp_path)
     assert result.returncode == 1
-    assert result.stderr == (
-        "error: Detectron2 was found but cannot be imported: ImportError: libc10.so is missing\n"
-    )
+    assert result.stderr == ("error: Detectron2 was found but cannot be imported: ImportError: libc10.so is missing\n")
 
 
 def test_a_source_folder_without_the_package_is_refused(tmp_path):
