@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -75,15 +76,31 @@ def with_cuda() -> bool:
     return False
 
 
+def show_installed_packages() -> None:
+    """Make the packages of the environment importable where pip isolates the build from them.
+
+    The operator has to be compiled against the very PyTorch that will load it. A copy that pip would fetch for the
+    build alone may be of another version.
+    """
+    if find_spec("torch") is not None:
+        return
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    command = [sys.executable, "-c", "import sys; print(*sys.path, sep='\\n')"]
+    paths = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    # Behind the build's own packages, so that its setuptools stays the one in use.
+    sys.path.extend(path for path in paths if path not in sys.path)
+
+
 def get_extensions() -> list:
     if os.environ.get("DEFORMABLE_DETR_BUILD_OPS", "1") == "0":
         return []
+    show_installed_packages()
     try:
         from torch.utils.cpp_extension import CppExtension, CUDAExtension
     except ImportError as error:
         raise SystemExit(
-            f"deformable_detr: building needs PyTorch ({error}): install torch, then "
-            "pip install --no-build-isolation . (or set DEFORMABLE_DETR_BUILD_OPS=0)"
+            f"deformable_detr: building the operator needs PyTorch ({error}): install torch first. If it is "
+            "installed, add --no-build-isolation to the pip command (or set DEFORMABLE_DETR_BUILD_OPS=0)"
         ) from error
     if sys.platform == "win32" or not has_compiler():
         say("no C++ compiler (c++ or CXX) works here: installing without the operator, its slower PyTorch twin is used")
@@ -131,6 +148,8 @@ setup(
         "scipy",
         "opencv-python",
         "numpy",
+        "safetensors",
+        "tabulate",
     ],
     extras_require={
         "test": [
@@ -139,7 +158,6 @@ setup(
             "hypothesis",
             "transformers>=4.57,<4.58",
             "timm",
-            "safetensors",
             "ruff",
             "clang-format",
             "matplotlib",

@@ -13,22 +13,20 @@ void check_tensor(const char* name, const char* layout, int64_t rank, const at::
                   const at::Tensor& value) {
   TORCH_CHECK(tensor.dim() == rank, name, " must be ", layout, ", got ", tensor.sizes());
   TORCH_CHECK(tensor.is_floating_point(), name, " must be floating point, got ", tensor.dtype());
-  TORCH_CHECK(tensor.device() == value.device(), name, " is on ", tensor.device(),
-              " but value is on ", value.device());
-  TORCH_CHECK((tensor.scalar_type() == at::kDouble) == (value.scalar_type() == at::kDouble), name,
-              " is ", tensor.dtype(), " but value is ", value.dtype(),
-              "; float64 cannot be mixed with other dtypes");
+  TORCH_CHECK(tensor.device() == value.device(), name, " is on ", tensor.device(), " but value is on ", value.device());
+  TORCH_CHECK((tensor.scalar_type() == at::kDouble) == (value.scalar_type() == at::kDouble), name, " is ",
+              tensor.dtype(), " but value is ", value.dtype(), "; float64 cannot be mixed with other dtypes");
 }
 
 }  // namespace
 
-Sizes check_arguments(const at::Tensor& value, at::IntArrayRef spatial_shapes,
-                      const at::Tensor& sampling_locations, const at::Tensor& attention_weights) {
+Sizes check_arguments(const at::Tensor& value, at::IntArrayRef spatial_shapes, const at::Tensor& sampling_locations,
+                      const at::Tensor& attention_weights) {
   check_tensor("value", "(N, S, M, D)", 4, value, value);
   check_tensor("sampling_locations", "(N, Lq, M, L, P, 2)", 6, sampling_locations, value);
   check_tensor("attention_weights", "(N, Lq, M, L, P)", 5, attention_weights, value);
-  TORCH_CHECK(spatial_shapes.size() % 2 == 0, "spatial_shapes must hold (H, W) pairs, got ",
-              spatial_shapes.size(), " numbers");
+  TORCH_CHECK(spatial_shapes.size() % 2 == 0, "spatial_shapes must hold (H, W) pairs, got ", spatial_shapes.size(),
+              " numbers");
   const Sizes sizes{value.size(0),
                     value.size(1),
                     value.size(2),
@@ -39,12 +37,11 @@ Sizes check_arguments(const at::Tensor& value, at::IntArrayRef spatial_shapes,
   const std::vector<int64_t> expected{sizes.N, sizes.Lq, sizes.M, sizes.L, sizes.P, 2};
   TORCH_CHECK(sampling_locations.sizes() == at::IntArrayRef(expected),
               "sampling_locations must be (N, Lq, M, L, P, 2) with N=", sizes.N, ", M=", sizes.M,
-              " (from value) and L=", sizes.L, " (from spatial_shapes), got ",
-              sampling_locations.sizes());
+              " (from value) and L=", sizes.L, " (from spatial_shapes), got ", sampling_locations.sizes());
   const at::IntArrayRef expected_weights(expected.data(), 5);
   TORCH_CHECK(attention_weights.sizes() == expected_weights,
-              "attention_weights must be (N, Lq, M, L, P) = ", expected_weights,
-              " like sampling_locations, got ", attention_weights.sizes());
+              "attention_weights must be (N, Lq, M, L, P) = ", expected_weights, " like sampling_locations, got ",
+              attention_weights.sizes());
   int64_t total = 0;
   for (int64_t level = 0; level < sizes.L; ++level) {
     const int64_t height = spatial_shapes[2 * level], width = spatial_shapes[2 * level + 1];
@@ -62,8 +59,8 @@ Sizes check_arguments(const at::Tensor& value, at::IntArrayRef spatial_shapes,
 void check_grad_output(const at::Tensor& grad_output, const at::Tensor& value, const Sizes& sizes) {
   check_tensor("grad_output", "(N, Lq, M*D)", 3, grad_output, value);
   const std::vector<int64_t> expected{sizes.N, sizes.Lq, sizes.M * sizes.D};
-  TORCH_CHECK(grad_output.sizes() == at::IntArrayRef(expected),
-              "grad_output must be (N, Lq, M*D) = ", expected, ", got ", grad_output.sizes());
+  TORCH_CHECK(grad_output.sizes() == at::IntArrayRef(expected), "grad_output must be (N, Lq, M*D) = ", expected,
+              ", got ", grad_output.sizes());
 }
 
 }  // namespace deformable_detr

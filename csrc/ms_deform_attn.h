@@ -8,18 +8,15 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <cstdint>
 #include <tuple>
+
+#include "sizes.h"
 
 namespace deformable_detr {
 
-struct Sizes {
-  int64_t N, S, M, D, Lq, L, P;
-};
-
 // Raises unless the arguments fit together; the message names the argument, the rule and the sizes.
-Sizes check_arguments(const at::Tensor& value, at::IntArrayRef spatial_shapes,
-                      const at::Tensor& sampling_locations, const at::Tensor& attention_weights);
+Sizes check_arguments(const at::Tensor& value, at::IntArrayRef spatial_shapes, const at::Tensor& sampling_locations,
+                      const at::Tensor& attention_weights);
 
 void check_grad_output(const at::Tensor& grad_output, const at::Tensor& value, const Sizes& sizes);
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../ms_deform_attn.h"
@@ -18,63 +19,72 @@
 namespace deformable_detr {
 namespace {
 
-// The level of each of the L*P points of a query, as arrays so that the loops over points vectorise.
+// Arrays of points are padded so that loops over them can take whole registers.
+constexpr int64_t kPadding = 16;
+// Queries between asking for the points of a query and using them.
+constexpr int64_t kAhead = 4;
+
+template <typename A>
+using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+
+// The size and first row of the level of each of the L*P points of a query.
 template <typename A>
 struct LevelOfPoint {
   const A *width, *height;
-  const int32_t *columns, *rows, *start;
+  const Integer<A>* start;
 
-  LevelOfPoint from(int64_t point) const {
-    return {width + point, height + point, columns + point, rows + point, start + point};
-  }
+  LevelOfPoint from(int64_t point) const { return {width + point, height + point, start + point}; }
 };
 
 template <typename A>
 class LevelTable {
  public:
   LevelTable(at::IntArrayRef spatial_shapes, int64_t points) {
-    int32_t first = 0;
+    int64_t first = 0;
     for (size_t level = 0; level < spatial_shapes.size() / 2; ++level) {
       const int64_t rows = spatial_shapes[2 * level], columns = spatial_shapes[2 * level + 1];
-      sizes_.insert(sizes_.end(), points, static_cast<A>(columns));
-      heights_.insert(heights_.end(), points, static_cast<A>(rows));
-      columns_.insert(columns_.end(), points, static_cast<int32_t>(columns));
-      rows_.insert(rows_.end(), points, static_cast<int32_t>(rows));
-      start_.insert(start_.end(), points, first);
-      first += static_cast<int32_t>(rows * columns);
+      append(points, columns, rows, first);
+      first += rows * columns;
     }
+    append(kPadding, 0, 0, 0);
   }
 
-  LevelOfPoint<A> view() const {
-    return {sizes_.data(), heights_.data(), columns_.data(), rows_.data(), start_.data()};
-  }
+  LevelOfPoint<A> view() const { return {width_.data(), height_.data(), start_.data()}; }
 
  private:
-  std::vector<A> sizes_, heights_;
-  std::vector<int32_t> columns_, rows_, start_;
+  void append(int64_t points, int64_t columns, int64_t rows, int64_t first) {
+    width_.insert(width_.end(), points, static_cast<A>(columns));
+    height_.insert(height_.end(), points, static_cast<A>(rows));
+    start_.insert(start_.end(), points, static_cast<Integer<A>>(first));
+  }
+
+  std::vector<A> width_, height_;
+  std::vector<Integer<A>> start_;
 };
 
 // Where the points of one query fall; corners in the order top left, top right, bottom left, bottom right.
 template <typename A>
 struct Points {
-  int32_t* row[4];  // of the value tensor, -1 where the corner lies outside the map
-  A* weight[4];
-  A *x, *y;  // distance from the left and top corners, in [0, 1)
-  int32_t* inside;
+  Integer<A>* row[4];  // of the value tensor, -1 where the corner lies outside the map
+  Integer<A>* inside;  // -1 or 0
+  A* weight[4];        // attention weight times bilinear weight
+  A* dot[4];           // of the output's gradient and the corner
+  A *x, *y;            // distance from the left and top corners, in [0, 1)
+  A* attention;
 
-  explicit Points(int64_t count) : integers_(5 * count), numbers_(6 * count) {
-    for (int corner = 0; corner < 4; ++corner) {
-      row[corner] = integers_.data() + corner * count;
-      weight[corner] = numbers_.data() + corner * count;
-    }
-    inside = integers_.data() + 4 * count;
-    x = numbers_.data() + 4 * count;
-    y = numbers_.data() + 5 * count;
+  explicit Points(int64_t count) : integers_(5 * (count + kPadding)), numbers_(11 * (count + kPadding)) {
+    Integer<A>* integers = integers_.data();
+    A* numbers = numbers_.data();
+    for (auto array : {&row[0], &row[1], &row[2], &row[3], &inside})
+      *array = std::exchange(integers, integers + count + kPadding);
+    for (auto array :
+         {&weight[0], &weight[1], &weight[2], &weight[3], &dot[0], &dot[1], &dot[2], &dot[3], &x, &y, &attention})
+      *array = std::exchange(numbers, numbers + count + kPadding);
   }
   Points(const Points&) = delete;
 
  private:
-  std::vector<int32_t> integers_;
+  std::vector<Integer<A>> integers_;
   std::vector<A> numbers_;
 };
 
@@ -102,6 +112,7 @@ struct Backward {
   const T* zeros;
   LevelOfPoint<A> level;
   int64_t M, D, Lq, L, P;
+  bool scattered;  // few queries, whose rows are not in the cache
 };
 
 namespace baseline {
@@ -146,11 +157,11 @@ auto forward_queries() {
 }
 
 template <typename T, typename A>
-auto backward_level() {
+auto backward_levels() {
 #if defined(__x86_64__)
-  if (has_avx2()) return &avx2::backward_level<T, A>;
+  if (has_avx2()) return &avx2::backward_levels<T, A>;
 #endif
-  return &baseline::backward_level<T, A>;
+  return &baseline::backward_levels<T, A>;
 }
 
 // Rows of one head apart by M*D are slow to gather from: each lies in a page and cache set of its own. With
@@ -193,8 +204,8 @@ void forward(const at::Tensor& value, const at::Tensor& locations, const at::Ten
 
 template <typename T, typename A>
 void backward(const at::Tensor& grad_output, const at::Tensor& value, const at::Tensor& locations,
-              const at::Tensor& weights, const LevelTable<A>& levels, const Sizes& sizes,
-              const at::Tensor& grad_value, const at::Tensor& grad_locations, const at::Tensor& grad_weights) {
+              const at::Tensor& weights, const LevelTable<A>& levels, const Sizes& sizes, const at::Tensor& grad_value,
+              const at::Tensor& grad_locations, const at::Tensor& grad_weights) {
   const std::vector<T> zeros(sizes.D, T(0));
   const Backward<T, A> op{value.const_data_ptr<T>(),
                           value.stride(0),
@@ -215,12 +226,20 @@ void backward(const at::Tensor& grad_output, const at::Tensor& value, const at::
                           sizes.D,
                           sizes.Lq,
                           sizes.L,
-                          sizes.P};
-  const auto run = backward_level<T, A>();
-  // One owner per (image, head, level): no atomics, and the same sums for every number of threads.
-  at::parallel_for(0, sizes.N * sizes.M * sizes.L, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task)
-      run(op, task / sizes.L / sizes.M, task / sizes.L % sizes.M, task % sizes.L);
+                          sizes.P,
+                          !heads_first_pays(sizes)};
+  const auto run = backward_levels<T, A>();
+  // One owner per (image, head) or, if that leaves threads idle, per (image, head, level): no atomics, and the
+  // same sums in the same order for every number of threads.
+  const int64_t heads = sizes.N * sizes.M, threads = at::get_num_threads();
+  const int64_t step = heads % threads == 0 || heads >= 8 * threads ? sizes.L : 1;
+  const int64_t parts = sizes.L / step;
+  at::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / parts / sizes.M, head = task / parts % sizes.M;
+      const int64_t level = task % parts * step;
+      run(op, image, head, level, level + step);
+    }
   });
 }
 
@@ -256,9 +275,11 @@ at::Tensor ms_deform_attn_cpu(const at::Tensor& value, at::IntArrayRef spatial_s
   return output;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cpu(
-    const at::Tensor& grad_output, const at::Tensor& value, at::IntArrayRef spatial_shapes,
-    const at::Tensor& sampling_locations, const at::Tensor& attention_weights) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cpu(const at::Tensor& grad_output,
+                                                                           const at::Tensor& value,
+                                                                           at::IntArrayRef spatial_shapes,
+                                                                           const at::Tensor& sampling_locations,
+                                                                           const at::Tensor& attention_weights) {
   const Sizes sizes = check_arguments(value, spatial_shapes, sampling_locations, attention_weights);
   check_grad_output(grad_output, value, sizes);
   const auto type = compute_type(value.scalar_type());
@@ -275,12 +296,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cpu(
     const auto weights = attention_weights.to(type).contiguous();
     dispatch(value.scalar_type(), [&](auto t, auto a) {
       const LevelTable<decltype(a)> levels(spatial_shapes, sizes.P);
-      backward<decltype(t), decltype(a)>(grad, arranged, locations, weights, levels, sizes, grad_value,
-                                         grad_locations, grad_weights);
+      backward<decltype(t), decltype(a)>(grad, arranged, locations, weights, levels, sizes, grad_value, grad_locations,
+                                         grad_weights);
     });
   }
-  return {grad_value.to(value.scalar_type()).contiguous(),
-          grad_locations.to(sampling_locations.scalar_type()),
+  return {grad_value.to(value.scalar_type()).contiguous(), grad_locations.to(sampling_locations.scalar_type()),
           grad_weights.to(attention_weights.scalar_type())};
 }
 

@@ -7,11 +7,14 @@
 template <typename A>
 struct Simd {
   typedef A Vec __attribute__((vector_size(SIMD_BYTES)));
+  typedef Integer<A> IntVec __attribute__((vector_size(SIMD_BYTES)));
   static constexpr int lanes = SIMD_BYTES / sizeof(A);
 };
 
 template <typename A>
 using Vec = typename Simd<A>::Vec;
+template <typename A>
+using IntVec = typename Simd<A>::IntVec;
 
 template <typename V, typename P>
 inline V load_raw(const P* from) {
@@ -43,14 +46,15 @@ inline Vec<float> load(const c10::Half* from) {
 
 inline void store(float* to, const Vec<float>& from) { __builtin_memcpy(to, &from, sizeof(from)); }
 inline void store(double* to, const Vec<double>& from) { __builtin_memcpy(to, &from, sizeof(from)); }
+inline void store(int32_t* to, const IntVec<float>& from) { __builtin_memcpy(to, &from, sizeof(from)); }
+inline void store(int64_t* to, const IntVec<double>& from) { __builtin_memcpy(to, &from, sizeof(from)); }
 
-inline void store(c10::BFloat16* to, const Vec<float>& from) {
-  // Round to nearest even; NaN would overflow into another number and is replaced.
+// Rounds to the nearest bfloat16, even in a tie, and leaves it in the upper half of each lane. NaN would overflow
+// into another number and is replaced.
+inline FloatBits round_to_bfloat16(const Vec<float>& from) {
   const FloatBits bits = (FloatBits)from;
-  const FloatBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const FloatBits result = from == from ? rounded : FloatBits{} + 0x7fc0;
-  const HalfBits narrow = __builtin_convertvector(result, HalfBits);
-  __builtin_memcpy(to, &narrow, sizeof(narrow));
+  const FloatBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+  return from == from ? rounded : FloatBits{} + 0x7fc00000;
 }
 
 inline void store(c10::Half* to, const Vec<float>& from) {
@@ -60,6 +64,31 @@ inline void store(c10::Half* to, const Vec<float>& from) {
 #else
   for (int lane = 0; lane < Simd<float>::lanes; ++lane) to[lane] = from[lane];
 #endif
+}
+
+// Two registers of numbers at a time, in any order as long as load_two and store_two agree: for bfloat16 the even
+// and the odd elements, since taking these apart needs no shuffles.
+template <typename T, typename V>
+inline void load_two(const T* from, V& first, V& second) {
+  first = load(from);
+  second = load(from + sizeof(V) / sizeof(first[0]));
+}
+
+template <typename T, typename V>
+inline void store_two(T* to, const V& first, const V& second) {
+  store(to, first);
+  store(to + sizeof(V) / sizeof(first[0]), second);
+}
+
+inline void load_two(const c10::BFloat16* from, Vec<float>& even, Vec<float>& odd) {
+  const FloatBits bits = load_raw<FloatBits>(from);
+  even = (Vec<float>)(bits << 16);
+  odd = (Vec<float>)(bits & 0xffff0000);
+}
+
+inline void store_two(c10::BFloat16* to, const Vec<float>& even, const Vec<float>& odd) {
+  const FloatBits bits = (round_to_bfloat16(even) >> 16) | round_to_bfloat16(odd);
+  __builtin_memcpy(to, &bits, sizeof(bits));
 }
 
 // The sums over the lanes of four vectors.
@@ -85,59 +114,69 @@ inline void sum_lanes(const Vec<A>& a, const Vec<A>& b, const Vec<A>& c, const V
 
 // ---- sampling points -----------------------------------------------------------------------------------------
 
-// From the locations of `count` points to the row of each of the four corners (-1 where the corner counts as
-// zero) and its bilinear weight.
+// From the locations and weights of `count` points to, for each of the four corners, its row (-1 where it counts
+// as zero) and its bilinear weight times the attention weight. Arrays are padded to whole registers.
 template <typename A>
-inline void locate(const LevelOfPoint<A>& level, const A* locations, int64_t count, Points<A>& points) {
+inline void locate(const LevelOfPoint<A>& level, const A* locations, const A* attention, int64_t count,
+                   Points<A>& points) {
+  typedef IntVec<A> I;
   for (int64_t i = 0; i < count; ++i) {
-    A x = locations[2 * i] * level.width[i] - A(0.5);
-    A y = locations[2 * i + 1] * level.height[i] - A(0.5);
-    // False for NaN. Only then is the conversion to int defined.
-    const bool inside = (x > -1) & (x < level.width[i]) & (y > -1) & (y < level.height[i]);
-    x = inside ? x : A(-1);
-    y = inside ? y : A(-1);
-    int32_t left = static_cast<int32_t>(x), top = static_cast<int32_t>(y);
-    left -= x < static_cast<A>(left);
-    top -= y < static_cast<A>(top);
-    const int32_t width = level.columns[i];
-    const int32_t row = level.start[i] + top * width + left;
-    const bool has_left = left >= 0, has_right = (left + 1 < width) & inside;
-    const bool has_top = top >= 0, has_bottom = (top + 1 < level.rows[i]) & inside;
-    points.row[0][i] = has_top & has_left ? row : -1;
-    points.row[1][i] = has_top & has_right ? row + 1 : -1;
-    points.row[2][i] = has_bottom & has_left ? row + width : -1;
-    points.row[3][i] = has_bottom & has_right ? row + width + 1 : -1;
-    points.x[i] = x - static_cast<A>(left);
-    points.y[i] = y - static_cast<A>(top);
-    points.inside[i] = inside;
+    points.x[i] = locations[2 * i];
+    points.y[i] = locations[2 * i + 1];
+    points.attention[i] = attention[i];
+  }
+  for (int64_t i = 0; i < count; i += Simd<A>::lanes) {
+    const Vec<A> width = load(level.width + i), height = load(level.height + i);
+    Vec<A> x = load(points.x + i) * width - A(0.5), y = load(points.y + i) * height - A(0.5);
+    // All bits set where true. False for NaN; only where true is the conversion to integers defined.
+    const I inside = (x > -1) & (x < width) & (y > -1) & (y < height);
+    x = inside ? x : Vec<A>{} - 1;
+    y = inside ? y : Vec<A>{} - 1;
+    I left = __builtin_convertvector(x, I), top = __builtin_convertvector(y, I);
+    left += x < __builtin_convertvector(left, Vec<A>);  // rounds down where the conversion rounded towards zero
+    top += y < __builtin_convertvector(top, Vec<A>);
+    const I columns = __builtin_convertvector(width, I), rows = __builtin_convertvector(height, I);
+    const I row = load_raw<I>(level.start + i) + top * columns + left;
+    const I has_left = left >= 0, has_right = (left + 1 < columns) & inside;
+    const I has_top = top >= 0, has_bottom = (top + 1 < rows) & inside;
+    const I none = I{} - 1;
+    store(points.row[0] + i, has_top & has_left ? row : none);
+    store(points.row[1] + i, has_top & has_right ? row + 1 : none);
+    store(points.row[2] + i, has_bottom & has_left ? row + columns : none);
+    store(points.row[3] + i, has_bottom & has_right ? row + columns + 1 : none);
+    x -= __builtin_convertvector(left, Vec<A>);
+    y -= __builtin_convertvector(top, Vec<A>);
+    // A point outside has weight 0 even if its attention weight is NaN.
+    const Vec<A> weight = inside ? load(points.attention + i) : Vec<A>{};
+    store(points.weight[0] + i, weight * (1 - y) * (1 - x));
+    store(points.weight[1] + i, weight * (1 - y) * x);
+    store(points.weight[2] + i, weight * y * (1 - x));
+    store(points.weight[3] + i, weight * y * x);
+    store(points.x + i, x);
+    store(points.y + i, y);
+    store(points.attention + i, weight);
+    store(points.inside + i, inside);
   }
 }
 
-// The four bilinear weights times the attention weight. A point outside has weight 0, whatever its attention.
-template <typename A>
-inline void weigh(const A* attention, int64_t count, Points<A>& points) {
-  for (int64_t i = 0; i < count; ++i) {
-    const A weight = points.inside[i] ? attention[i] : A(0);
-    const A x = points.x[i], y = points.y[i];
-    points.weight[0][i] = weight * (1 - y) * (1 - x);
-    points.weight[1][i] = weight * (1 - y) * x;
-    points.weight[2][i] = weight * y * (1 - x);
-    points.weight[3][i] = weight * y * x;
-  }
+// Asks for the cache lines of an array that will be read soon; the processor does not see it coming, since the
+// points of the other heads lie between those of two queries.
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(static_cast<const char*>(from) + offset);
 }
 
 template <typename T>
-inline const T* corner_row(const T* base, int32_t row, int64_t stride, const T* zeros) {
+inline const T* corner_row(const T* base, int64_t row, int64_t stride, const T* zeros) {
   return row >= 0 ? base + row * stride : zeros;
 }
 
 // ---- forward -------------------------------------------------------------------------------------------------
 
-// NV registers of channels of one output row: the weighted sum over all points of a query.
+// 2 * NV registers of channels of one output row: the weighted sum over all points of a query.
 template <typename T, typename A, int NV>
 inline void gather_block(const Forward<T, A>& op, const T* value, const Points<A>& points, int64_t channel, T* out) {
-  constexpr int lanes = Simd<A>::lanes;
-  Vec<A> upper[NV] = {}, lower[NV] = {};  // two chains, or the latency of the additions would set the pace
+  constexpr int step = 2 * Simd<A>::lanes;
+  Vec<A> upper[2 * NV] = {}, lower[2 * NV] = {};  // two chains, or the latency of the additions would set the pace
   for (int64_t i = 0; i < op.points; ++i) {
     const T* row[4];
     for (int corner = 0; corner < 4; ++corner)
@@ -146,14 +185,20 @@ inline void gather_block(const Forward<T, A>& op, const T* value, const Points<A
     const A w2 = points.weight[2][i], w3 = points.weight[3][i];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
-      upper[v] += w0 * load(row[0] + v * lanes);
-      lower[v] += w2 * load(row[2] + v * lanes);
-      upper[v] += w1 * load(row[1] + v * lanes);
-      lower[v] += w3 * load(row[3] + v * lanes);
+      Vec<A> a, b;
+      load_two(row[0] + v * step, a, b);
+      upper[2 * v] += w0 * a, upper[2 * v + 1] += w0 * b;
+      load_two(row[2] + v * step, a, b);
+      lower[2 * v] += w2 * a, lower[2 * v + 1] += w2 * b;
+      load_two(row[1] + v * step, a, b);
+      upper[2 * v] += w1 * a, upper[2 * v + 1] += w1 * b;
+      load_two(row[3] + v * step, a, b);
+      lower[2 * v] += w3 * a, lower[2 * v + 1] += w3 * b;
     }
   }
 #pragma GCC unroll 8
-  for (int v = 0; v < NV; ++v) store(out + channel + v * lanes, upper[v] + lower[v]);
+  for (int v = 0; v < NV; ++v)
+    store_two(out + channel + v * step, upper[2 * v] + lower[2 * v], upper[2 * v + 1] + lower[2 * v + 1]);
 }
 
 template <typename T, typename A>
@@ -171,18 +216,20 @@ inline void gather_tail(const Forward<T, A>& op, const T* value, const Points<A>
 // Queries [begin, end) of one image and head.
 template <typename T, typename A>
 void forward_queries(const Forward<T, A>& op, int64_t image, int64_t head, int64_t begin, int64_t end) {
-  constexpr int lanes = Simd<A>::lanes, block = SIMD_BYTES >= 32 ? 4 : 8;
+  constexpr int step = 2 * Simd<A>::lanes, block = SIMD_BYTES >= 32 ? 2 : 4;
   Points<A> points(op.points);
   const T* value = op.value + image * op.image_stride + head * op.head_stride;
   for (int64_t query = begin; query < end; ++query) {
     const int64_t index = (image * op.Lq + query) * op.M + head;
-    locate(op.level, op.locations + index * op.points * 2, op.points, points);
-    weigh(op.weights + index * op.points, op.points, points);
+    const int64_t ahead = (index + kAhead * op.M) * op.points;
+    prefetch(op.locations + 2 * ahead, 2 * op.points * sizeof(A));
+    prefetch(op.weights + ahead, op.points * sizeof(A));
+    locate(op.level, op.locations + index * op.points * 2, op.weights + index * op.points, op.points, points);
     T* out = op.output + index * op.D;
     int64_t channel = 0;
-    for (; channel + block * lanes <= op.D; channel += block * lanes)
+    for (; channel + block * step <= op.D; channel += block * step)
       gather_block<T, A, block>(op, value, points, channel, out);
-    for (; channel + lanes <= op.D; channel += lanes) gather_block<T, A, 1>(op, value, points, channel, out);
+    for (; channel + step <= op.D; channel += step) gather_block<T, A, 1>(op, value, points, channel, out);
     if (channel < op.D) gather_tail(op, value, points, channel, out);
   }
 }
@@ -210,20 +257,20 @@ inline void scatter_block(const A* weight, const T* const* row, A* const* grad_r
 // The four dot products of grad with the corner rows of point i, and its share of grad_value.
 template <typename T, typename A>
 inline void scatter_point(const Backward<T, A>& op, const T* value, A* grad_value, const A* grad, A* discarded,
-                          const Points<A>& points, int64_t i, A* sums) {
+                          const Points<A>& points, int64_t i) {
   constexpr int lanes = Simd<A>::lanes, block = SIMD_BYTES >= 32 ? 4 : 8;
   const T* row[4];
   A* grad_row[4];
   A weight[4];
   for (int corner = 0; corner < 4; ++corner) {
-    const int32_t index = points.row[corner][i];
+    const int64_t index = points.row[corner][i];
     row[corner] = corner_row(value, index, op.row_stride, op.zeros);
     grad_row[corner] = index >= 0 ? grad_value + index * op.grad_row_stride : discarded;
     weight[corner] = points.weight[corner][i];
   }
   Vec<A> dots[4] = {};
   int64_t channel = 0;
-  for (; channel + lanes <= op.D;) {
+  while (channel + lanes <= op.D) {
     const bool wide = channel + block * lanes <= op.D;
     if (wide)
       scatter_block<T, A, block>(weight, row, grad_row, grad + channel, dots);
@@ -233,43 +280,69 @@ inline void scatter_point(const Backward<T, A>& op, const T* value, A* grad_valu
     for (int corner = 0; corner < 4; ++corner) row[corner] += step, grad_row[corner] += step;
     channel += step;
   }
+  A sums[4];
   sum_lanes(dots[0], dots[1], dots[2], dots[3], sums);
   for (int64_t tail = 0; channel + tail < op.D; ++tail)
     for (int corner = 0; corner < 4; ++corner) {
       sums[corner] += grad[channel + tail] * static_cast<A>(row[corner][tail]);
       grad_row[corner][tail] += weight[corner] * grad[channel + tail];
     }
+  for (int corner = 0; corner < 4; ++corner) points.dot[corner][i] = sums[corner];
 }
 
-// All queries of one image and head at one level: exclusive owner of that part of every gradient.
+// From the dot products to the gradients of `count` weights and locations.
+template <typename A>
+inline void finish_points(const LevelOfPoint<A>& level, const Points<A>& points, int64_t count, A* grad_weights,
+                          A* grad_locations) {
+  for (int64_t i = 0; i < count; i += Simd<A>::lanes) {
+    const Vec<A> x = load(points.x + i), y = load(points.y + i), weight = load(points.attention + i);
+    const Vec<A> dot0 = load(points.dot[0] + i), dot1 = load(points.dot[1] + i);
+    const Vec<A> dot2 = load(points.dot[2] + i), dot3 = load(points.dot[3] + i);
+    const IntVec<A> inside = load_raw<IntVec<A>>(points.inside + i);
+    const Vec<A> sample = (1 - y) * ((1 - x) * dot0 + x * dot1) + y * ((1 - x) * dot2 + x * dot3);
+    const Vec<A> along_x = weight * load(level.width + i) * ((1 - y) * (dot1 - dot0) + y * (dot3 - dot2));
+    const Vec<A> along_y = weight * load(level.height + i) * ((1 - x) * (dot2 - dot0) + x * (dot3 - dot1));
+    store(points.attention + i, inside ? sample : Vec<A>{});
+    store(points.x + i, inside ? along_x : Vec<A>{});
+    store(points.y + i, inside ? along_y : Vec<A>{});
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    grad_weights[i] = points.attention[i];
+    grad_locations[2 * i] = points.x[i];
+    grad_locations[2 * i + 1] = points.y[i];
+  }
+}
+
+// All queries of one image and head at levels [begin, end): exclusive owner of that part of every gradient.
 template <typename T, typename A>
-void backward_level(const Backward<T, A>& op, int64_t image, int64_t head, int64_t level) {
-  Points<A> points(op.P);
+void backward_levels(const Backward<T, A>& op, int64_t image, int64_t head, int64_t begin, int64_t end) {
+  const int64_t count = (end - begin) * op.P;
+  Points<A> points(count);
   std::vector<A> scratch(2 * op.D);
   A *grad = scratch.data(), *discarded = grad + op.D;
   const T* value = op.value + image * op.image_stride + head * op.head_stride;
   A* grad_value = op.grad_value + image * op.grad_image_stride + head * op.grad_head_stride;
-  const LevelOfPoint<A> at_level = op.level.from(level * op.P);
-  const A width = at_level.width[0], height = at_level.height[0];
+  const LevelOfPoint<A> level = op.level.from(begin * op.P);
   for (int64_t query = 0; query < op.Lq; ++query) {
     const int64_t index = (image * op.Lq + query) * op.M + head;
-    const int64_t first = (index * op.L + level) * op.P;
+    const int64_t first = (index * op.L + begin) * op.P;
+    const int64_t ahead = first + kAhead * op.M * op.L * op.P;
+    prefetch(op.locations + 2 * ahead, 2 * count * sizeof(A));
+    prefetch(op.weights + ahead, count * sizeof(A));
+    prefetch(op.grad_output + (index + kAhead * op.M) * op.D, op.D * sizeof(T));
     const T* grad_output = op.grad_output + index * op.D;
     for (int64_t channel = 0; channel < op.D; ++channel) grad[channel] = static_cast<A>(grad_output[channel]);
-    locate(at_level, op.locations + 2 * first, op.P, points);
-    weigh(op.weights + first, op.P, points);
-    for (int64_t i = 0; i < op.P; ++i) {
-      A dot[4];
-      scatter_point(op, value, grad_value, grad, discarded, points, i, dot);
-      const A x = points.x[i], y = points.y[i];
-      const bool inside = points.inside[i];
-      const A weight = op.weights[first + i];
-      op.grad_weights[first + i] =
-          inside ? (1 - y) * ((1 - x) * dot[0] + x * dot[1]) + y * ((1 - x) * dot[2] + x * dot[3]) : A(0);
-      op.grad_locations[2 * (first + i)] =
-          inside ? weight * width * ((1 - y) * (dot[1] - dot[0]) + y * (dot[3] - dot[2])) : A(0);
-      op.grad_locations[2 * (first + i) + 1] =
-          inside ? weight * height * ((1 - x) * (dot[2] - dot[0]) + x * (dot[3] - dot[1])) : A(0);
-    }
+    locate(level, op.locations + 2 * first, op.weights + first, count, points);
+    if (op.scattered)
+      for (int64_t i = 0; i < count; ++i)
+        for (int corner = 0; corner < 4; ++corner) {
+          const int64_t row = points.row[corner][i];
+          if (row < 0) continue;
+          prefetch(value + row * op.row_stride, op.D * sizeof(T));
+          prefetch(grad_value + row * op.grad_row_stride, op.D * sizeof(A));
+        }
+    for (int64_t i = 0; i < count; ++i)
+      if (points.inside[i]) scatter_point(op, value, grad_value, grad, discarded, points, i);
+    finish_points(level, points, count, op.grad_weights + first, op.grad_locations + 2 * first);
   }
 }

@@ -17,16 +17,6 @@ namespace deformable_detr {
 namespace {
 
 constexpr int kVectorBytes = 16;
-constexpr int64_t kDefaultSharedMemory = 48 << 10;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int32_t round_down_to_power_of_two(int64_t number) {
-  int32_t power = 1;
-  while (2 * power <= number) power *= 2;
-  return power;
-}
-
 bool aligned(const at::Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kVectorBytes == 0;
 }
@@ -39,42 +29,18 @@ bool fits_vectors(const at::Tensor& value, int64_t lanes) {
   return fits;
 }
 
-// Fills in the sizes; `sample_bytes` of shared memory per point, `lanes` threads per query.
-Geometry make_geometry(const at::Tensor& value, at::IntArrayRef spatial_shapes, const Sizes& sizes, int32_t lanes,
-                       int64_t sample_bytes) {
-  TORCH_CHECK(sizes.L <= kMaxLevels, "spatial_shapes must hold at most ", kMaxLevels, " levels on CUDA, got ",
-              sizes.L);
+Geometry geometry_of(const at::Tensor& value, at::IntArrayRef spatial_shapes, const Sizes& sizes, int32_t lanes,
+                     int64_t sample_bytes) {
+  TORCH_CHECK(sizes.L <= kMaxLevels, "spatial_shapes must hold at most ", kMaxLevels, " levels on CUDA, got ", sizes.L);
   TORCH_CHECK(sizes.S < kMaxRows, "value must have S < 2^27 on CUDA, got ", sizes.S);
   TORCH_CHECK(sizes.M < (1 << 30) && sizes.D < (1 << 30) && sizes.P < (1 << 20),
               "M, D and P are too large for CUDA: ", sizes.M, ", ", sizes.D, ", ", sizes.P);
-  Geometry at{};
-  at.L = sizes.L, at.P = sizes.P, at.M = sizes.M, at.D = sizes.D, at.Lq = sizes.Lq;
-  at.image_stride = value.stride(0), at.row_stride = value.stride(1), at.head_stride = value.stride(2);
-  at.grad_row_stride = sizes.M * sizes.D, at.grad_image_stride = sizes.S * at.grad_row_stride;
-  int64_t start = 0, tiles = 0;
-  for (int64_t level = 0; level < sizes.L; ++level) {
-    const int64_t height = spatial_shapes[2 * level], width = spatial_shapes[2 * level + 1];
-    at.levels[level] = {static_cast<int32_t>(height), static_cast<int32_t>(width), static_cast<int32_t>(start),
-                        static_cast<int32_t>(tiles)};
-    start += height * width;
-    tiles += divide_up(height, kTile) * divide_up(width, kTile);
-  }
-  at.lanes = lanes;
-  at.pitch = (at.L * at.P) | 1;
-  // A warp never holds part of a query, and its samples have to fit.
-  const int64_t fitting = kDefaultSharedMemory / (at.pitch * sample_bytes);
-  const int32_t least = std::max(1, 32 / lanes);
-  at.pass_queries = std::max(least, round_down_to_power_of_two(std::min<int64_t>(fitting, kThreads / lanes)));
-  at.tiled = sizes.Lq == sizes.S;
-  at.tile_queries = at.tiled ? std::max(kTile * kTile, at.pass_queries) : at.pass_queries;
-  at.tiles = at.tiled ? tiles : divide_up(sizes.Lq, at.tile_queries);
-  at.tasks = at.tiles * sizes.N * sizes.M;
-  return at;
+  return make_geometry(sizes, spatial_shapes.data(), value.strides().data(), lanes, sample_bytes);
 }
 
 template <typename Kernel, typename... Arguments>
 void launch(Kernel kernel, const Geometry& at, int64_t sample_bytes, Arguments... arguments) {
-  const int64_t shared = at.pass_queries * at.pitch * sample_bytes;
+  const int64_t shared = shared_bytes(at, sample_bytes);
   if (shared > kDefaultSharedMemory) {
     int device = 0, limit = 0;
     C10_CUDA_CHECK(cudaGetDevice(&device));
@@ -83,9 +49,8 @@ void launch(Kernel kernel, const Geometry& at, int64_t sample_bytes, Arguments..
                 " bytes of shared memory but this device has ", limit);
     C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   }
-  const int64_t threads = divide_up(at.pass_queries * at.lanes, 32) * 32;
   const int64_t blocks = std::min<int64_t>(at.tasks, INT32_MAX);
-  kernel<<<blocks, threads, shared, c10::cuda::getCurrentCUDAStream()>>>(at, arguments...);
+  kernel<<<blocks, threads_per_block(at), shared, c10::cuda::getCurrentCUDAStream()>>>(at, arguments...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -125,7 +90,7 @@ at::Tensor ms_deform_attn_cuda(const at::Tensor& value, at::IntArrayRef spatial_
     constexpr int vector = kVectorBytes / sizeof(T);
     const bool vectors = fits_vectors(source, 1);
     const int64_t lanes = std::min<int64_t>(divide_up(sizes.D, vectors ? vector : 1), kThreads);
-    const Geometry at = make_geometry(source, spatial_shapes, sizes, lanes, sizeof(Sample<A>));
+    const Geometry at = geometry_of(source, spatial_shapes, sizes, lanes, sizeof(Sample<A>));
     launch(vectors ? forward_kernel<T, A, vector> : forward_kernel<T, A, 1>, at, sizeof(Sample<A>),
            source.template const_data_ptr<T>(), locations.template const_data_ptr<A>(),
            weights.template const_data_ptr<A>(), output.template mutable_data_ptr<T>());
@@ -157,7 +122,7 @@ struct BackwardLaunch {
   template <int VEC, int G, typename Sum>
   void run(const Sum& grad_value) const {
     constexpr int64_t sample_bytes = sizeof(Sample<A>) + sizeof(Pack<A, 4>);
-    const Geometry at = make_geometry(value, spatial_shapes, sizes, G, sample_bytes);
+    const Geometry at = geometry_of(value, spatial_shapes, sizes, G, sample_bytes);
     launch(backward_kernel<T, A, VEC, G, Sum>, at, sample_bytes, grad_output.const_data_ptr<T>(),
            value.const_data_ptr<T>(), locations.const_data_ptr<A>(), weights.const_data_ptr<A>(), grad_value,
            grad_locations.mutable_data_ptr<A>(), grad_weights.mutable_data_ptr<A>());
@@ -175,8 +140,8 @@ void deterministic_backward(const BackwardLaunch<T, float>& backward, const at::
   backward.run(sum);
   const int64_t count = grad_value.numel();
   const int64_t blocks = std::min<int64_t>(divide_up(count, kThreads), 1 << 16);
-  fixed_point_to_value<T><<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-      sum, count, grad_value.mutable_data_ptr<T>());
+  fixed_point_to_value<T>
+      <<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(sum, count, grad_value.mutable_data_ptr<T>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -212,7 +177,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cuda(cons
   const auto options = value.options().dtype(type);
   // All zero, and no launch, where there is nothing to sample.
   const bool empty = value.numel() == 0 || attention_weights.numel() == 0;
-  const auto allocate = [&](at::IntArrayRef shape) { return empty ? at::zeros(shape, options) : at::empty(shape, options); };
+  const auto allocate = [&](at::IntArrayRef shape) {
+    return empty ? at::zeros(shape, options) : at::empty(shape, options);
+  };
   const auto grad_locations = allocate(sampling_locations.sizes());
   const auto grad_weights = allocate(attention_weights.sizes());
   at::Tensor grad_value = empty ? at::zeros(value.sizes(), value.options()) : at::Tensor();
@@ -222,8 +189,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cuda(cons
     const auto locations = sampling_locations.to(type).contiguous();
     const auto weights = attention_weights.to(type).contiguous();
     dispatch(value.scalar_type(), [&](auto t, auto a) {
-      const BackwardLaunch<decltype(t), decltype(a)> backward{
-          grad, source, locations, weights, grad_locations, grad_weights, spatial_shapes, sizes};
+      const BackwardLaunch<decltype(t), decltype(a)> backward{grad,           source,       locations,      weights,
+                                                              grad_locations, grad_weights, spatial_shapes, sizes};
       grad_value = run_backward(backward);
     });
   }

@@ -5,13 +5,17 @@
 // loads. In the encoder (a query per pixel) a tile is a square of pixels, whose samples share cache lines.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+
+#include "../sizes.h"
 
 namespace deformable_detr {
 
 constexpr int kMaxLevels = 16;
 constexpr int kThreads = 256;
-constexpr int kTile = 16;  // a tile of the encoder is kTile x kTile pixels
+constexpr int64_t kDefaultSharedMemory = 48 << 10;
+constexpr int kTile = 16;                       // a tile of the encoder is kTile x kTile pixels
 constexpr int64_t kMaxRows = int64_t{1} << 27;  // a sample packs its row beside four flags
 
 struct Level {
@@ -33,6 +37,48 @@ struct Geometry {
   int32_t pitch;                                  // samples per query in shared memory; odd, against bank conflicts
   bool tiled;                                     // queries are the pixels of the levels
 };
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int32_t round_down_to_power_of_two(int64_t number) {
+  int32_t power = 1;
+  while (2 * power <= number) power *= 2;
+  return power;
+}
+
+// `lanes` threads per query; `sample_bytes` of shared memory per sample.
+inline Geometry make_geometry(const Sizes& sizes, const int64_t* spatial_shapes, const int64_t* value_strides,
+                              int32_t lanes, int64_t sample_bytes) {
+  Geometry at{};
+  at.L = sizes.L, at.P = sizes.P, at.M = sizes.M, at.D = sizes.D, at.Lq = sizes.Lq;
+  at.image_stride = value_strides[0], at.row_stride = value_strides[1], at.head_stride = value_strides[2];
+  at.grad_row_stride = sizes.M * sizes.D, at.grad_image_stride = sizes.S * at.grad_row_stride;
+  int64_t start = 0, tiles = 0;
+  for (int64_t level = 0; level < sizes.L; ++level) {
+    const int64_t height = spatial_shapes[2 * level], width = spatial_shapes[2 * level + 1];
+    at.levels[level] = {static_cast<int32_t>(height), static_cast<int32_t>(width), static_cast<int32_t>(start),
+                        static_cast<int32_t>(tiles)};
+    start += height * width;
+    tiles += divide_up(height, kTile) * divide_up(width, kTile);
+  }
+  at.lanes = lanes;
+  at.pitch = (at.L * at.P) | 1;
+  // Powers of two, so that passes divide tiles; whole warps even if their samples need more than the default of
+  // shared memory.
+  const int64_t fitting = std::min(kDefaultSharedMemory / (at.pitch * sample_bytes), int64_t{kThreads / lanes});
+  at.pass_queries = round_down_to_power_of_two(std::max<int64_t>(fitting, 32 / lanes));
+  at.tiled = sizes.Lq == sizes.S;
+  at.tile_queries = at.tiled ? kTile * kTile : at.pass_queries;
+  at.tiles = at.tiled ? tiles : divide_up(sizes.Lq, at.tile_queries);
+  at.tasks = at.tiles * sizes.N * sizes.M;
+  return at;
+}
+
+inline int64_t shared_bytes(const Geometry& at, int64_t sample_bytes) {
+  return at.pass_queries * at.pitch * sample_bytes;
+}
+
+inline int32_t threads_per_block(const Geometry& at) { return divide_up(at.pass_queries * at.lanes, 32) * 32; }
 
 template <typename T, int VEC>
 struct alignas(sizeof(T) * VEC) Pack {
@@ -56,8 +102,8 @@ __device__ inline Sample<A> make_sample(const Level& level, A location_x, A loca
   if (!(x > -1 && x < level.width && y > -1 && y < level.height)) return {0, A(0), A(0), A(0)};
   const A left = floor(x), top = floor(y);
   const int32_t column = static_cast<int32_t>(left), line = static_cast<int32_t>(top);
-  const int32_t horizontal = (column >= 0 ? kTopLeft | kBottomLeft : 0) |
-                             (column + 1 < level.width ? kTopRight | kBottomRight : 0);
+  const int32_t horizontal =
+      (column >= 0 ? kTopLeft | kBottomLeft : 0) | (column + 1 < level.width ? kTopRight | kBottomRight : 0);
   const int32_t vertical =
       (line >= 0 ? kTopLeft | kTopRight : 0) | (line + 1 < level.height ? kBottomLeft | kBottomRight : 0);
   const int32_t row = level.start + line * level.width + column;
@@ -169,13 +215,21 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- backward ------------------------------------------------------------------------------------------------
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define DEFORMABLE_DETR_VECTOR_REDUCTIONS
+__device__ inline void add_four(float* to, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d)
+               : "memory");
+}
+#endif
+
 // How contributions to grad_value are added up. add() adds weight * grad[i] to VEC channels of a row; `spread`
 // says which: false: the VEC channels after `lane * VEC`, true: lane, lane + G, lane + 2G, ... so that the
 // neighbouring threads of one instruction touch neighbouring addresses.
 template <typename A>
 struct AtomicSum {
   A* grad_value;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#ifdef DEFORMABLE_DETR_VECTOR_REDUCTIONS
   static constexpr bool vectors = sizeof(A) == 4;
 #else
   static constexpr bool vectors = false;
@@ -193,13 +247,10 @@ struct AtomicSum {
     } else if constexpr (VEC == 1) {
       atomicAdd(to, weight * grad[0]);
     } else {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#ifdef DEFORMABLE_DETR_VECTOR_REDUCTIONS
 #pragma unroll
       for (int i = 0; i < VEC; i += 4)
-        asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + i),
-                     "f"(static_cast<float>(weight * grad[i])), "f"(static_cast<float>(weight * grad[i + 1])),
-                     "f"(static_cast<float>(weight * grad[i + 2])), "f"(static_cast<float>(weight * grad[i + 3]))
-                     : "memory");
+        add_four(to + i, weight * grad[i], weight * grad[i + 1], weight * grad[i + 2], weight * grad[i + 3]);
 #endif
     }
   }
@@ -257,9 +308,9 @@ __device__ inline A sum_corners(const A (&dot)[4], int lane) {
 }
 
 template <typename A>
-__device__ inline void write_point_gradients(const Geometry& at, const Task& task, int first,
-                                             const Sample<A>* samples, const Pack<A, 4>* dots, const A* weights,
-                                             A* grad_locations, A* grad_weights) {
+__device__ inline void write_point_gradients(const Geometry& at, const Task& task, int first, const Sample<A>* samples,
+                                             const Pack<A, 4>* dots, const A* weights, A* grad_locations,
+                                             A* grad_weights) {
   const int points = at.L * at.P;
   for (int entry = threadIdx.x; entry < at.pass_queries * points; entry += blockDim.x) {
     const int slot = entry / points, point = entry % points;

@@ -9,7 +9,7 @@ from deformable_detr.layers import ms_deform_attn, ms_deform_attn_pytorch
 
 @dataclasses.dataclass
 class Case:
-    """Arguments of the op: value (N, S, M, D), L (H, W) pairs, locations (N, Lq, M, L, P, 2), weights (N, Lq, M, L, P)."""
+    """value (N, S, M, D), L pairs (H, W), locations (N, Lq, M, L, P, 2), weights (N, Lq, M, L, P)."""
 
     value: Tensor
     spatial_shapes: list[tuple[int, int]]

@@ -1,4 +1,4 @@
-"""What ms_deform_attn returns: the op and its twin against loops over single numbers, and at the edges of its domain."""
+"""What ms_deform_attn returns: the op and its twin against loops over numbers, and at the edges of their domain."""
 
 import math
 
@@ -59,7 +59,7 @@ def test_every_number_of_queries_works(make_case, Lq):
 
 
 def test_one_query_per_pixel_works(make_case):
-    """The encoder's case, which the kernels walk through in another order, with sizes that are no multiple of a tile."""
+    """The encoder's case, through which kernels walk in tiles, with sizes that are no multiple of a tile."""
     shapes = [(19, 37), (16, 5), (1, 3)]
     S = sum(h * w for h, w in shapes)
     case = make_case(shapes=shapes, Lq=S, D=32)

@@ -132,9 +132,8 @@ def test_without_the_library_the_twin_serves_and_says_so_once():
     """)
     warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
     assert len(warnings) == 1
-    assert "ms_deform_attn uses its slower PyTorch implementation on cpu because deformable_detr._C is not built" in (
-        warnings[0]
-    )
+    reason = "ms_deform_attn uses its slower PyTorch implementation on cpu because deformable_detr._C is not built"
+    assert reason in warnings[0]
 
 
 def test_a_library_that_does_not_load_is_named_with_the_reason(monkeypatch, tmp_path):

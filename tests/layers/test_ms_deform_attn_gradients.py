@@ -111,7 +111,8 @@ def test_pixels_that_are_not_sampled_do_not_leak_into_gradients(attend, make_cas
     case.sampling_locations[:] = torch.tensor([3.75, 1.0]) / 4
     _, locations, weights = gradients(attend, case, torch.ones(1, 1, 32, dtype=torch.float64, device=case.value.device))
     assert weights.item() == pytest.approx(32 * 0.75)
-    torch.testing.assert_close(locations.flatten(), case.attention_weights.flatten() * locations.new_tensor([-128.0, 0]))
+    slope = locations.new_tensor([-32.0 * 4, 0.0])  # the sum of 32 channels falls by 1 per pixel, of 4 pixels
+    torch.testing.assert_close(locations.flatten(), case.attention_weights.flatten() * slope)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def _warn_once(device_type: str) -> None:
     reason = unavailable_reason or f"deformable_detr._C was built without {device_type} support"
     logger.warning(
         "ms_deform_attn uses its slower PyTorch implementation on %s because %s "
-        "(to build the kernels: pip install --no-build-isolation -e . ; python -m deformable_detr.collect_env tells more).",
+        "(python -m deformable_detr.collect_env tells how to build the kernels).",
         device_type,
         reason,
     )

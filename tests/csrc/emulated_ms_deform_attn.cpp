@@ -1,0 +1,126 @@
+// The CUDA kernels of csrc/cuda on an emulated device, behind C functions for ctypes.
+#include "cuda_emulation.h"
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#ifdef EMULATE_SM_90
+#define DEFORMABLE_DETR_VECTOR_REDUCTIONS
+inline void add_four(float* to, float a, float b, float c, float d) { to[0] += a, to[1] += b, to[2] += c, to[3] += d; }
+#endif
+
+#include "../../csrc/cuda/ms_deform_attn_kernel.cuh"
+
+namespace deformable_detr {
+
+alignas(32) unsigned char shared_memory[256 << 10];
+
+namespace {
+
+struct Call {
+  Sizes sizes;
+  const int64_t* spatial_shapes;
+  const int64_t* strides;  // of value
+  const void *value, *locations, *weights, *grad_output;
+  void *output, *grad_value, *grad_locations, *grad_weights;
+  bool deterministic;
+  float bound;
+};
+
+template <typename Kernel, typename... Arguments>
+void launch(const Call& call, int32_t lanes, int64_t sample_bytes, Kernel kernel, const Arguments&... arguments) {
+  const Geometry at = make_geometry(call.sizes, call.spatial_shapes, call.strides, lanes, sample_bytes);
+  // Fewer blocks than tasks, so that blocks go on to a second task.
+  const unsigned blocks = at.tasks > 2 ? at.tasks - 1 : at.tasks;
+  emulation::launch(blocks, threads_per_block(at), shared_memory, shared_bytes(at, sample_bytes), kernel, at,
+                    arguments...);
+}
+
+template <typename T, typename A, int VEC>
+void forward(const Call& call, int32_t lanes) {
+  launch(call, lanes, sizeof(Sample<A>), forward_kernel<T, A, VEC>, static_cast<const T*>(call.value),
+         static_cast<const A*>(call.locations), static_cast<const A*>(call.weights), static_cast<T*>(call.output));
+}
+
+template <typename T, typename A, int VEC, int G, typename Sum>
+void backward(const Call& call, const Sum& sum) {
+  launch(call, G, sizeof(Sample<A>) + sizeof(Pack<A, 4>), backward_kernel<T, A, VEC, G, Sum>,
+         static_cast<const T*>(call.grad_output), static_cast<const T*>(call.value),
+         static_cast<const A*>(call.locations), static_cast<const A*>(call.weights), sum,
+         static_cast<A*>(call.grad_locations), static_cast<A*>(call.grad_weights));
+}
+
+template <typename T, typename A, int VEC, int G>
+void backward(const Call& call) {
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (call.deterministic) {
+      const int64_t count = call.sizes.N * call.sizes.S * call.sizes.M * call.sizes.D;
+      std::vector<unsigned long long> sums(count);
+      int32_t headroom = 0;
+      while ((int64_t{1} << headroom) < call.sizes.Lq * call.sizes.P) ++headroom;
+      const FixedPoint sum{sums.data(), &call.bound, headroom};
+      backward<T, A, VEC, G>(call, sum);
+      emulation::launch(3, kThreads, shared_memory, 0, fixed_point_to_value<float>, sum, count,
+                        static_cast<float*>(call.grad_value));
+      return;
+    }
+  }
+  backward<T, A, VEC, G>(call, AtomicSum<A>{static_cast<A*>(call.grad_value)});
+}
+
+template <typename T, typename A>
+void run(const Call& call, int32_t vector, int32_t lanes) {
+  constexpr int whole = 16 / sizeof(T);
+  if (call.output) return vector == 1 ? forward<T, A, 1>(call, lanes) : forward<T, A, whole>(call, lanes);
+  if (vector == 1) return backward<T, A, 1, 32>(call);
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (lanes == 4) return backward<T, A, whole, 4>(call);
+    if (lanes == 8) return backward<T, A, whole, 8>(call);
+    if (lanes == 16) return backward<T, A, whole, 16>(call);
+    if (lanes == 32) return backward<T, A, whole, 32>(call);
+  }
+  throw std::invalid_argument("no kernel for these lanes");
+}
+
+}  // namespace
+
+// type: 0 float64, 1 float32, 2 bfloat16, 3 float16. `output` chooses the forward, without it the backward runs.
+// vector: channels a thread loads at once. Returns 0 unless the kernel did something that a device would not allow.
+extern "C" int emulate(int type, int vector, int lanes, const int64_t* sizes, const int64_t* spatial_shapes,
+                       const int64_t* strides, const void* value, const void* locations, const void* weights,
+                       void* output, const void* grad_output, void* grad_value, void* grad_locations,
+                       void* grad_weights, int deterministic, float bound) {
+  const Call call{{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]},
+                  spatial_shapes,
+                  strides,
+                  value,
+                  locations,
+                  weights,
+                  grad_output,
+                  output,
+                  grad_value,
+                  grad_locations,
+                  grad_weights,
+                  deterministic != 0,
+                  bound};
+  try {
+    switch (type) {
+      case 0:
+        run<double, double>(call, vector, lanes);
+        break;
+      case 1:
+        run<float, float>(call, vector, lanes);
+        break;
+      case 2:
+        run<c10::BFloat16, float>(call, vector, lanes);
+        break;
+      default:
+        run<c10::Half, float>(call, vector, lanes);
+    }
+  } catch (const std::exception&) {
+    return 1;
+  }
+  return 0;
+}
+
+}  // namespace deformable_detr

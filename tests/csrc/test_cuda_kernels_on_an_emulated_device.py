@@ -1,0 +1,179 @@
+"""The CUDA kernels run on the CPU: each thread of a block is a fiber (cuda_emulation.h). Finds wrong indices, missing
+barriers and wrong sums without a GPU; tells nothing about speed or about races between blocks."""
+
+import ctypes
+import math
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+from deformable_detr.layers import ms_deform_attn_pytorch
+
+TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+SHAPES = ((9, 17), (18, 3), (0, 2), (1, 3))
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+def emulate(request, tmp_path_factory):
+    """A function that runs a kernel, compiled for the C++ equivalent of an architecture."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        pytest.skip("no C++ compiler")
+    library = tmp_path_factory.mktemp("emulation") / "kernels.so"
+    source = Path(__file__).with_name("emulated_ms_deform_attn.cpp")
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", *(f"-I{path}" for path in include_paths())]
+    flags += ["-DEMULATE_SM_90"] * (request.param == "sm_90")
+    subprocess.run([*compiler, *flags, str(source), "-o", str(library)], check=True)
+    function = ctypes.CDLL(str(library)).emulate
+    function.argtypes = [ctypes.c_int] * 3 + [ctypes.c_void_p] * 11 + [ctypes.c_int, ctypes.c_float]
+    return function
+
+
+@pytest.fixture
+def device():
+    return "cpu"
+
+
+def run(emulate, case, vector, lanes, *, output=None, grads=(None,) * 4, deterministic=False):
+    value, _, locations, weights = case.args
+    N, S, M, D = value.shape
+    _, Lq, _, L, P, _ = locations.shape
+    longs = [
+        torch.tensor(numbers, dtype=torch.int64)
+        for numbers in ((N, S, M, D, Lq, L, P), [size for shape in case.spatial_shapes for size in shape], value.stride())
+    ]
+    bound = 0.0 if grads[0] is None else (grads[0].float().abs().max() * weights.abs().max()).item()
+    pointers = [None if x is None else x.data_ptr() for x in (*longs, value, locations, weights, output, *grads)]
+    failed = emulate(TYPES.index(value.dtype), vector, lanes, *pointers, deterministic, bound)
+    assert not failed
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def forward(emulate, case, vector, lanes):
+    N, Lq, M = case.attention_weights.shape[:3]
+    output = torch.full((N, Lq, M * case.value.shape[3]), math.nan, dtype=case.value.dtype)
+    run(emulate, case, vector, lanes, output=output)
+    return output
+
+
+def backward(emulate, case, vector, lanes, *, grad_output, deterministic=False):
+    """Gradients of value (before the cast to its dtype), locations and weights."""
+    accumulate = torch.promote_types(case.value.dtype, torch.float32)
+    gradients = [torch.full_like(t, math.nan, dtype=accumulate) for t in case.tensors]
+    gradients[0] = torch.zeros(case.value.shape, dtype=accumulate)
+    run(emulate, case, vector, lanes, grads=(grad_output, *gradients), deterministic=deterministic)
+    return gradients
+
+
+def expected_gradients(case, grad_output):
+    case = case.to(torch.float64, torch.float64).with_grad()
+    return torch.autograd.grad(ms_deform_attn_pytorch(*case.args), case.tensors, grad_output.double())
+
+
+# (D, channels per load, threads per query)
+FORWARD = [(32, 16, 0), (32, 1, 32), (30, 1, 30), (5, 1, 5), (300, 1, 256), (64, 16, 0)]
+
+
+@pytest.mark.parametrize("Lq", [5, sum(h * w for h, w in SHAPES)], ids=["decoder", "encoder"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("D", "load_bytes", "lanes"), FORWARD)
+def test_forward_kernel_equals_the_twin(emulate, make_case, dtype, D, load_bytes, lanes, Lq):
+    case = make_case(shapes=SHAPES, Lq=Lq, D=D, M=1 + (Lq == 5)).to(dtype, torch.promote_types(dtype, torch.float32))
+    vector = max(1, load_bytes // dtype.itemsize)
+    expected = ms_deform_attn_pytorch(*case.to(torch.float64, torch.float64).args)
+    assert relative_error(forward(emulate, case, vector, lanes or D // vector), expected) < TOLERANCE[dtype]
+
+
+BACKWARD = [
+    (torch.float64, 32, 1, 32),
+    (torch.float64, 5, 1, 32),
+    (torch.float32, 32, 4, 8),
+    (torch.float32, 48, 4, 4),
+    (torch.float32, 64, 4, 16),
+    (torch.float32, 128, 4, 32),
+    (torch.float32, 37, 1, 32),
+    (torch.bfloat16, 32, 8, 4),
+    (torch.bfloat16, 64, 8, 8),
+    (torch.float16, 32, 8, 4),
+    (torch.float16, 3, 1, 32),
+]
+
+
+@pytest.mark.parametrize("Lq", [5, sum(h * w for h, w in SHAPES)], ids=["decoder", "encoder"])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
+@pytest.mark.parametrize(("dtype", "D", "vector", "lanes"), BACKWARD)
+def test_backward_kernel_equals_the_twin(emulate, make_case, dtype, D, vector, lanes, deterministic, Lq):
+    case = make_case(shapes=SHAPES, Lq=Lq, D=D, M=1 + (Lq == 5)).to(dtype, torch.promote_types(dtype, torch.float32))
+    size = (2, Lq, case.value[0, 0].numel())
+    grad_output = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    actual = backward(emulate, case, vector, lanes, grad_output=grad_output, deterministic=deterministic)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for ours, theirs in zip(actual, expected_gradients(case, grad_output), strict=True):
+        assert relative_error(ours, theirs) < tolerance
+
+
+@pytest.mark.parametrize("P", [1, 7, 40])
+def test_any_number_of_points_fits_into_shared_memory(emulate, make_case, P):
+    """40 points on 4 levels need fewer queries per pass than the block has places for."""
+    case = make_case(shapes=SHAPES, P=P, D=32, Lq=40, M=1).to(torch.float32, torch.float32)
+    expected = ms_deform_attn_pytorch(*case.to(torch.float64, torch.float64).args)
+    assert relative_error(forward(emulate, case, 4, 8), expected) < 1e-5
+    grad_output = torch.randn(2, 40, 32)
+    actual = backward(emulate, case, 4, 8, grad_output=grad_output)
+    for ours, theirs in zip(actual, expected_gradients(case, grad_output), strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
+def test_value_may_have_any_strides_with_contiguous_channels(emulate, make_case):
+    case = make_case(D=32).to(torch.float32, torch.float32)
+    expected = forward(emulate, case, 4, 8)
+    case.value = case.value.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(forward(emulate, case, 4, 8), expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30, 3e38])
+def test_location_that_is_no_place_contributes_nothing(emulate, make_case, bad):
+    case = make_case(D=32).to(torch.float32, torch.float32)
+    case.sampling_locations[0, 2, 1, 0, 1, 0] = bad
+    grad_output = torch.ones(2, 5, 96)
+    result = forward(emulate, case, 4, 8), *backward(emulate, case, 4, 8, grad_output=grad_output)
+    case.sampling_locations[0, 2, 1, 0, 1] = 5.0
+    expected = forward(emulate, case, 4, 8), *backward(emulate, case, 4, 8, grad_output=grad_output)
+    torch.testing.assert_close(result, expected)
+    assert not result[2][0, 2, 1, 0, 1].any() and not result[3][0, 2, 1, 0, 1].any()
+
+
+def test_pixels_that_are_not_sampled_do_not_leak(emulate, make_case):
+    case = make_case(shapes=[(4, 4)], N=1, M=1, Lq=1, P=1, D=32).to(torch.float32, torch.float32)
+    case.value[:] = math.nan
+    case.value[0, [3, 7]] = 1.0
+    case.sampling_locations[:] = torch.tensor([3.75, 1.0]) / 4
+    torch.testing.assert_close(forward(emulate, case, 4, 8), torch.full((1, 1, 32), 0.75) * case.attention_weights.item())
+    gradients = backward(emulate, case, 4, 8, grad_output=torch.ones(1, 1, 32))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e20])
+def test_deterministic_sums_are_as_exact_as_float32_at_every_scale(emulate, make_case, scale):
+    case = make_case(D=32).to(torch.float32, torch.float32)
+    grad_output = torch.randn(2, 5, 96) * scale
+    gradient, *_ = backward(emulate, case, 4, 8, grad_output=grad_output, deterministic=True)
+    assert relative_error(gradient, expected_gradients(case, grad_output)[0]) < 1e-6
+
+
+def test_deterministic_sums_say_when_a_gradient_is_not_finite(emulate, make_case):
+    case = make_case(D=32).to(torch.float32, torch.float32)
+    grad_output = torch.ones(2, 5, 96)
+    grad_output[0, 0, 0] = math.inf
+    gradient, *_ = backward(emulate, case, 4, 8, grad_output=grad_output, deterministic=True)
+    assert gradient.isnan().all()
