@@ -105,9 +105,9 @@ optimizer = L(ClippedAdamW)(
     max_norm=0.1,
 )
 
-# 118,287 images / 32 = 3,696 iterations an epoch; 50 epochs, drop after 40.
+# 118,287 images / 32 = 3,696 iterations an epoch; 50 epochs, drop after 40. Another train.max_iter scales both.
 lr_multiplier = L(WarmupParamScheduler)(
-    scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[147840], num_updates="${train.max_iter}"),
+    scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[147840, 184800]),
     warmup_factor=1.0,
     warmup_length=0.0,
 )

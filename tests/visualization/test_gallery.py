@@ -1,0 +1,119 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import Metadata
+from detectron2.structures import Boxes, BoxMode, Instances
+from PIL import Image
+
+from deformable_detr.visualization import draw_gallery, load_coco_predictions
+from deformable_detr.visualization.gallery import PANEL_SIZE
+
+GRAY = (90, 90, 90)
+
+
+@pytest.fixture
+def metadata():
+    return Metadata(name="two_classes", thing_classes=["cat", "dog"], thing_dataset_id_to_contiguous_id={3: 0, 7: 1})
+
+
+@pytest.fixture
+def dataset_dicts(tmp_path):
+    """Three gray images of 100 x 50 pixels, each with one object and one crowd region."""
+    dicts = []
+    for image_id in (11, 12, 13):
+        path = tmp_path / f"{image_id}.png"
+        Image.new("RGB", (100, 50), GRAY).save(path)
+        object_ = {"bbox": [10, 10, 30, 20], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1, "iscrowd": 0}
+        crowd = {**object_, "bbox": [60, 25, 30, 20], "iscrowd": 1}
+        image = {"file_name": str(path), "image_id": image_id, "height": 50, "width": 100}
+        dicts.append({**image, "annotations": [object_, crowd]})
+    return dicts
+
+
+@pytest.fixture
+def results_file(tmp_path):
+    def write(*detections):
+        path = tmp_path / "coco_instances_results.json"
+        path.write_text(json.dumps(detections))
+        return path
+
+    return write
+
+
+def detections(*boxes, score=0.9):
+    """Detections of class 1 with boxes (xyxy) on a 100 x 50 image."""
+    instances = Instances((50, 100))
+    instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.scores = torch.full((len(boxes),), score)
+    instances.pred_classes = torch.ones(len(boxes), dtype=torch.int64)
+    return instances
+
+
+def pixels_of(png):
+    with Image.open(png) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def test_coco_results_become_instances_with_contiguous_classes(dataset_dicts, metadata, results_file):
+    path = results_file(
+        {"image_id": 12, "category_id": 7, "bbox": [10.0, 20.0, 30.0, 5.0], "score": 0.5},
+        {"image_id": 12, "category_id": 3, "bbox": [0.0, 0.0, 1.0, 1.0], "score": 0.25},
+    )
+    predictions = load_coco_predictions(path, dataset_dicts, metadata)
+    assert [len(predictions[image_id]) for image_id in (11, 12, 13)] == [0, 2, 0]
+    assert predictions[12].pred_boxes.tensor[0].tolist() == [10, 20, 40, 25]
+    assert predictions[12].pred_classes.tolist() == [1, 0]
+    assert predictions[12].scores.tolist() == [0.5, 0.25]
+
+
+def test_unknown_category_id_is_an_error_that_names_it(dataset_dicts, metadata, results_file):
+    path = results_file({"image_id": 12, "category_id": 5, "bbox": [0, 0, 1, 1], "score": 0.5})
+    with pytest.raises(ValueError, match="category_id 5 .*two_classes"):
+        load_coco_predictions(path, dataset_dicts, metadata)
+
+
+def test_boxes_are_drawn_where_they_are(dataset_dicts, metadata, tmp_path):
+    """The true box shows on the left only, the detected one on the right only, the crowd region nowhere."""
+    detected = detections((60, 25, 90, 45))
+    pixels = pixels_of(draw_gallery(dataset_dicts[:1], metadata, {11: detected}, tmp_path / "sheet.png"))
+    is_panel_row = (np.abs(pixels - 255).max(axis=2) > 0).mean(axis=1) > 0.9
+    truth, found = np.split(pixels[is_panel_row], 2, axis=1)
+    assert is_panel_row.sum() == PANEL_SIZE // 2  # the image is twice as wide as high
+
+    def drawn_span(panel):
+        coloured = np.ptp(panel, axis=2) > 60
+        columns = np.flatnonzero(coloured.sum(axis=0) > 50)  # the upright sides of a box
+        return columns.min() / PANEL_SIZE, columns.max() / PANEL_SIZE
+
+    gap = 12 / PANEL_SIZE
+    assert drawn_span(truth) == pytest.approx((0.1 + gap, 0.4 + gap), abs=0.02)
+    assert drawn_span(found) == pytest.approx((0.6, 0.9), abs=0.03)
+
+
+def test_detections_below_the_threshold_are_not_drawn(dataset_dicts, metadata, tmp_path):
+    weak = detections((60, 25, 90, 45), score=0.2)
+    with_weak = draw_gallery(dataset_dicts[:1], metadata, {11: weak}, tmp_path / "weak.png", score_threshold=0.3)
+    without = draw_gallery(dataset_dicts[:1], metadata, {11: detections()}, tmp_path / "none.png")
+    assert np.array_equal(pixels_of(with_weak), pixels_of(without))
+
+
+@pytest.mark.parametrize("num_images, columns, rows", [(1, 2, 1), (2, 4, 1), (3, 4, 2), (9, 4, 2)])
+def test_sheet_grows_with_the_number_of_images(dataset_dicts, metadata, tmp_path, num_images, columns, rows):
+    predictions = {image["image_id"]: detections() for image in dataset_dicts}
+    png = draw_gallery(dataset_dicts, metadata, predictions, tmp_path / "sheet.png", num_images=num_images)
+    with Image.open(png) as picture:
+        assert picture.size == (columns * (PANEL_SIZE + 12) + 12, 96 + rows * (PANEL_SIZE // 2 + 12))
+
+
+def test_image_without_predictions_is_an_error_that_names_it(dataset_dicts, metadata, tmp_path):
+    with pytest.raises(ValueError, match="image_id 11"):
+        draw_gallery(dataset_dicts, metadata, {}, tmp_path / "sheet.png")
+
+
+@pytest.mark.parametrize("dicts, num_images", [([], 4), (None, 0)])
+def test_nothing_to_draw_is_an_error(dataset_dicts, metadata, tmp_path, dicts, num_images):
+    chosen = dataset_dicts if dicts is None else dicts
+    with pytest.raises(ValueError, match="num_images|empty"):
+        draw_gallery(chosen, metadata, {}, tmp_path / "sheet.png", num_images=num_images)

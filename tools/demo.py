@@ -1,0 +1,93 @@
+"""Trains, evaluates and shows a small Deformable DETR on shapes that it draws itself: what ``make demo``
+runs.
+
+Everything goes through the same commands that a user types: ``tools/make_shapes_dataset.py``,
+``train_net.py`` and ``python -m deformable_detr.visualization``. Interrupted and called again, it goes on
+from the last checkpoint; ``--fresh`` starts over.
+"""
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from deformable_detr.visualization import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = "configs/quick_schedules/shapes_two_stage.yaml"
+OWN_DATA = ["--train-json", "my/train.json", "--train-images", "my/train"]
+OWN_DATA += ["--val-json", "my/val.json", "--val-images", "my/val"]
+
+
+def run(command: list[str]) -> None:
+    """Runs a Python command line in the repository root, its output passed on as it comes.
+
+    Raises:
+        SystemExit: the command failed; with its exit status.
+    """
+    print("$ python " + shlex.join(command), flush=True)
+    status = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+    if status:
+        # A process ended by a signal has a negative status, which a shell writes as 128 + signal.
+        sys.exit(status if status > 0 else 128 - status)
+
+
+def train_command(data_flags: list[str], output_dir: str | Path, *extra: str) -> list[str]:
+    """Returns the arguments to Python that train and evaluate the demo's model on COCO-format data."""
+    return ["train_net.py", "--config-file", CONFIG, *data_flags, *extra, "OUTPUT_DIR", str(output_dir)]
+
+
+def training_seconds(metrics: dict[int, dict[str, float]]) -> float:
+    """Returns the time that all iterations took, those of interrupted calls included."""
+    timed = [(iteration, row["time"]) for iteration, row in metrics.items() if "time" in row]
+    starts = [-1] + [iteration for iteration, _ in timed]
+    return sum(seconds * (end - start) for start, (end, seconds) in zip(starts, timed, strict=False))
+
+
+def summarize(output: Path) -> str:
+    """Returns the closing lines of the demo.
+
+    Raises:
+        SystemExit: the run holds no AP50, so its evaluation did not come to an end.
+    """
+    metrics = read_metrics(output / "metrics.json")
+    evaluations = [row for row in metrics.values() if "bbox/AP50" in row]
+    if not evaluations:
+        sys.exit(f"{output}/metrics.json has no bbox/AP50: the evaluation did not come to an end")
+    final = evaluations[-1]
+    own = train_command(OWN_DATA, "output/mine")
+    return "\n".join(
+        [
+            "",
+            f"Held-out images: AP {final['bbox/AP']:.1f}, AP50 {final['bbox/AP50']:.1f}",
+            f"Training took {training_seconds(metrics):.0f} s. Checkpoint: {output / 'model_final.pth'}",
+            f"Curves:     {output / 'training_curves.png'}",
+            f"Detections: {output / 'detections.png'}",
+            "The same on COCO-format data of your own:",
+            f"  {shlex.join(['python', *own])}",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("output/demo"), help="relative to the repository")
+    parser.add_argument("--fresh", action="store_true", help="delete what an earlier call left, and start over")
+    args = parser.parse_args()
+    output = ROOT / args.output
+    dataset = args.output / "dataset"
+    if args.fresh and output.exists():
+        shutil.rmtree(output)
+    run(["tools/make_shapes_dataset.py", str(dataset)])
+    val_flags = ["--val-json", f"{dataset}/val.json", "--val-images", f"{dataset}/val"]
+    data_flags = ["--train-json", f"{dataset}/train.json", "--train-images", f"{dataset}/train", *val_flags]
+    resume = ["--resume"] if (output / "last_checkpoint").exists() else []
+    run(train_command(data_flags, args.output, *resume))
+    run(["-m", "deformable_detr.visualization", str(args.output), *val_flags])
+    print(summarize(args.output))
+
+
+if __name__ == "__main__":
+    main()

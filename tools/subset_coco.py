@@ -1,0 +1,47 @@
+"""Writes a COCO-format annotation file with chosen images of another one, and all of its categories.
+
+Together with the data flags of ``train_net.py`` this trains on a handful of images, for instance to see a model
+overfit them::
+
+    python tools/subset_coco.py annotations/instances_train2017.json output/two_images.json 72 309
+"""
+
+import argparse
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+
+def subset(content: dict, image_ids: Collection[int]) -> dict:
+    """Returns COCO-format content with only these images and their annotations.
+
+    Raises:
+        ValueError: an image id does not occur.
+    """
+    missing = set(image_ids) - {image["id"] for image in content["images"]}
+    if missing:
+        raise ValueError(f"there are no images with the ids {sorted(missing)}")
+    return {
+        **content,
+        "images": [image for image in content["images"] if image["id"] in image_ids],
+        "annotations": [entry for entry in content["annotations"] if entry["image_id"] in image_ids],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="annotation file to choose from")
+    parser.add_argument("target", type=Path, help="annotation file to write")
+    parser.add_argument("image_ids", type=int, nargs="+", metavar="IMAGE_ID")
+    args = parser.parse_args()
+    try:
+        chosen = subset(json.loads(args.source.read_text()), set(args.image_ids))
+    except ValueError as error:
+        parser.error(f"{args.source}: {error}")
+    args.target.parent.mkdir(parents=True, exist_ok=True)
+    args.target.write_text(json.dumps(chosen))
+    print(f"{args.target}: {len(chosen['images'])} images, {len(chosen['annotations'])} annotations")
+
+
+if __name__ == "__main__":
+    main()
