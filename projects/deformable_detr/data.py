@@ -92,7 +92,7 @@ def augmentation_from_config(cfg: CfgNode, *, is_train: bool) -> list[T.Augmenta
     """
     node = cfg.INPUT
     if not is_train:
-        return build_detr_augmentation(is_train=False, min_size=[node.MIN_SIZE_TEST], max_size=node.MAX_SIZE_TEST)
+        return build_detr_augmentation(is_train=False, min_size=node.MIN_SIZE_TEST, max_size=node.MAX_SIZE_TEST)
     if node.RANDOM_FLIP not in ("horizontal", "none"):
         raise ValueError(f"INPUT.RANDOM_FLIP must be 'horizontal' or 'none', got {node.RANDOM_FLIP!r}")
     return build_detr_augmentation(
@@ -127,7 +127,7 @@ def get_train_dicts(names: str | Sequence[str], *, num_classes: int, filter_empt
 
     Raises:
         KeyError: if a dataset is not registered.
-        ValueError: without any dataset, on classes outside ``[0, num_classes)`` and on boxes with NaN or infinite values.
+        ValueError: without a dataset, on classes outside ``[0, num_classes)``, on boxes with NaN or infinite values.
     """
     if not names:
         raise ValueError("there is no dataset to train on: set DATASETS.TRAIN (yaml) or dataloader.train.dataset.names")
@@ -193,8 +193,9 @@ def register_coco_data(name: str, json_file: str, image_root: str) -> list[str]:
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    register_coco_instances(name, {}, json_file, image_root)
-    return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+    classes = [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+    register_coco_instances(name, {"thing_classes": classes}, json_file, image_root)
+    return classes
 
 
 def _describe(record: dict) -> str:

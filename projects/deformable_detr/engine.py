@@ -40,7 +40,8 @@ from torch import nn
 from . import solver
 from .checkpoint.checkpointer import DeformableDETRCheckpointer
 from .config import load_config
-from .data import NamedErrorsMapper, augmentation_from_config, get_train_dicts, register_coco_data
+from .data import NamedErrorsMapper, augmentation_from_config, get_train_dicts
+from .user_data import add_user_data_arguments, apply_user_data
 
 # COCO's panoptic datasets carry boxes in the same format as its detection datasets.
 EVALUATOR_TYPES = ("coco", "coco_panoptic_seg", "lvis", "pascal_voc")
@@ -49,19 +50,17 @@ EPILOG = """
 Examples:
   Train on 8 GPUs:      train_net.py --num-gpus 8 --config-file configs/COCO-Detection/deformable_detr_R_50.yaml
   Continue a run:       add --resume
-  Evaluate:             train_net.py --eval-only --config-file FILE MODEL.WEIGHTS model.pth
+  Evaluate:             train_net.py --eval-only --config-file FILE --weights model.pth
   Your own COCO data:   add --train-json a.json --train-images a/ --val-json b.json --val-images b/
+  Fine-tune on it:      add --weights deformable-detr://deformable_detr_R_50 as well
   Change a value:       add KEY VALUE pairs (yaml) or key=value (LazyConfig .py)
 """
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments and four for the user's own COCO-format data."""
+    """Detectron2's arguments and those for the user's own data and weights."""
     parser = default_argument_parser(EPILOG)
-    data = parser.add_argument_group("your own data, in COCO's format (sets the datasets and the number of classes)")
-    for split, use in (("train", "to train on"), ("val", "to evaluate on")):
-        data.add_argument(f"--{split}-json", metavar="FILE", help=f"annotations {use}")
-        data.add_argument(f"--{split}-images", metavar="FOLDER", help=f"images {use}")
+    add_user_data_arguments(parser)
     return parser
 
 
@@ -70,48 +69,14 @@ def setup(args: argparse.Namespace) -> CfgNode | DictConfig:
     if not args.config_file:
         raise ValueError("--config-file is required")
     cfg = load_config(args.config_file, args.opts)
+    output_dir = cfg.OUTPUT_DIR if isinstance(cfg, CfgNode) else cfg.train.output_dir
+    # default_setup gives a handler to the loggers of detectron2 and fvcore only.
+    setup_logger(output_dir, distributed_rank=comm.get_rank(), name="deformable_detr")
     apply_user_data(cfg, args)
     if isinstance(cfg, CfgNode):
         cfg.freeze()
     default_setup(cfg, args)
-    output_dir = cfg.OUTPUT_DIR if isinstance(cfg, CfgNode) else cfg.train.output_dir
-    # default_setup gives a handler to the loggers of detectron2 and fvcore only.
-    setup_logger(output_dir, distributed_rank=comm.get_rank(), name="deformable_detr")
     return cfg
-
-
-def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None:
-    """Register the files named on the command line and point the configuration at them.
-
-    Raises:
-        ValueError: if an annotation file comes without its image folder, or the two splits differ in their classes.
-    """
-    classes: dict[str, list[str]] = {}
-    for split in ("train", "val"):
-        json_file, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
-        if (json_file is None) != (images is None):
-            raise ValueError(f"--{split}-json and --{split}-images must be given together")
-        if json_file is not None:
-            classes[split] = register_coco_data(f"user_{split}", json_file, images)
-    if not classes:
-        return
-    if len({tuple(names) for names in classes.values()}) > 1:
-        raise ValueError(f"train and val must have the same categories, got {classes['train']} and {classes['val']}")
-    names = next(iter(classes.values()))
-    if isinstance(cfg, CfgNode):
-        cfg.DATASETS.TRAIN = ("user_train",) if "train" in classes else ()
-        cfg.DATASETS.TEST = ("user_val",) if "val" in classes else ()
-        cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES = len(names)
-        return
-    cfg.model.num_classes = len(names)
-    if "train" in classes:
-        cfg.dataloader.train.dataset.names = "user_train"
-    else:
-        cfg.dataloader.train.dataset.names = []
-    if "val" in classes:
-        cfg.dataloader.test.dataset.names = "user_val"
-    else:
-        del cfg.dataloader["evaluator"]
 
 
 def build_evaluator(dataset_name: str, output_dir: str | None = None) -> DatasetEvaluator:
@@ -168,9 +133,21 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list:
         # DefaultTrainer makes its own checkpointer right before it asks for the hooks that use it.
         self.checkpointer = DeformableDETRCheckpointer(
-            self._trainer.model, self.cfg.OUTPUT_DIR, trainer=self.checkpointer.checkpointables["trainer"]
+            self._trainer.model,
+            self.cfg.OUTPUT_DIR,
+            class_names=_class_names(self.cfg),
+            trainer=self.checkpointer.checkpointables["trainer"],
         )
         return super().build_hooks()
+
+    # Detectron2 0.6 leaves the optimiser out of DefaultTrainer's checkpoints: resuming would lose its moments. Later
+    # versions save it under this name.
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
 
 
 def main(args: argparse.Namespace) -> Any:
@@ -197,7 +174,7 @@ def build_evaluators(cfg: CfgNode | DictConfig) -> list[DatasetEvaluator]:
 def _run_yaml(cfg: CfgNode, args: argparse.Namespace) -> Any:
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = DeformableDETRCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = DeformableDETRCheckpointer(model, save_dir=cfg.OUTPUT_DIR, class_names=_class_names(cfg))
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
@@ -227,7 +204,7 @@ def do_eval(cfg: DictConfig, *, resume: bool = False) -> dict | None:
     """
     model = instantiate(cfg.model).to(cfg.train.device)
     model = create_ddp_model(model)
-    checkpointer = DeformableDETRCheckpointer(model, cfg.train.output_dir)
+    checkpointer = DeformableDETRCheckpointer(model, cfg.train.output_dir, class_names=_class_names(cfg))
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     return do_test(cfg, model)
 
@@ -246,7 +223,9 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
     loader = instantiate(cfg.dataloader.train)
     model = create_ddp_model(model, **cfg.train.ddp)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
-    checkpointer = DeformableDETRCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    checkpointer = DeformableDETRCheckpointer(
+        model, cfg.train.output_dir, class_names=_class_names(cfg), trainer=trainer
+    )
     evaluate = hooks.EvalHook(cfg.train.eval_period, lambda: do_test(cfg, model))
     trainer.register_hooks(
         [
@@ -261,6 +240,20 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
     # A checkpoint stores the iteration it has finished.
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     trainer.train(start, cfg.train.max_iter)
+
+
+def _class_names(cfg: CfgNode | DictConfig) -> list[str] | None:
+    """Names of the model's outputs, by the dataset they are for; None where there is no such dataset."""
+    if isinstance(cfg, CfgNode):
+        datasets, outputs = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES
+    else:
+        datasets, outputs = [], cfg.model.num_classes
+        for split in ("train", "test"):
+            names = cfg.dataloader[split].dataset.names
+            datasets += [names] if isinstance(names, str) else names
+    names = MetadataCatalog.get(datasets[0]).get("thing_classes", None) if datasets else None
+    # A model with 91 outputs can be evaluated on COCO's 80 classes: those are not its outputs' names.
+    return list(names) if names is not None and len(names) == outputs else None
 
 
 def _writer(cfg: DictConfig) -> hooks.PeriodicWriter:

@@ -4,7 +4,9 @@ import torchvision
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
 from deformable_detr.checkpoint import CheckpointError, convert
-from deformable_detr.checkpoint.sources import COCO_CATEGORY_IDS
+from deformable_detr.checkpoint.classes import COCO_CLASSES, COCO_CLASSES_BY_ID
+
+COCO_CATEGORY_IDS = [category["id"] for category in COCO_CATEGORIES if category["isthing"]]
 
 VARIANTS = ("_single_scale", "_single_scale_dc5", "", "_box_refine", "_two_stage")
 
@@ -112,19 +114,21 @@ def test_incomplete_backbone_is_an_error_that_names_keys_and_count(build):
         convert(weights, model=model)
 
 
-def test_coco_ids_are_those_of_detectron2():
-    assert COCO_CATEGORY_IDS == tuple(category["id"] for category in COCO_CATEGORIES if category["isthing"])
+def test_coco_names_and_ids_are_those_of_detectron2():
+    names = {category["id"]: category["name"] for category in COCO_CATEGORIES if category["isthing"]}
+    assert {i: name for i, name in enumerate(COCO_CLASSES_BY_ID) if name} == names
+    assert COCO_CLASSES == tuple(names.values()) and len(COCO_CLASSES_BY_ID) == 91
 
 
 def test_80_classes_take_the_rows_of_their_category_ids(build, official_names):
     theirs, ours = build(NUM_CLASSES=91), build(NUM_CLASSES=80)
     theirs.class_embed[0].bias.data = torch.arange(91.0)
     converted, report = convert(official_names(theirs), model=ours)
-    assert converted["class_embed.0.bias"].tolist() == list(COCO_CATEGORY_IDS)
+    assert converted["class_embed.0.bias"].tolist() == COCO_CATEGORY_IDS
     # Hand-picked: person, stop sign (after the unused 12) and toothbrush (the last id).
     assert [converted["class_embed.1.bias"][i].item() for i in (0, 11, 79)] == [1, 13, 90]
     assert converted["class_embed.0.weight"].shape == (80, 64)
-    assert report.mapped["class_embed.0.bias"] == "rows of the 80 COCO categories out of 91 raw ids"
+    assert report.mapped["class_embed.0.bias"] == "rows of 80 of the model's 80 classes, by name out of 91"
 
 
 @pytest.mark.parametrize("num_classes", (80, 3, 120))

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deformable_detr.checkpoint import read_checkpoint
+from deformable_detr.checkpoint import CheckpointError, read_checkpoint
 from deformable_detr.checkpoint.__main__ import build_cpu_model, main, parse_args
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "COCO-Detection"
@@ -22,3 +22,43 @@ def test_a_file_is_converted_and_the_report_printed(config, suffix, tmp_path, ca
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[key], expected[key]) for key in expected)
     assert "Detectron2 backbone names" in capsys.readouterr().out
+
+
+def run_for_two_stage(*arguments):
+    config = str(CONFIGS / "deformable_detr_R_50_two_stage.yaml")
+    main(parse_args([*map(str, arguments), "--config-file", config]))
+
+
+@pytest.fixture(scope="module")
+def two_stage():
+    return build_cpu_model(str(CONFIGS / "deformable_detr_R_50_two_stage.yaml"), [])
+
+
+@pytest.mark.parametrize(("to", "suffix"), (("official", ".pth"), ("transformers", ".safetensors")))
+def test_exported_file_has_the_other_projects_names_and_converts_back(to, suffix, two_stage, tmp_path):
+    source, exported, back = tmp_path / "model_final.pth", tmp_path / f"exported{suffix}", tmp_path / f"back{suffix}"
+    torch.save({"model": two_stage.state_dict()}, source)
+    run_for_two_stage(source, exported, "--to", to, "--coco-ids")
+    run_for_two_stage(exported, back)
+
+    names = read_checkpoint(str(exported))["model"]
+    expected = {
+        "official": "transformer.decoder.class_embed.6.bias",
+        "transformers": "model.decoder.class_embed.6.bias",
+    }
+    assert len(names[expected[to]]) == 91 and len(names) == {"official": 630, "transformers": 654}[to]
+    written = read_checkpoint(str(back))
+    assert all(torch.equal(tensor, written["model"][key]) for key, tensor in two_stage.state_dict().items())
+    assert written["class_names"][79] == "toothbrush"
+
+
+def test_a_backbone_alone_is_not_exported_as_a_detector(two_stage, tmp_path):
+    torch.save(two_stage.backbone.bottom_up.state_dict(), tmp_path / "backbone.pth")
+    with pytest.raises(CheckpointError, match=r"backbone.pth leaves \d+ parameters as initialised, such as"):
+        run_for_two_stage(tmp_path / "backbone.pth", tmp_path / "out.pth", "--to", "official")
+
+
+def test_raw_ids_without_another_projects_names_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["a.pth", "b.pth", "--config-file", "c.yaml", "--coco-ids"])
+    assert "--coco-ids needs --to" in capsys.readouterr().err

@@ -1,10 +1,11 @@
-"""Weights of other projects in our names: ``convert`` for state dicts, ``read_checkpoint`` for files.
+"""Weights of other projects: ``read_checkpoint`` for files, ``convert`` to our names and classes, ``export`` back.
 
 The checkpointer that training uses is in ``deformable_detr.checkpoint.checkpointer``; it alone needs Detectron2.
 """
 
 from .convert import convert
+from .export import export
 from .files import read_checkpoint
 from .report import CheckpointError, ConversionReport
 
-__all__ = ["CheckpointError", "ConversionReport", "convert", "read_checkpoint"]
+__all__ = ["CheckpointError", "ConversionReport", "convert", "export", "read_checkpoint"]

@@ -1,21 +1,28 @@
-"""Converts a file of weights to our names: ``python -m deformable_detr.checkpoint SRC DST --config-file X``."""
+"""Converts a file of weights to our names, or from them: ``python -m deformable_detr.checkpoint SRC DST ...``."""
 
 import argparse
+import json
 
 import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import load_config
 from .convert import convert
+from .export import FORMATS, export
 from .files import read_checkpoint
+from .report import CheckpointError, ConversionReport
 
 EPILOG = """
 Example, keeping the 91 outputs of the official model:
   python -m deformable_detr.checkpoint r50_deformable_detr-checkpoint.pth deformable_detr_R_50.safetensors \\
       --config-file configs/COCO-Detection/deformable_detr_R_50.yaml MODEL.DEFORMABLE_DETR.NUM_CLASSES 91
+
+Example, for the official code, which evaluates the 80 COCO classes by their 91 raw ids:
+  python -m deformable_detr.checkpoint output/model_final.pth for_official_code.pth --to official --coco-ids \\
+      --config-file configs/COCO-Detection/deformable_detr_R_50.yaml
 """
 
 
@@ -30,9 +37,14 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("source", metavar="SRC", help=".pth, .bin, .pkl or .safetensors file")
     parser.add_argument("destination", metavar="DST", help="file to write; safetensors by that suffix, else torch.save")
     parser.add_argument("--config-file", required=True, help="the model to convert for, .yaml or .py")
+    parser.add_argument("--to", choices=("ours", *FORMATS), default="ours", help="whose names to write (default: ours)")
+    parser.add_argument("--coco-ids", action="store_true", help="with --to: spread 80 COCO classes over the 91 raw ids")
     parser.add_argument("opts", nargs="*", help="overrides of the config, as for train_net.py")
     # Intermixed: options may stand between the files and the overrides.
-    return parser.parse_intermixed_args(args)
+    parsed = parser.parse_intermixed_args(args)
+    if parsed.coco_ids and parsed.to == "ours":
+        parser.error("--coco-ids needs --to official or --to transformers")
+    return parsed
 
 
 def build_cpu_model(config_file: str, opts: list[str]) -> nn.Module:
@@ -44,15 +56,38 @@ def build_cpu_model(config_file: str, opts: list[str]) -> nn.Module:
     return build_model(cfg)
 
 
-def main(args: argparse.Namespace) -> None:
-    checkpoint = read_checkpoint(args.source)
-    state_dict, report = convert(checkpoint["model"], model=build_cpu_model(args.config_file, args.opts))
-    if args.destination.endswith(".safetensors"):
+def export_for(args: argparse.Namespace, model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the converted weights in the names that ``--to`` asks for.
+
+    Raises:
+        CheckpointError: if the weights do not fill the model; half of it would be random for the other project.
+    """
+    missing = model.load_state_dict(state_dict, strict=False).missing_keys
+    if missing:
+        raise CheckpointError(f"{args.source} leaves {len(missing)} parameters as initialised, such as {missing[0]}")
+    return export(model, to=args.to, coco_ids=args.coco_ids)
+
+
+def write(path: str, state_dict: dict[str, Tensor], *, to: str, report: ConversionReport) -> None:
+    """Writes safetensors or, by any other suffix, what the project loads by torch.load."""
+    names = report.class_names if to == "ours" else None
+    if path.endswith(".safetensors"):
         # This format does not hold two names of one tensor, such as heads that all layers share.
         copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state_dict.items()}
-        save_file(copies, args.destination)
+        save_file(copies, path, metadata={"format": "pt"} | ({"class_names": json.dumps(names)} if names else {}))
+    elif to == "transformers":
+        torch.save(state_dict, path)
     else:
-        torch.save({"model": state_dict}, args.destination)
+        torch.save({"model": state_dict} | ({"class_names": list(names)} if names else {}), path)
+
+
+def main(args: argparse.Namespace) -> None:
+    checkpoint = read_checkpoint(args.source)
+    model = build_cpu_model(args.config_file, args.opts)
+    state_dict, report = convert(checkpoint["model"], model=model, file_class_names=checkpoint.get("class_names"))
+    if args.to != "ours":
+        state_dict = export_for(args, model, state_dict)
+    write(args.destination, state_dict, to=args.to, report=report)
     print(report)
 
 

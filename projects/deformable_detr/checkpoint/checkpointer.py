@@ -2,12 +2,13 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
 
 from .convert import convert
 from .files import check_weights_file, read_checkpoint
@@ -21,11 +22,22 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
     Unlike its base it never skips a parameter silently: what was used, mapped, dropped and missing is logged, and a
     backbone or transformer that is not covered is a CheckpointError. It runs no code from the files it reads.
 
+    Args:
+        class_names: of the model's classes, such as ``thing_classes`` of its dataset. By them the rows of a file
+            with other classes are found, and they are saved, so that later models can do the same.
+        args, kwargs: as for Detectron2's checkpointer.
+
     Attributes:
         report: the ConversionReport of the last load, None before.
     """
 
     report: ConversionReport | None = None
+
+    def __init__(
+        self, model: nn.Module, *args: Any, class_names: Sequence[str | None] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(model, *args, **kwargs)
+        self.class_names = class_names
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Loads a checkpoint.
@@ -75,6 +87,8 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
         file = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", file)
+        if self.class_names is not None:
+            kwargs["class_names"] = list(self.class_names)
         with _replacing(file) as stream:
             torch.save({"model": self.model.state_dict(), **states, **kwargs}, stream)
         self.tag_last_checkpoint(os.path.basename(file))
@@ -104,7 +118,14 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         return read_checkpoint(filename)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
-        state_dict, self.report = convert(checkpoint.pop("model"), model=self.model)
+        state_dict, self.report = convert(
+            checkpoint.pop("model"),
+            model=self.model,
+            class_names=self.class_names,
+            file_class_names=checkpoint.pop("class_names", None),
+        )
+        if self.class_names is None:
+            self.class_names = self.report.class_names
         if self.report.source != OURS.name:
             # Another project's optimizer or iteration means nothing to ours.
             checkpoint.clear()

@@ -9,57 +9,69 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .report import CheckpointError, ConversionReport
-from .sources import BOTTOM_UP, COCO_CATEGORY_IDS, NUM_COCO_IDS, SOURCES, Source, detect_source
+from .classes import ENCODER_OUTPUT, HEAD, Names, fit_class_heads, is_encoder_head
+from .report import CheckpointError, ConversionReport, name_first
+from .sources import BOTTOM_UP, SOURCES, Source, detect_source
 
 _HEAD_ALIAS = re.compile(r"^transformer\.decoder\.((?:class|bbox)_embed\.)")
-_HEAD = re.compile(r"^(?P<kind>class_embed|bbox_embed)\.(?P<index>\d+)\.(?P<rest>.+)$")
 _QKV = re.compile(r"^(?P<stem>.*\.self_attn)\.(?P<letter>[qkv])_proj\.(?P<rest>weight|bias)$")
 _BOOKKEEPING = {
     re.compile(r"(^|\.)total_(params|ops)$"): "a counter of the profiler thop, not a weight",
     re.compile(r"\.num_batches_tracked$"): "a counter of batch norm, not used at inference",
 }
-_ENCODER_OUTPUT = "transformer.enc_output.weight"
-_MAX_NAMED = 5
 
 
-def convert(state_dict: Mapping[str, Any], *, model: nn.Module) -> tuple[dict[str, Tensor], ConversionReport]:
+def convert(
+    state_dict: Mapping[str, Any],
+    *,
+    model: nn.Module,
+    class_names: Names | None = None,
+    file_class_names: Names | None = None,
+) -> tuple[dict[str, Tensor], ConversionReport]:
     """Renames a checkpoint's parameters to ours and fits its classes to the model's.
 
     Known are the names of the official repository, of transformers 4.x and 5.x, of detrex, of torchvision's and
     Detectron2's ImageNet backbones, and our own. The class heads of a model with other classes are treated so:
 
-    - 91 outputs (raw COCO category ids) to 80: the rows of the 80 categories, in the order of their ids. This is
-      the contiguous order of Detectron2's built-in COCO datasets.
+    - Where the classes of both are known, every class of the model takes the row of its name, whatever its position;
+      the others keep the rows that the model was initialised with. 91 rows are known as raw COCO category ids, and a
+      model of 80 outputs whose classes are not given is taken to have the 80 COCO categories, in the order of
+      Detectron2's built-in datasets.
     - The encoder's head of a two-stage model scores proposals by channel 0, whatever the classes are; its rows keep
       their positions.
-    - Any other difference: the model keeps the rows it was initialised with, and the report says so.
+    - Where the classes are not known, as many rows are kept in their order; of any other number, the model keeps
+      its own. The report says so.
 
     Args:
         state_dict: name -> tensor or numpy array. It is left as it is.
         model: the model that shall load the result. It is left as it is.
+        class_names: of the model's classes, such as ``thing_classes`` of its dataset; None where they are not known.
+        file_class_names: of the checkpoint's classes, where the caller knows them.
 
     Returns:
         The parameters to load, by our names (those in ``report.missing`` are left out), and the report.
 
     Raises:
+        ValueError: if ``class_names`` are not as many as the model's outputs.
         CheckpointError: if the names are of no known kind, or if the backbone or the transformer are not covered
             completely. A pretrained backbone need not cover more than the backbone.
     """
     target = model.state_dict(keep_vars=True)
+    if class_names is not None and len(class_names) != len(target["class_embed.0.bias"]):
+        raise ValueError(f"{len(class_names)} class_names for {len(target['class_embed.0.bias'])} class outputs")
     tensors = _as_tensors(state_dict)
     source = detect_source(tensors, model_keys=target)
     if source is None:
         known = ", ".join(known.name for known in SOURCES)
         raise CheckpointError(
             f"The parameter names of this checkpoint are of no known kind ({known}); "
-            f"it has {len(tensors)} of them: {_name_first(sorted(tensors))}"
+            f"it has {len(tensors)} of them: {name_first(sorted(tensors))}"
         )
     report = ConversionReport(source.name)
     tensors = _rename(tensors, source, report)
     _join_query_key_value(tensors, report)
     _spread_shared_heads(tensors, target, report)
-    _fit_class_heads(tensors, target, report)
+    fit_class_heads(tensors, target, report, source=source, file_classes=file_class_names, model_classes=class_names)
     _drop_what_has_no_place(tensors, target, source, report)
     _note_what_is_missing(tensors, target, source, report)
     _raise_unless_covered(tensors, target, report)
@@ -123,43 +135,14 @@ def _spread_shared_heads(tensors: dict[str, Tensor], target: Mapping[str, Tensor
         if any(key.startswith(f"{kind}.1.") for key in tensors):
             continue
         for key in target:
-            match = _HEAD.match(key)
-            if match is None or match["kind"] != kind or key in tensors or _is_encoder_head(key, target):
+            match = HEAD.match(key)
+            if match is None or match["kind"] != kind or key in tensors or is_encoder_head(key, target):
                 continue
             first = f"{kind}.0.{match['rest']}"
             if first in tensors:
                 tensors[key] = tensors[first]
                 report.used[key] = report.used[first]
                 report.mapped[key] = "the file's one head for all decoder layers"
-
-
-def _fit_class_heads(tensors: dict[str, Tensor], target: Mapping[str, Tensor], report: ConversionReport) -> None:
-    """Maps the rows of heads whose number of classes differs from the model's."""
-    for key in [key for key in tensors if key.startswith("class_embed.") and key in target]:
-        tensor, initial = tensors[key], target[key].detach()
-        rows, wanted = len(tensor), len(initial)
-        if rows == wanted or tensor.shape[1:] != initial.shape[1:]:
-            continue
-        if _is_encoder_head(key, target):
-            # Channel 0 of this head means "object": taking the rows by category would lose it.
-            tensors[key] = torch.cat([tensor[:wanted], initial[rows:].to(tensor)])
-            report.mapped[key] = f"encoder head: rows keep their positions, {rows} -> {wanted}"
-        elif rows == NUM_COCO_IDS and wanted == len(COCO_CATEGORY_IDS):
-            tensors[key] = tensor[list(COCO_CATEGORY_IDS)]
-            report.mapped[key] = f"rows of the {wanted} COCO categories out of {rows} raw ids"
-        else:
-            del tensors[key]
-            reason = f"{rows} classes in the file, {wanted} in the model: which row is which is not known"
-            report.dropped.update(dict.fromkeys(report.used.pop(key), reason))
-            report.missing[key] = f"initialised: {reason}"
-
-
-def _is_encoder_head(key: str, target: Mapping[str, Tensor]) -> bool:
-    """Whether ``key`` belongs to the head that scores proposals: the last one of a two-stage model."""
-    if _ENCODER_OUTPUT not in target:
-        return False
-    last = max(int(match["index"]) for name in target if (match := _HEAD.match(name)))
-    return key.split(".")[1] == str(last)
 
 
 def _drop_what_has_no_place(
@@ -205,7 +188,7 @@ def _raise_unless_covered(
         "without a place in the model": unplaced,
         "different in the file but one parameter in the model": _conflicts_in_shared_parameters(tensors, target),
     }
-    problems = [f"{len(keys)} {what}: {_name_first(keys)}" for what, keys in counts.items() if keys]
+    problems = [f"{len(keys)} {what}: {name_first(keys)}" for what, keys in counts.items() if keys]
     variant = _compare_variants(tensors, target) if "transformer.level_embed" in tensors else ""
     if problems or variant:
         raise CheckpointError(
@@ -251,7 +234,7 @@ def _describe_variant(
         "num_feature_levels": count(r"backbone\.input_proj\.(\d+)\."),
         "num_encoder_layers": count(r"transformer\.encoder\.layers\.(\d+)\."),
         "num_decoder_layers": count(r"transformer\.decoder\.layers\.(\d+)\."),
-        "two_stage": _ENCODER_OUTPUT in tensors,
+        "two_stage": ENCODER_OUTPUT in tensors,
     }
     if "transformer.level_embed" in tensors:
         facts["hidden_dim"] = tensors["transformer.level_embed"].shape[1]
@@ -261,8 +244,3 @@ def _describe_variant(
     if second_head.keys() <= tensors.keys():
         facts["with_box_refine"] = not all(same(tensor, tensors[key]) for key, tensor in second_head.items())
     return facts
-
-
-def _name_first(names: list[str]) -> str:
-    rest = len(names) - _MAX_NAMED
-    return ", ".join(names[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -3,17 +3,18 @@
 import argparse
 import codecs
 import collections
+import json
 import os
 import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from .report import CheckpointError
 
@@ -36,6 +37,7 @@ for _core in ("numpy.core", "numpy._core"):
     _PICKLE_GLOBALS[f"{_core}.multiarray", "scalar"] = _NUMPY_SCALAR
     _PICKLE_GLOBALS[f"{_core}.numeric", "_frombuffer"] = _NUMPY_FROM_BUFFER
 _STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
+_TRANSFORMERS_FILES = ("model.safetensors", "pytorch_model.bin")
 # The words of torch's own unpickler.
 _FORBIDDEN = "Unsupported global: GLOBAL"
 
@@ -48,7 +50,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 
     Returns:
         A dict with the state dict under "model" and, where the file has more (optimizer, iteration, ...), the rest
-        beside it.
+        beside it. "class_names" are the names of its classes, where it or a transformers config.json beside it has
+        them.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -61,7 +64,9 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     # What a broken file raises depends on where it is broken; torch and pickle document no common class for it.
     except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError, ValueError, LookupError) as error:
         raise CheckpointError(f"{path} {_explain(error)}") from error
-    return _find_state_dict(content, path)
+    checkpoint = _find_state_dict(content, path)
+    names = checkpoint.pop("class_names", None) or _class_names_beside(path)
+    return checkpoint | ({"class_names": names} if _are_names(names) else {})
 
 
 def check_weights_file(path: str) -> None:
@@ -85,13 +90,43 @@ def check_weights_file(path: str) -> None:
 
 def _load(path: str) -> Any:
     if path.endswith(".safetensors"):
-        return load_file(path)
+        return _load_safetensors(path)
     if path.endswith(".pkl") and not zipfile.is_zipfile(path):
         with open(path, "rb") as file:
             # latin1 is how arrays pickled by Python 2 are read; the files of older Detectron versions are of that kind.
             return _ArrayUnpickler(file, encoding="latin1").load()
-    with torch.serialization.safe_globals(_TORCH_GLOBALS + _NUMPY_DTYPES):
+    with _allowing(_TORCH_GLOBALS + _NUMPY_DTYPES):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _allowing(names: list[Any]) -> AbstractContextManager[None]:
+    """Lets torch read these classes and functions; torch 2.4 can allow them for good only."""
+    if hasattr(torch.serialization, "safe_globals"):
+        return torch.serialization.safe_globals(names)
+    torch.serialization.add_safe_globals(names)
+    return nullcontext()
+
+
+def _load_safetensors(path: str) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        names = (file.metadata() or {}).get("class_names")
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    return {"model": tensors} | ({"class_names": json.loads(names)} if names else {})
+
+
+def _class_names_beside(path: str) -> list[str] | None:
+    """Returns the names that transformers saves beside its weights, unless nobody gave the classes names."""
+    config = os.path.join(os.path.dirname(path), "config.json")
+    if os.path.basename(path) not in _TRANSFORMERS_FILES or not os.path.isfile(config):
+        return None
+    with open(config, encoding="utf-8") as file:
+        labels = json.load(file).get("id2label") or {}
+    names = [labels.get(str(row)) for row in range(len(labels))]
+    return None if all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names) else names
+
+
+def _are_names(names: Any) -> bool:
+    return isinstance(names, list | tuple) and bool(names) and all(isinstance(n, str | None) for n in names)
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -1,7 +1,7 @@
 """What happened to every parameter when a checkpoint was converted."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tabulate import tabulate
@@ -21,6 +21,8 @@ class ConversionReport:
         mapped: our name -> what was done to the tensor beyond renaming it.
         dropped: name in the checkpoint -> why it was not used.
         missing: our name -> why the model keeps its own initial value.
+        class_names: of the rows of the converted class heads; None where they are not known.
+        class_note: which class came from which row, where that is not simply the same order; may be empty.
     """
 
     source: str
@@ -28,6 +30,8 @@ class ConversionReport:
     mapped: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    class_names: Sequence[str | None] | None = None
+    class_note: str = ""
 
     @property
     def exact(self) -> bool:
@@ -39,7 +43,13 @@ class ConversionReport:
         for outcome in ("mapped", "dropped", "missing"):
             rows += [(outcome, *row) for row in _group_by_reason(getattr(self, outcome))]
         table = tabulate(rows, headers=("outcome", "keys", "detail", "for example"), tablefmt="pipe")
-        return f"Checkpoint with {self.source} names:\n{table}"
+        return "\n".join(filter(None, (f"Checkpoint with {self.source} names:", table, self.class_note)))
+
+
+def name_first(names: Sequence[str], *, limit: int = 5) -> str:
+    """Returns the first names and how many there are beyond; "none" where there are none."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "") if names else "none"
 
 
 def _first(keys: Iterable[str]) -> str:

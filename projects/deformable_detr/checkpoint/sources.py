@@ -10,11 +10,6 @@ from dataclasses import dataclass
 
 BOTTOM_UP = "backbone.bottom_up."
 
-# The 91 outputs of the official models are raw COCO category ids; these ids name no category.
-UNUSED_COCO_IDS = frozenset({0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
-NUM_COCO_IDS = 91
-COCO_CATEGORY_IDS = tuple(i for i in range(NUM_COCO_IDS) if i not in UNUSED_COCO_IDS)
-
 Rule = tuple[str, str]
 
 

@@ -1,0 +1,257 @@
+"""Looks through COCO-format files before the first step: what is wrong is counted, shown, and can be left out."""
+
+import hashlib
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+# Reading the header of an image takes about 0.2 ms where the disk is fast. Of larger datasets an evenly spaced sample
+# of this size is opened; that the files exist is checked for all.
+MAX_OPENED_IMAGES = 20_000
+# Boxes that leave the image by less are rounding errors; training clips them.
+TOLERANCE = 1.0  # px
+_MAX_EXAMPLES = 3
+_EXIF_ORIENTATION = 0x0112
+# Detectron2 turns images upright as it reads them. Formats whose header tells how; a PNG would have to be decoded.
+_FORMATS_WITH_ORIENTATION = ("JPEG", "MPO", "WEBP", "TIFF")
+_REQUIRED = {
+    "images": {"id", "file_name", "width", "height"},
+    "annotations": {"image_id", "category_id"},
+    "categories": {"id", "name"},
+}
+
+
+class DatasetError(ValueError):
+    """Data that cannot be trained on as it is; the message counts what is wrong and shows the first cases."""
+
+
+@dataclass
+class Problems:
+    """What is wrong with one annotation file.
+
+    Attributes:
+        path: the file.
+        cases: what is wrong and what repairing does about it -> every case of it.
+    """
+
+    path: str
+    cases: dict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, what: str, case: str, *, repair: str) -> None:
+        self.cases[what, repair].append(case)
+
+    def __bool__(self) -> bool:
+        return bool(self.cases)
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}:"]
+        for (what, repair), cases in self.cases.items():
+            examples = "; ".join(cases[:_MAX_EXAMPLES]) + ("; ..." if len(cases) > _MAX_EXAMPLES else "")
+            lines.append(f"  {len(cases)} x {what} ({repair} by --repair): {examples}")
+        return "\n".join(lines)
+
+
+@dataclass
+class CocoData:
+    """An annotation file and its images, from which everything unusable has been left out.
+
+    Attributes:
+        content: in COCO's format; entries that were not changed are those of the file.
+        problems: what was left out or changed.
+    """
+
+    json_file: str
+    image_root: str
+    content: dict[str, Any]
+    problems: Problems
+
+    def path(self, image: dict[str, Any]) -> str:
+        return os.path.join(self.image_root, image["file_name"])
+
+
+def load_coco_data(json_file: str, image_root: str, *, for_evaluation: bool = False) -> CocoData:
+    """Reads an annotation file and looks through everything in it.
+
+    Args:
+        json_file: in COCO's "instances" format, with images, annotations and categories.
+        image_root: folder of the images.
+        for_evaluation: also require of every object what COCO's evaluation reads, its area and whether it is a crowd.
+
+    Raises:
+        DatasetError: on what cannot be repaired: entries without their necessary fields, two categories of one id.
+    """
+    with open(json_file, encoding="utf-8") as file:
+        content = json.load(file)
+    data = CocoData(json_file, image_root, dict(content), Problems(json_file))
+    for kind, keys in _REQUIRED.items():
+        for index, entry in enumerate(content[kind]):
+            if absent := sorted(keys - entry.keys()):
+                raise DatasetError(f"{json_file}: {kind}[{index}] has no {' and no '.join(absent)}")
+    twice = {key for key, group in _group(content["categories"], "id").items() if len(group) > 1}
+    if twice:
+        raise DatasetError(f"{json_file}: more than one category has the id {min(twice)}")
+    data.content["images"] = _readable_images(_first_of_each_image(content["images"], data.problems), data)
+    data.content["annotations"] = _usable_annotations(data, known_images=_group(content["images"], "id").keys())
+    if for_evaluation:
+        data.content["annotations"] = [_complete(a, data.problems) for a in data.content["annotations"]]
+    return data
+
+
+def drop_overlap(train: CocoData, val: CocoData) -> None:
+    """Leaves images out of the training data whose file is, byte by byte, one of the validation data."""
+    train_sizes = _group_by_file_size(train)
+    val_sizes = _group_by_file_size(val)
+    common = train_sizes.keys() & val_sizes.keys()
+    in_val = {_digest(val.path(image)): image for size in common for image in val_sizes[size]}
+    shared = set()
+    for image in (image for size in sorted(common) for image in train_sizes[size]):
+        if twin := in_val.get(_digest(train.path(image))):
+            case = f"{image['file_name']} is {twin['file_name']} of {val.json_file}"
+            train.problems.add("image that is also in the validation data", case, repair="left out of training")
+            shared.add(image["id"])
+    train.content["images"] = [x for x in train.content["images"] if x["id"] not in shared]
+    train.content["annotations"] = [x for x in train.content["annotations"] if x["image_id"] not in shared]
+
+
+def _group(entries: Iterable[dict[str, Any]], key: str) -> dict[Hashable, list[dict[str, Any]]]:
+    groups = defaultdict(list)
+    for entry in entries:
+        groups[entry[key]].append(entry)
+    return groups
+
+
+def _first_of_each_image(images: list[dict[str, Any]], problems: Problems) -> list[dict[str, Any]]:
+    groups = _group(images, "id")
+    for image_id, group in groups.items():
+        for image in group[1:]:
+            case = f"{image['file_name']} and {group[0]['file_name']} have id {image_id}"
+            problems.add("image id that is used twice", case, repair="the later image left out")
+    return [group[0] for group in groups.values()]
+
+
+def _readable_images(images: list[dict[str, Any]], data: CocoData) -> list[dict[str, Any]]:
+    step = max(1, math.ceil(len(images) / MAX_OPENED_IMAGES))
+    with ThreadPoolExecutor() as pool:
+        flaws = pool.map(lambda item: _find_flaw(item[1], data, opened=item[0] % step == 0), enumerate(images))
+        kept = []
+        for image, flaw in zip(images, flaws, strict=True):
+            if flaw is None:
+                kept.append(image)
+            else:
+                data.problems.add(*flaw, repair="image left out")
+    return kept
+
+
+def _find_flaw(image: dict[str, Any], data: CocoData, *, opened: bool) -> tuple[str, str] | None:
+    """Returns what is wrong with an image file, and the case; None if nothing is."""
+    path = data.path(image)
+    if not os.path.isfile(path):
+        return "missing image file", path
+    if not opened:
+        return None
+    try:
+        size = _upright_size(path)
+    # Pillow reports broken files as OSError, SyntaxError (PNG) or ValueError (sizes).
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return "unreadable image file", f"{path} ({error})"
+    expected = (image["width"], image["height"])
+    if size != expected:
+        return "image of another size than in the annotations", f"{path} is {_times(size)}, not {_times(expected)}"
+    return None
+
+
+def _upright_size(path: str) -> tuple[int, int]:
+    """Returns (width, height) of an image after Detectron2 has turned it as its EXIF data say, from its header."""
+    with Image.open(path) as image:
+        width, height = image.size
+        turned = image.format in _FORMATS_WITH_ORIENTATION and image.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
+    return (height, width) if turned else (width, height)
+
+
+def _times(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _usable_annotations(data: CocoData, *, known_images: Iterable[Hashable]) -> list[dict[str, Any]]:
+    """Returns the annotations of the images that are left, with boxes inside of them and ids of their own."""
+    known_images = set(known_images)
+    images = {image["id"]: image for image in data.content["images"]}
+    categories = {category["id"] for category in data.content["categories"]}
+    all_annotations = data.content["annotations"]
+    ids: set[Hashable] = set()
+    free_id = 1 + max((a["id"] for a in all_annotations if isinstance(a.get("id"), int)), default=0)
+    kept = []
+    for annotation in all_annotations:
+        name = f"annotation {annotation.get('id')}"
+        if annotation["image_id"] not in known_images:
+            case = f"{name}: image {annotation['image_id']}"
+            data.problems.add("object of an unknown image", case, repair="left out")
+        elif annotation["category_id"] not in categories:
+            case = f"{name}: category {annotation['category_id']}"
+            data.problems.add("object of an unknown category", case, repair="left out")
+        elif annotation["image_id"] in images:
+            annotation = _with_box_inside(annotation, images[annotation["image_id"]], data.problems)
+            if annotation is None:
+                continue
+            if annotation.get("id") in ids or annotation.get("id") is None:
+                data.problems.add("missing id, or id that is used twice, of an object", name, repair="numbered anew")
+                annotation = {**annotation, "id": free_id}
+                free_id += 1
+            ids.add(annotation["id"])
+            kept.append(annotation)
+    return kept
+
+
+def _with_box_inside(annotation: dict[str, Any], image: dict[str, Any], problems: Problems) -> dict[str, Any] | None:
+    """Returns the annotation, its box clipped to the image where it leaves it; None if no box is left."""
+    box = annotation.get("bbox")
+    case = f"annotation {annotation.get('id')}, {image['file_name']}: {box}"
+    if not _is_box(box):
+        problems.add("box without area", case, repair="left out")
+        return None
+    x, y, w, h = box
+    width, height = image["width"], image["height"]
+    if x >= -TOLERANCE and y >= -TOLERANCE and x + w <= width + TOLERANCE and y + h <= height + TOLERANCE:
+        return annotation
+    case += f" in {width}x{height}"
+    x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+    if x1 <= x0 or y1 <= y0:
+        problems.add("box outside of its image", case, repair="left out")
+        return None
+    problems.add("box that leaves its image", case, repair="clipped")
+    return {**annotation, "bbox": [x0, y0, x1 - x0, y1 - y0]}
+
+
+def _is_box(box: Any) -> bool:
+    """Whether this is COCO's [x, y, width, height] with an area."""
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
+        return False
+    return all(math.isfinite(value) for value in box) and box[2] > 0 and box[3] > 0
+
+
+def _complete(annotation: dict[str, Any], problems: Problems) -> dict[str, Any]:
+    """Returns the annotation with all that the evaluation reads."""
+    if "area" in annotation and "iscrowd" in annotation:
+        return annotation
+    what = "object without area or iscrowd, which the evaluation reads"
+    problems.add(what, f"annotation {annotation['id']}", repair="filled in from the box")
+    return {"area": annotation["bbox"][2] * annotation["bbox"][3], "iscrowd": 0, **annotation}
+
+
+def _group_by_file_size(data: CocoData) -> dict[int, list[dict[str, Any]]]:
+    groups = defaultdict(list)
+    for image in data.content["images"]:
+        groups[os.path.getsize(data.path(image))].append(image)
+    return groups
+
+
+def _digest(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).digest()

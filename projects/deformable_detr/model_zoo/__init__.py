@@ -1,0 +1,7 @@
+"""The published models by name: ``get``, ``get_config``, ``list_models``, and weights as ``deformable-detr://<name>``."""
+
+from .download import register_handler
+from .records import MODELS, PublishedModel
+from .zoo import get, get_config, get_config_file, list_models
+
+__all__ = ["MODELS", "PublishedModel", "get", "get_config", "get_config_file", "list_models", "register_handler"]

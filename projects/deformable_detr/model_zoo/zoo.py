@@ -1,0 +1,79 @@
+"""Models and configurations by name, as in Detectron2's own model zoo."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from omegaconf import DictConfig
+from torch import nn
+
+from ..checkpoint.checkpointer import DeformableDETRCheckpointer
+from ..config import load_config
+from .records import MODELS, find_model
+
+_FOLDER = "COCO-Detection"
+
+
+def list_models() -> list[str]:
+    """Names of the published models, from the simplest to the best."""
+    return list(MODELS)
+
+
+def get_config_file(name: str, *, suffix: str = ".yaml") -> str:
+    """Returns the path of a model's configuration.
+
+    Args:
+        suffix: ".yaml", or ".py" for the LazyConfig.
+
+    Raises:
+        KeyError: if there is no such model.
+        FileNotFoundError: if the configurations are neither installed with the package nor beside it in a checkout.
+    """
+    file_name = find_model(name).name + suffix
+    # In an installed package; in a checkout.
+    folders = (Path(__file__).parent / "configs", Path(__file__).parents[3] / "configs")
+    for folder in folders:
+        path = folder / _FOLDER / file_name
+        if path.is_file():
+            return os.fspath(path)
+    raise FileNotFoundError(f"there is no {_FOLDER}/{file_name} in {' or '.join(map(str, folders))}")
+
+
+def get_config(
+    name: str, trained: bool = False, *, suffix: str = ".yaml", opts: Sequence[str] = ()
+) -> CfgNode | DictConfig:
+    """Returns a model's configuration.
+
+    Args:
+        trained: set the published weights in place of the ImageNet backbone that training starts from.
+        suffix: ".yaml" for a CfgNode, ".py" for a LazyConfig.
+        opts: overrides, as for :func:`deformable_detr.load_config`.
+    """
+    cfg = load_config(get_config_file(name, suffix=suffix), opts)
+    if trained and isinstance(cfg, CfgNode):
+        cfg.MODEL.WEIGHTS = find_model(name).weights
+    elif trained:
+        cfg.train.init_checkpoint = find_model(name).weights
+    return cfg
+
+
+def get(name: str, trained: bool = False, device: str | torch.device = "cpu") -> nn.Module:
+    """Builds a model for the 80 COCO classes, in evaluation mode.
+
+    Args:
+        trained: load the published weights, downloading them the first time; else the model keeps its random
+            initialisation and nothing is downloaded.
+
+    Raises:
+        KeyError: if there is no such model.
+        CheckpointError: if the weights cannot be had; says how to get them by hand.
+    """
+    cfg = get_config(name, trained)
+    cfg.MODEL.DEVICE = str(device)
+    model = build_model(cfg)
+    if trained:
+        DeformableDETRCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model.eval()

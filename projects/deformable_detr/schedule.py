@@ -1,0 +1,144 @@
+"""A schedule for the data at hand: so many epochs, with a learning rate that fits the batch."""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from omegaconf import DictConfig, OmegaConf
+
+logger = logging.getLogger(__name__)
+
+# Epochs of fine-tuning where nothing else is said.
+FINETUNE_EPOCHS = 25
+# The learning rate drops after this share of all iterations, as the official 40 of 50 epochs.
+DROP_AFTER = 0.8
+# With mixed precision this is meant for a GPU of 12 GB.
+IMAGES_PER_GPU = 2
+# Evaluations, and checkpoints, of a whole run.
+_MAX_EVALUATIONS = 10
+
+_YAML_KEYS = {
+    "batch": "SOLVER.IMS_PER_BATCH",
+    "lr": "SOLVER.BASE_LR",
+    "max_iter": "SOLVER.MAX_ITER",
+    "drop": "SOLVER.STEPS",
+    "amp": "SOLVER.AMP.ENABLED",
+    "eval_period": "TEST.EVAL_PERIOD",
+    "checkpoint_period": "SOLVER.CHECKPOINT_PERIOD",
+}
+_LAZY_KEYS = {
+    "batch": "dataloader.train.total_batch_size",
+    "lr": "optimizer.lr",
+    "max_iter": "train.max_iter",
+    "drop": "lr_multiplier.scheduler.milestones",
+    "amp": "train.amp.enabled",
+    "eval_period": "train.eval_period",
+    "checkpoint_period": "train.checkpointer.period",
+}
+
+
+def plan_schedule(
+    *, num_images: int, epochs: int, batch: int, reference_lr: float, reference_batch: int
+) -> dict[str, Any]:
+    """Computes a schedule.
+
+    Args:
+        num_images: training images.
+        batch: images per iteration, over all GPUs.
+        reference_lr: learning rate that is right at ``reference_batch``; it scales linearly with the batch, as
+            ``SOLVER.REFERENCE_WORLD_SIZE`` of Detectron2 does.
+
+    Returns:
+        "batch", "lr", "max_iter", "drop", "eval_period" and "checkpoint_period"; the last four in iterations.
+    """
+    for name, value in {"num_images": num_images, "epochs": epochs, "batch": batch}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    per_epoch = math.ceil(num_images / batch)
+    max_iter = epochs * per_epoch
+    period = per_epoch * math.ceil(epochs / _MAX_EVALUATIONS)
+    return {
+        "batch": batch,
+        "lr": reference_lr * batch / reference_batch,
+        "max_iter": max_iter,
+        "drop": math.ceil(DROP_AFTER * max_iter),
+        "eval_period": period,
+        "checkpoint_period": period,
+    }
+
+
+def apply_schedule(
+    cfg: CfgNode | DictConfig,
+    *,
+    reference: CfgNode | DictConfig,
+    epochs: int,
+    num_images: int,
+    num_gpus: int,
+    opts: Sequence[str] = (),
+) -> None:
+    """Gives a configuration a schedule of some epochs; what the user set on the command line stays as it is.
+
+    The batch is ``IMAGES_PER_GPU`` for every GPU, never above the configuration's, in mixed precision on GPUs.
+
+    Args:
+        cfg: the configuration with ``opts`` applied; changed.
+        reference: the configuration as in its file, whose learning rate and batch fit each other.
+        num_images: training images.
+        num_gpus: over all machines; 0 counts as one.
+        opts: the user's overrides.
+
+    Raises:
+        ValueError: if a LazyConfig has another kind of learning rate schedule than steps.
+    """
+    is_yaml = isinstance(cfg, CfgNode)
+    if not is_yaml and "milestones" not in cfg.lr_multiplier.scheduler:
+        raise ValueError("--epochs needs a lr_multiplier.scheduler with milestones, such as MultiStepParamScheduler")
+    keys = _YAML_KEYS if is_yaml else _LAZY_KEYS
+    given = {name for name, key in keys.items() if any(opt == key or opt.startswith(f"{key}=") for opt in opts)}
+    file_batch, file_lr = _get(reference, keys["batch"]), _get(reference, keys["lr"])
+    batch = _get(cfg, keys["batch"]) if "batch" in given else min(file_batch, IMAGES_PER_GPU * max(num_gpus, 1))
+    plan = plan_schedule(
+        num_images=num_images, epochs=epochs, batch=batch, reference_lr=file_lr, reference_batch=file_batch
+    )
+    _log(plan, epochs=epochs, num_images=num_images, file_lr=file_lr, file_batch=file_batch, given=given, keys=keys)
+    drop, device = plan["drop"], cfg.MODEL.DEVICE if is_yaml else cfg.train.device
+    plan["drop"] = (drop,) if is_yaml else [drop, plan["max_iter"]]
+    plan["amp"] = str(device).startswith("cuda")
+    for name in plan.keys() - given:
+        _set(cfg, keys[name], plan[name])
+
+
+def _log(
+    plan: dict[str, Any],
+    *,
+    epochs: int,
+    num_images: int,
+    file_lr: float,
+    file_batch: int,
+    given: set[str],
+    keys: dict[str, str],
+) -> None:
+    logger.info(
+        f"Schedule: {epochs} epochs of {num_images} images in batches of {plan['batch']} are {plan['max_iter']} "
+        f"iterations. Learning rate {plan['lr']:g} = {file_lr:g} x {plan['batch']}/{file_batch}, a tenth of it after "
+        f"iteration {plan['drop']} ({DROP_AFTER:.0%}). Evaluation and checkpoint every {plan['eval_period']}."
+    )
+    if given:
+        logger.info(
+            f"Set on the command line, and therefore left as it is: {', '.join(keys[n] for n in sorted(given))}"
+        )
+
+
+def _get(cfg: CfgNode | DictConfig, key: str) -> Any:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def _set(cfg: CfgNode | DictConfig, key: str, value: Any) -> None:
+    if isinstance(cfg, CfgNode):
+        cfg.merge_from_list([key, value])
+    else:
+        OmegaConf.update(cfg, key, value)

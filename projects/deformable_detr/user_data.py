@@ -1,0 +1,170 @@
+"""``--train-json`` and its companions: the user's own data, weights and schedule from the command line."""
+
+import argparse
+import json
+import logging
+import os
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from omegaconf import DictConfig
+
+from .config import load_config
+from .data import register_coco_data
+from .data_checks import DatasetError, Problems, drop_overlap, load_coco_data
+from .schedule import FINETUNE_EPOCHS, apply_schedule
+
+logger = logging.getLogger(__name__)
+
+SPLITS = {"train": "to train on", "val": "to evaluate on"}
+
+
+def add_user_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that :func:`apply_user_data` reads."""
+    group = parser.add_argument_group("your own data, in COCO's format (sets the datasets and the number of classes)")
+    for split, use in SPLITS.items():
+        group.add_argument(f"--{split}-json", metavar="FILE", help=f"annotations {use}")
+        group.add_argument(f"--{split}-images", metavar="FOLDER", help=f"images {use}")
+    group.add_argument("--repair", action="store_true", help="leave out what is wrong with the data, or correct it")
+    group.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="weights to start from or to evaluate, such as deformable-detr://deformable_detr_R_50_two_stage; their "
+        "classes are found by name",
+    )
+    group.add_argument(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help=f"train for N epochs of --train-json, at a batch and a learning rate for your number of GPUs (default: "
+        f"{FINETUNE_EPOCHS} with --weights, otherwise the schedule of the configuration)",
+    )
+
+
+def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None:
+    """Register the files named on the command line and point the configuration at them.
+
+    Raises:
+        ValueError: if flags do not go together, or the two splits differ in their classes.
+        DatasetError: if something is wrong with the data, unless ``--repair`` was given.
+    """
+    if args.weights is not None:
+        _set_weights(cfg, args.weights)
+    files = _named_files(args)
+    if args.epochs is not None and "train" not in files:
+        raise ValueError("--epochs needs --train-json: an epoch is as long as its images are many")
+    if not files:
+        return
+    classes = {split: register_coco_data(f"user_{split}", *paths) for split, paths in files.items()}
+    if len({tuple(names) for names in classes.values()}) > 1:
+        raise ValueError(f"train and val must have the same categories, got {classes['train']} and {classes['val']}")
+    checked, num_images = _check_once(files, repair=args.repair, output_dir=_output_dir(cfg))
+    for split, paths in checked.items():
+        register_coco_data(f"user_{split}", *paths)
+    _set_datasets(cfg, files.keys(), num_classes=len(next(iter(classes.values()))))
+    epochs = FINETUNE_EPOCHS if args.epochs is None and args.weights is not None else args.epochs
+    if "train" in files and epochs is not None and not args.eval_only:
+        apply_schedule(
+            cfg,
+            reference=load_config(args.config_file),
+            epochs=epochs,
+            num_images=num_images["train"],
+            num_gpus=comm.get_world_size(),
+            opts=args.opts,
+        )
+
+
+def _named_files(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
+    """Returns the annotation file and the image folder of every split that the command line names."""
+    files = {}
+    for split in SPLITS:
+        json_file, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
+        if (json_file is None) != (images is None):
+            raise ValueError(f"--{split}-json and --{split}-images must be given together")
+        if json_file is not None:
+            files[split] = (json_file, images)
+    return files
+
+
+def _check_once(
+    files: dict[str, tuple[str, str]], *, repair: bool, output_dir: str
+) -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
+    """Checks the data in one process; every process gets the result, or raises the error."""
+    outcome = None
+    if comm.is_main_process():
+        try:
+            outcome = check_user_data(files, repair=repair, output_dir=output_dir)
+        except DatasetError as error:
+            outcome = error
+    outcome = comm.all_gather(outcome)[0]
+    if isinstance(outcome, DatasetError):
+        raise outcome
+    return outcome
+
+
+def check_user_data(
+    files: dict[str, tuple[str, str]], *, repair: bool, output_dir: str
+) -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
+    """Looks through all splits together.
+
+    Args:
+        files: split -> annotation file and image folder.
+        repair: write annotation files without what is wrong into ``output_dir``.
+
+    Returns:
+        The files to use instead, of the splits that were repaired; and the number of images of every split.
+
+    Raises:
+        DatasetError: if something is wrong and not to be repaired, or if nothing is left after repairing.
+    """
+    data = {split: load_coco_data(*paths, for_evaluation=split == "val") for split, paths in files.items()}
+    if len(set(files.values())) < len(files):
+        logger.warning("Training and validation data are the same: the evaluation says nothing about other images")
+    elif data.keys() == SPLITS.keys():
+        drop_overlap(data["train"], data["val"])
+    found = [split_data.problems for split_data in data.values() if split_data.problems]
+    if found and not repair:
+        raise DatasetError(_list_problems(found) + "\nCorrect the files, or add --repair to the command")
+    if found:
+        logger.warning("--repair changed the data:\n%s", _list_problems(found))
+    repaired = {}
+    for split, split_data in data.items():
+        if not split_data.content["images"]:
+            raise DatasetError(f"{split_data.json_file} has no usable image\n{split_data.problems}")
+        if split_data.problems:
+            path = os.path.join(output_dir, f"{split}_repaired.json")
+            os.makedirs(output_dir, exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(split_data.content, file)
+            repaired[split] = (path, split_data.image_root)
+    return repaired, {split: len(split_data.content["images"]) for split, split_data in data.items()}
+
+
+def _list_problems(found: list[Problems]) -> str:
+    return "\n".join(map(str, found))
+
+
+def _output_dir(cfg: CfgNode | DictConfig) -> str:
+    return cfg.OUTPUT_DIR if isinstance(cfg, CfgNode) else cfg.train.output_dir
+
+
+def _set_weights(cfg: CfgNode | DictConfig, weights: str) -> None:
+    if isinstance(cfg, CfgNode):
+        cfg.MODEL.WEIGHTS = weights
+    else:
+        cfg.train.init_checkpoint = weights
+
+
+def _set_datasets(cfg: CfgNode | DictConfig, splits: set[str], *, num_classes: int) -> None:
+    """Points a configuration at the registered data; a split that was not named is not used."""
+    if isinstance(cfg, CfgNode):
+        cfg.DATASETS.TRAIN = ("user_train",) if "train" in splits else ()
+        cfg.DATASETS.TEST = ("user_val",) if "val" in splits else ()
+        cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES = num_classes
+        return
+    cfg.model.num_classes = num_classes
+    cfg.dataloader.train.dataset.names = "user_train" if "train" in splits else []
+    if "val" in splits:
+        cfg.dataloader.test.dataset.names = "user_val"
+    else:
+        del cfg.dataloader["evaluator"]

@@ -1,0 +1,327 @@
+"""Reading configurations, their keys, and the five pairs of yaml and LazyConfig twins."""
+
+import ast
+import copy
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import detectron2.data.transforms as T
+import pytest
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
+from omegaconf import DictConfig, ListConfig
+from torch import nn
+
+import deformable_detr
+from deformable_detr import add_deformable_detr_config, load_config
+from deformable_detr.data import augmentation_from_config
+from deformable_detr.solver import build_optimizer
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "COCO-Detection"
+PACKAGE = Path(deformable_detr.__file__).parent
+STEMS = [
+    "deformable_detr_R_50_single_scale",
+    "deformable_detr_R_50_single_scale_dc5",
+    "deformable_detr_R_50",
+    "deformable_detr_R_50_box_refine",
+    "deformable_detr_R_50_two_stage",
+]
+BASE = str(CONFIGS / "deformable_detr_R_50.yaml")
+
+
+# load_config
+
+
+def test_yaml_becomes_a_cfg_node_with_overrides():
+    cfg = load_config(BASE, ["MODEL.DEFORMABLE_DETR.NUM_QUERIES", "17", "SOLVER.BASE_LR", "0.5"])
+    assert isinstance(cfg, CfgNode)
+    assert cfg.MODEL.DEFORMABLE_DETR.NUM_QUERIES == 17
+    assert cfg.SOLVER.BASE_LR == 0.5
+
+
+def test_py_becomes_a_lazy_config_with_overrides():
+    cfg = load_config(BASE.replace(".yaml", ".py"), ["model.num_queries=17", "optimizer.lr=0.5"])
+    assert isinstance(cfg, DictConfig)
+    assert cfg.model.num_queries == 17
+    assert cfg.optimizer.params.base_lr == 0.5
+
+
+def test_override_of_the_width_reaches_every_part_of_a_lazy_config():
+    cfg = load_config(BASE.replace(".yaml", ".py"), ["model.transformer.d_model=64"])
+    assert cfg.model.backbone.hidden_dim == 64
+    assert cfg.model.position_embedding.embed_dim == 64
+
+
+def test_unknown_suffix_names_the_file():
+    with pytest.raises(ValueError, match=r"must be a \.yaml or \.py file, got 'model\.json'"):
+        load_config("model.json")
+
+
+@pytest.mark.parametrize("name", ["absent.yaml", "absent.py"])
+def test_missing_file_is_named(name):
+    with pytest.raises(FileNotFoundError, match=name):
+        load_config(name)
+
+
+def test_unknown_yaml_key_is_named(tmp_path):
+    path = tmp_path / "typo.yaml"
+    path.write_text("MODEL:\n  DEFORMABLE_DETR:\n    NUM_QUERYS: 3\n", encoding="utf-8")
+    with pytest.raises(KeyError, match=r"MODEL\.DEFORMABLE_DETR\.NUM_QUERYS"):
+        load_config(str(path))
+
+
+def test_unknown_override_is_refused():
+    with pytest.raises(AssertionError, match="NUM_QUERYS"):
+        load_config(BASE, ["MODEL.DEFORMABLE_DETR.NUM_QUERYS", "3"])
+
+
+# add_deformable_detr_config
+
+
+def flatten(node: CfgNode, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in node.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {f"{prefix}{key}": value}
+    return flat
+
+
+def test_configuration_only_gains_keys():
+    before = flatten(get_cfg())
+    cfg = get_cfg()
+    add_deformable_detr_config(cfg)
+    after = flatten(cfg)
+    assert {key: after[key] for key in before} == before
+    solver = {"SOLVER.OPTIMIZER", "SOLVER.BACKBONE_MULTIPLIER", "SOLVER.LOCATION_MULTIPLIER"}
+    added = {key for key in after.keys() - before.keys() if not key.startswith("MODEL.DEFORMABLE_DETR.")}
+    assert added == solver
+
+
+def test_solver_keys_of_another_project_are_kept():
+    cfg = get_cfg()
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.7
+    cfg.SOLVER.LOCATION_MULTIPLIER = 0.6
+    add_deformable_detr_config(cfg)
+    solver = cfg.SOLVER
+    assert (solver.OPTIMIZER, solver.BACKBONE_MULTIPLIER, solver.LOCATION_MULTIPLIER) == ("SGD", 0.7, 0.6)
+
+
+def test_standard_recipe_does_not_depend_on_another_projects_defaults():
+    cfg = get_cfg()
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    cfg.SOLVER.LOCATION_MULTIPLIER = 1.0
+    add_deformable_detr_config(cfg)
+    cfg.merge_from_file(BASE)
+    assert cfg.SOLVER == load_config(BASE).SOLVER
+
+
+def attributes_read() -> set[str]:
+    """Names of all attributes that the package reads outside config.py."""
+    names = set()
+    for path in PACKAGE.rglob("*.py"):
+        if path != PACKAGE / "config.py":
+            nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            names |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    return names
+
+
+def test_every_key_is_read_somewhere():
+    plain, ours = get_cfg(), get_cfg()
+    add_deformable_detr_config(ours)
+    added = flatten(ours).keys() - flatten(plain).keys()
+    assert len(added) > 20
+    read = attributes_read()
+    assert not {key for key in added if key.rsplit(".", 1)[-1] not in read}
+
+
+# Another valid value for every key of the node, and nothing but that key has to change the model.
+OTHER_VALUES = {
+    "BOTTOM_UP": "build_resnet_fpn_backbone",
+    "IN_FEATURES": ["res4", "res5"],
+    "NUM_FEATURE_LEVELS": 3,
+    "NUM_CLASSES": 3,
+    "NUM_QUERIES": 5,
+    "WITH_BOX_REFINE": True,
+    "TWO_STAGE": True,
+    "HIDDEN_DIM": 32,
+    "NHEADS": 2,
+    "ENC_LAYERS": 2,
+    "DEC_LAYERS": 3,
+    "DIM_FEEDFORWARD": 24,
+    "DROPOUT": 0.3,
+    "ENC_N_POINTS": 2,
+    "DEC_N_POINTS": 2,
+    "AUX_LOSS": False,
+    "CLASS_WEIGHT": 3.0,
+    "L1_WEIGHT": 3.0,
+    "GIOU_WEIGHT": 3.0,
+    "FOCAL_ALPHA": 0.5,
+    "COST_CLASS": 3.0,
+    "COST_L1": 3.0,
+    "COST_GIOU": 3.0,
+}
+
+
+def small_cfg() -> CfgNode:
+    opts = "MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64".split()
+    for key, value in {"HIDDEN_DIM": 64, "ENC_LAYERS": 1, "DEC_LAYERS": 2, "DIM_FEEDFORWARD": 16}.items():
+        opts += [f"MODEL.DEFORMABLE_DETR.{key}", str(value)]
+    return load_config(BASE, opts)
+
+
+@lru_cache
+def small_model_facts() -> tuple:
+    return facts(build_model(small_cfg()))
+
+
+def test_another_value_is_known_for_every_key():
+    assert OTHER_VALUES.keys() == load_config(BASE).MODEL.DEFORMABLE_DETR.keys()
+
+
+@pytest.mark.parametrize("key", OTHER_VALUES)
+def test_every_key_changes_the_model(key):
+    cfg = small_cfg()
+    cfg.MODEL.DEFORMABLE_DETR[key] = OTHER_VALUES[key]
+    if key == "BOTTOM_UP":
+        cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+        cfg.MODEL.DEFORMABLE_DETR.IN_FEATURES = ["p3", "p4", "p5"]
+    assert facts(build_model(cfg)) != small_model_facts()
+
+
+# Twins
+
+
+PLAIN = (bool, int, float, str, tuple, type(None))
+
+
+def facts(model: nn.Module) -> tuple[dict, dict]:
+    """Shapes of the parameters, and every plain value that a module of the model holds."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    values = {"pixel_mean": model.pixel_mean.tolist(), "pixel_std": model.pixel_std.tolist()}
+    for name, module in model.named_modules():
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, PLAIN) and not k.startswith("_")}
+        values[name] = {**plain, "type": type(module).__name__}
+    return shapes, values
+
+
+@dataclass
+class Twins:
+    cfg: CfgNode
+    model: nn.Module
+    lazy: DictConfig
+    lazy_model: nn.Module
+
+
+@pytest.fixture(scope="module", params=STEMS)
+def twins(request: pytest.FixtureRequest) -> Twins:
+    """Both configurations of a stem and their models; building one takes a second."""
+    cfg = load_config(str(CONFIGS / f"{request.param}.yaml"), ["MODEL.DEVICE", "cpu"])
+    lazy = load_config(str(CONFIGS / f"{request.param}.py"))
+    return Twins(cfg, build_model(cfg), lazy, instantiate(lazy.model))
+
+
+def test_every_yaml_has_a_twin():
+    assert sorted(p.stem for p in CONFIGS.glob("*.yaml")) == sorted(p.stem for p in CONFIGS.glob("*.py"))
+    assert sorted(p.stem for p in CONFIGS.glob("*.yaml")) == sorted(STEMS)
+
+
+def test_twins_have_the_same_parameters(twins):
+    assert facts(twins.model)[0] == facts(twins.lazy_model)[0]
+
+
+def test_twins_have_the_same_hyperparameters(twins):
+    assert facts(twins.model)[1] == facts(twins.lazy_model)[1]
+
+
+def test_twins_have_the_same_convolutions(twins):
+    """The dilated variant has the same parameters as the others and differs in strides only."""
+
+    def strides(m: nn.Module) -> dict:
+        return {
+            name: (conv.stride, conv.padding, conv.dilation)
+            for name, conv in m.named_modules()
+            if isinstance(conv, nn.Conv2d)
+        }
+
+    assert strides(twins.model) == strides(twins.lazy_model)
+    assert twins.model.backbone.output_shape() == twins.lazy_model.backbone.output_shape()
+    assert {n for n, p in twins.model.named_parameters() if p.requires_grad} == {
+        n for n, p in twins.lazy_model.named_parameters() if p.requires_grad
+    }
+
+
+def test_twins_have_the_same_optimizer_and_schedule(twins):
+    cfg, lazy = twins.cfg, twins.lazy
+    optimizer = build_optimizer(cfg, twins.model)
+    recipe = copy.deepcopy(lazy.optimizer)
+    recipe.params.model = twins.lazy_model
+    lazy_optimizer = instantiate(recipe)
+
+    def groups(opt, m):
+        names = {id(p): n for n, p in m.named_parameters()}
+        return [
+            {**{k: v for k, v in g.items() if k != "params"}, "params": {names[id(p)] for p in g["params"]}}
+            for g in opt.param_groups
+        ]
+
+    assert type(optimizer) is type(lazy_optimizer)
+    assert optimizer.max_norm == lazy_optimizer.max_norm == 0.1
+    assert groups(optimizer, twins.model) == groups(lazy_optimizer, twins.lazy_model)
+
+    scheduler, multiplier = build_lr_scheduler(cfg, optimizer), instantiate(lazy.lr_multiplier)
+    for iteration, factor in [(0, 1.0), (147839, 1.0), (147840, 0.1), (184799, 0.1)]:
+        scheduler.last_epoch = iteration
+        lrs = [group["lr"] * factor for group in lazy_optimizer.param_groups]
+        assert scheduler.get_lr() == pytest.approx(lrs)
+        assert multiplier(iteration / lazy.train.max_iter) == pytest.approx(factor)
+
+
+def describe(value) -> object:
+    """A list of augmentations in plain values, also those inside of others."""
+    if isinstance(value, (T.Augmentation, T.AugmentationList)):
+        return type(value).__name__, {key: describe(v) for key, v in vars(value).items()}
+    return [describe(v) for v in value] if isinstance(value, (list, tuple, ListConfig)) else value
+
+
+def test_twins_read_the_same_data(twins):
+    cfg, lazy = twins.cfg, twins.lazy
+    for is_train, loader in ((True, lazy.dataloader.train), (False, lazy.dataloader.test)):
+        theirs = instantiate(loader.mapper.augmentations)
+        assert describe(augmentation_from_config(cfg, is_train=is_train)) == describe(theirs)
+        assert loader.mapper.is_train is is_train
+        assert loader.mapper.image_format == cfg.INPUT.FORMAT
+        assert loader.num_workers == cfg.DATALOADER.NUM_WORKERS
+    train, test = lazy.dataloader.train, lazy.dataloader.test
+    assert train.total_batch_size == cfg.SOLVER.IMS_PER_BATCH
+    assert train.aspect_ratio_grouping == cfg.DATALOADER.ASPECT_RATIO_GROUPING
+    assert train.dataset.filter_empty == cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    assert train.dataset.num_classes == cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES
+    assert (train.dataset.names,) == cfg.DATASETS.TRAIN
+    assert (test.dataset.names,) == cfg.DATASETS.TEST == (lazy.dataloader.evaluator.dataset_name,)
+    assert test.mapper.augmentations.min_size == cfg.INPUT.MIN_SIZE_TEST
+    assert test.mapper.augmentations.max_size == cfg.INPUT.MAX_SIZE_TEST
+
+
+def test_twins_have_the_same_schedule(twins):
+    cfg, lazy = twins.cfg, twins.lazy
+    train = lazy.train
+    assert train.max_iter == cfg.SOLVER.MAX_ITER
+    assert train.checkpointer.period == cfg.SOLVER.CHECKPOINT_PERIOD
+    assert train.eval_period == cfg.TEST.EVAL_PERIOD
+    assert train.init_checkpoint == cfg.MODEL.WEIGHTS
+    assert train.amp.enabled == cfg.SOLVER.AMP.ENABLED
+    assert train.output_dir == cfg.OUTPUT_DIR
+
+
+def test_lazy_config_survives_a_file(twins, tmp_path):
+    path = tmp_path / "saved.yaml"
+    LazyConfig.save(twins.lazy, str(path))
+    # A pickle beside the yaml is Detectron2's sign that something could not be written as text.
+    assert [p.name for p in tmp_path.iterdir()] == ["saved.yaml"]
+    again = LazyConfig.load(str(path))
+    LazyConfig.save(again, str(tmp_path / "saved_again.yaml"))
+    assert (tmp_path / "saved_again.yaml").read_text() == path.read_text()
+    assert facts(instantiate(again.model)) == facts(twins.lazy_model)

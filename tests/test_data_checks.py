@@ -1,0 +1,217 @@
+"""What is wrong with COCO-format data is counted and shown before the first step, or repaired where that is asked."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from deformable_detr import data_checks
+from deformable_detr.data_checks import DatasetError, load_coco_data
+from deformable_detr.user_data import check_user_data
+
+
+@pytest.fixture
+def spoil(write_coco) -> Callable:
+    """A function (change) -> what a check finds in four images with one object each, after ``change(content)``."""
+
+    def check(change: Callable[[dict], object] = lambda content: None, *, for_evaluation: bool = False):
+        data = write_coco()
+        change(data.content)
+        data.save()
+        return load_coco_data(data.json, data.images, for_evaluation=for_evaluation)
+
+    return check
+
+
+def findings(data) -> dict[str, list[str]]:
+    return {what: cases for (what, _), cases in data.problems.cases.items()}
+
+
+def test_sound_data_stay_as_they_are(spoil, tmp_path):
+    data = spoil(for_evaluation=True)
+    assert not data.problems
+    assert data.content == json.loads((tmp_path / "data" / "instances.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("box", "what", "repaired"),
+    (
+        ([5, 5, 0, 10], "box without area", None),
+        ([5, 5, -3, 10], "box without area", None),
+        ([5, float("nan"), 3, 10], "box without area", None),
+        ([5, 5, float("inf"), 10], "box without area", None),
+        ([5, 5, 3], "box without area", None),
+        (None, "box without area", None),
+        ([80, 5, 10, 10], "box outside of its image", None),
+        ([5, -20, 10, 10], "box outside of its image", None),
+        ([70, 50, 30, 40], "box that leaves its image", [70, 50, 10, 10]),
+        ([-5, -5, 30, 40], "box that leaves its image", [0, 0, 25, 35]),
+    ),
+)
+def test_unusable_boxes_are_left_out_and_others_clipped(spoil, box, what, repaired):
+    # The first image is 80 x 60.
+    data = spoil(lambda content: content["annotations"][0].update(bbox=box))
+    ((found, cases),) = findings(data).items()
+    assert found == what and len(cases) == 1 and "annotation 1, 10.png" in cases[0]
+    assert [a["bbox"] for a in data.content["annotations"] if a["id"] == 1] == ([repaired] if repaired else [])
+    assert len(data.content["images"]) == 4
+
+
+def test_boxes_that_leave_the_image_by_a_rounding_error_are_sound(spoil):
+    assert not spoil(lambda content: content["annotations"][0].update(bbox=[-0.4, 0, 81, 60.9])).problems
+
+
+@pytest.mark.parametrize(("key", "what"), (("image_id", "unknown image"), ("category_id", "unknown category")))
+def test_objects_of_unknown_images_and_categories_are_left_out(spoil, key, what):
+    data = spoil(lambda content: content["annotations"][1].update({key: 77}))
+    assert findings(data) == {f"object of an {what}": [f"annotation 2: {what.split()[1]} 77"]}
+    assert [a["id"] for a in data.content["annotations"]] == [1, 3, 4]
+
+
+def test_ids_that_are_used_twice_are_found(spoil):
+    def change(content: dict) -> None:
+        content["images"][3]["id"] = content["images"][0]["id"]
+        content["annotations"][2]["id"] = 1
+        del content["annotations"][1]["id"]
+
+    data = spoil(change)
+    assert findings(data)["image id that is used twice"] == ["13.png and 10.png have id 10"]
+    # The object of the image that lost its id belongs to an image that is not known any more.
+    assert findings(data)["object of an unknown image"] == ["annotation 4: image 13"]
+    assert findings(data)["missing id, or id that is used twice, of an object"] == ["annotation None", "annotation 1"]
+    assert [a["id"] for a in data.content["annotations"]] == [1, 5, 6]
+
+
+def test_two_categories_of_one_id_cannot_be_repaired(spoil):
+    with pytest.raises(DatasetError, match="more than one category has the id 3"):
+        spoil(lambda content: content["categories"].append({"id": 3, "name": "again"}))
+
+
+@pytest.mark.parametrize(("kind", "key"), (("images", "width"), ("annotations", "image_id"), ("categories", "name")))
+def test_entries_without_their_fields_are_named(spoil, kind, key):
+    with pytest.raises(DatasetError, match=rf"instances\.json: {kind}\[1\] has no {key}"):
+        spoil(lambda content: content[kind][1].pop(key))
+
+
+@pytest.mark.parametrize("content", (None, b"", b"not an image"))
+def test_images_that_cannot_be_read_are_left_out_with_their_objects(write_coco, content):
+    files = write_coco()
+    path = Path(files.images) / "11.png"
+    path.unlink() if content is None else path.write_bytes(content)
+    data = load_coco_data(files.json, files.images)
+    ((what, cases),) = findings(data).items()
+    assert what == ("missing image file" if content is None else "unreadable image file")
+    assert len(cases) == 1 and str(path) in cases[0]
+    assert [image["id"] for image in data.content["images"]] == [10, 12, 13]
+    assert [a["image_id"] for a in data.content["annotations"]] == [10, 12, 13]
+
+
+def test_images_of_another_size_than_annotated_are_left_out(write_coco):
+    files = write_coco()
+    path = Path(files.images) / "10.png"
+    Image.open(path).resize((160, 120)).save(path)
+    data = load_coco_data(files.json, files.images)
+    assert findings(data) == {"image of another size than in the annotations": [f"{path} is 160x120, not 80x60"]}
+    assert 10 not in [image["id"] for image in data.content["images"]]
+
+
+@pytest.mark.parametrize(("orientation", "is_sound"), ((1, False), (6, True)))
+def test_sizes_are_compared_upright_as_detectron2_reads_images(write_coco, orientation, is_sound):
+    files = write_coco()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (60, 80)).save(Path(files.images) / "10.jpg", exif=exif)
+    files.content["images"][0]["file_name"] = "10.jpg"
+    files.save()
+    assert bool(load_coco_data(files.json, files.images).problems) is not is_sound
+
+
+def test_of_many_images_a_sample_is_opened_and_all_are_looked_for(write_coco, monkeypatch):
+    monkeypatch.setattr(data_checks, "MAX_OPENED_IMAGES", 2)
+    files = write_coco()
+    for name in ("10.png", "11.png"):
+        (Path(files.images) / name).write_bytes(b"not an image")
+    (Path(files.images) / "13.png").unlink()
+    found = findings(load_coco_data(files.json, files.images))
+    assert [len(found[what]) for what in ("unreadable image file", "missing image file")] == [1, 1]
+
+
+def test_evaluation_needs_areas_and_training_does_not(spoil, write_coco):
+    def change(content: dict) -> None:
+        del content["annotations"][0]["area"], content["annotations"][1]["iscrowd"]
+
+    data = spoil(change, for_evaluation=True)
+    assert len(findings(data)["object without area or iscrowd, which the evaluation reads"]) == 2
+    first = data.content["annotations"][0]
+    assert first["area"] == first["bbox"][2] * first["bbox"][3]
+    assert data.content["annotations"][1]["iscrowd"] == 0
+    shutil.rmtree(data.image_root)
+    assert not spoil(change).problems
+
+
+# Both splits together
+
+
+def check(train, val, tmp_path: Path, *, repair: bool):
+    files = {"train": (train.json, train.images), "val": (val.json, val.images)}
+    return check_user_data(files, repair=repair, output_dir=str(tmp_path / "out"))
+
+
+def test_images_of_both_splits_are_found_by_their_bytes_and_left_out_of_training(write_coco, tmp_path):
+    train, val = write_coco("train"), write_coco("val")
+    shutil.copy(Path(val.images) / "12.png", Path(train.images) / "renamed.png")
+    train.content["images"][2]["file_name"] = "renamed.png"
+    train.save()
+    with pytest.raises(
+        DatasetError, match=r"1 x image that is also in the validation data.*renamed\.png is 12\.png of"
+    ):
+        check(train, val, tmp_path, repair=False)
+    repaired, num_images = check(train, val, tmp_path, repair=True)
+    assert num_images == {"train": 3, "val": 4}
+    content = json.loads(Path(repaired["train"][0]).read_text())
+    assert [x["id"] for x in content["images"]] == [x["image_id"] for x in content["annotations"]] == [10, 11, 13]
+    assert repaired.keys() == {"train"}
+
+
+def test_strict_is_the_default_and_tells_counts_first_examples_and_remedy(write_coco, tmp_path):
+    train, val = write_coco("train"), write_coco("val")
+    for annotation in train.content["annotations"]:
+        annotation["bbox"] = [0, 0, 0, 0]
+    val.content["annotations"][0]["category_id"] = 77
+    train.save(), val.save()
+    with pytest.raises(DatasetError) as error:
+        check(train, val, tmp_path, repair=False)
+    text = str(error.value)
+    assert f"{train.json}:\n  4 x box without area (left out by --repair): annotation 1, 10.png: [0, 0, 0, 0]; " in text
+    assert text.count("annotation") == 3 + 1 and "; ...\n" in text
+    assert f"{val.json}:\n  1 x object of an unknown category" in text
+    assert text.endswith("add --repair to the command")
+    assert not (tmp_path / "out").exists()
+
+
+def test_repairing_says_what_it_changed_and_leaves_the_users_files_alone(write_coco, tmp_path, caplog):
+    train, val = write_coco("train"), write_coco("val")
+    (Path(train.images) / "10.png").unlink()
+    before = Path(train.json).read_text()
+    repaired, _ = check(train, val, tmp_path, repair=True)
+    assert "1 x missing image file (image left out by --repair)" in caplog.text
+    assert Path(train.json).read_text() == before
+    assert repaired["train"] == (str(tmp_path / "out" / "train_repaired.json"), train.images)
+    assert not load_coco_data(*repaired["train"]).problems
+
+
+def test_data_without_a_usable_image_are_refused_even_when_repairing(write_coco, tmp_path):
+    train, val = write_coco("train"), write_coco("val")
+    for path in Path(train.images).glob("*.png"):
+        path.unlink()
+    with pytest.raises(DatasetError, match=r"(?s)has no usable image.*4 x missing image file"):
+        check(train, val, tmp_path, repair=True)
+
+
+def test_evaluating_on_the_training_data_is_allowed_with_a_warning(write_coco, tmp_path, caplog):
+    data = write_coco()
+    assert check(data, data, tmp_path, repair=False) == ({}, {"train": 4, "val": 4})
+    assert "the same" in caplog.text

@@ -1,0 +1,189 @@
+"""The optimiser: its groups, its clipping, its schedule."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
+from torch import nn
+
+from deformable_detr import load_config
+from deformable_detr.solver import ClippedAdamW, build_optimizer, get_param_groups, lr_factor
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "COCO-Detection"
+
+
+def load(variant: str = "", *opts: object) -> CfgNode:
+    opts = ["MODEL.DEVICE", "cpu", *map(str, opts)]
+    return load_config(str(CONFIGS / f"deformable_detr_R_50{variant}.yaml"), opts)
+
+
+@pytest.fixture(scope="module", params=["", "_two_stage"], ids=["base", "two_stage"])
+def built(request: pytest.FixtureRequest) -> tuple[nn.Module, torch.optim.Optimizer]:
+    cfg = load(request.param)
+    model = build_model(cfg)
+    return model, build_optimizer(cfg, model)
+
+
+def names_by_lr(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[float, set[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups: dict[float, set[str]] = {}
+    for group in optimizer.param_groups:
+        groups.setdefault(group["lr"], set()).update(names[id(p)] for p in group["params"])
+    return groups
+
+
+# Groups
+
+
+def test_every_trainable_parameter_is_in_one_group(built):
+    model, optimizer = built
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_backbone_and_locations_learn_ten_times_slower(built):
+    model, optimizer = built
+    groups = names_by_lr(model, optimizer)
+    slow = groups.pop(min(groups))
+    assert list(groups) == [2e-4]
+    assert min(g["lr"] for g in optimizer.param_groups) == pytest.approx(2e-5)
+
+    # ResNet-50 with FREEZE_AT 2: 3x3 and 1x1 weights of res3, res4, res5 and their three shortcuts; norms are frozen.
+    backbone = {name for name in slow if name.startswith("backbone.bottom_up.")}
+    assert len(backbone) == 3 * (4 + 6 + 3) + 3
+    assert not any(".norm." in name or ".stem." in name or ".res2." in name for name in backbone)
+
+    offsets = {name for name in slow if ".sampling_offsets." in name}
+    assert len(offsets) == 24
+    rest = slow - backbone - offsets
+    if model.transformer.two_stage:
+        assert not rest
+    else:
+        assert rest == {"transformer.reference_points.weight", "transformer.reference_points.bias"}
+    assert any(name.startswith("backbone.input_proj.") for name in groups[2e-4])
+
+
+def test_everything_decays_alike(built):
+    _, optimizer = built
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {1e-4}
+
+
+def test_decay_of_norms_and_biases_can_be_set():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    groups = get_param_groups(model, base_lr=1.0, weight_decay=0.1, weight_decay_norm=0.0, weight_decay_bias=0.3)
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decay[id(model[0].weight)] == 0.1
+    assert decay[id(model[0].bias)] == 0.3
+    assert decay[id(model[1].weight)] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("backbone.bottom_up.res3.0.conv1.weight", 0.5),
+        ("backbone.input_proj.0.0.weight", 1.0),
+        ("transformer.encoder.layers.0.self_attn.sampling_offsets.bias", 0.25),
+        ("transformer.reference_points.weight", 0.25),
+        ("transformer.decoder.layers.0.cross_attn.attention_weights.weight", 1.0),
+        ("my_backbone.weight", 1.0),
+    ],
+)
+def test_factor_follows_the_name(name, factor):
+    assert lr_factor(name, backbone_multiplier=0.5, location_multiplier=0.25) == factor
+
+
+# Clipping
+
+
+def step(optimizer_of, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Parameters after one step from the same start with the given gradients."""
+    parameters = [nn.Parameter(torch.linspace(-1, 1, g.numel()).view_as(g)) for g in gradients]
+    optimizer = optimizer_of(parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    optimizer.step()
+    return [p.detach() for p in parameters]
+
+
+def adamw(parameters):
+    # An eps of the gradients' size makes the step depend on their scale, which Adam otherwise cancels.
+    return torch.optim.AdamW(parameters, lr=0.1, eps=0.1)
+
+
+def clipped(parameters):
+    return ClippedAdamW(parameters, max_norm=0.1, lr=0.1, eps=0.1)
+
+
+def gradients_of_norm(norm: float) -> list[torch.Tensor]:
+    """Two tensors of different norm, (0.6, 0.8) of the whole."""
+    small, large = torch.tensor([[0.36, 0.48]]), torch.tensor([0.0, -0.8, 0.0])
+    return [small * norm, large * norm]
+
+
+def test_large_gradients_are_scaled_to_the_limit_together():
+    expected = step(adamw, gradients_of_norm(0.1))
+    torch.testing.assert_close(step(clipped, gradients_of_norm(1.0)), expected, rtol=1e-5, atol=1e-7)
+    # The identity can fail: unclipped the step differs, and so does a limit per parameter.
+    assert not torch.allclose(step(adamw, gradients_of_norm(1.0))[0], expected[0], atol=1e-3)
+    per_parameter = [g / g.norm() * 0.1 for g in gradients_of_norm(1.0)]
+    assert not torch.allclose(step(adamw, per_parameter)[0], expected[0], atol=1e-3)
+
+
+def test_gradients_within_the_limit_are_left_alone():
+    torch.testing.assert_close(step(clipped, gradients_of_norm(0.09)), step(adamw, gradients_of_norm(0.09)))
+
+
+def test_limit_holds_over_all_groups():
+    def grouped(parameters):
+        return ClippedAdamW([{"params": [p]} for p in parameters], max_norm=0.1, lr=0.1, eps=0.1)
+
+    torch.testing.assert_close(step(grouped, gradients_of_norm(1.0)), step(clipped, gradients_of_norm(1.0)))
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.0])
+def test_clipping_can_be_switched_off(max_norm):
+    def unlimited(parameters):
+        return ClippedAdamW(parameters, max_norm=max_norm, lr=0.1, eps=0.1)
+
+    torch.testing.assert_close(step(unlimited, gradients_of_norm(1.0)), step(adamw, gradients_of_norm(1.0)))
+
+
+def test_configuration_sets_the_limit():
+    model = nn.Linear(2, 2)
+    assert build_optimizer(load(), model).max_norm == 0.1
+    assert build_optimizer(load("", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.5), model).max_norm == 0.5
+    assert build_optimizer(load("", "SOLVER.CLIP_GRADIENTS.ENABLED", False), model).max_norm is None
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("OPTIMIZER", "SGD", r"SOLVER\.OPTIMIZER must be ADAMW, got 'SGD'"),
+        ("CLIP_GRADIENTS.CLIP_TYPE", "norm", r"CLIP_TYPE full_model and NORM_TYPE 2\.0, got 'norm' and 2\.0"),
+        ("CLIP_GRADIENTS.NORM_TYPE", 1.0, r"CLIP_TYPE full_model and NORM_TYPE 2\.0, got 'full_model' and 1\.0"),
+    ],
+)
+def test_what_this_optimizer_does_not_do_is_refused(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(load("", f"SOLVER.{key}", value), nn.Linear(2, 2))
+
+
+# Schedule
+
+
+def test_rate_is_constant_without_warm_up_and_drops_once():
+    cfg = load("", "SOLVER.MAX_ITER", 10, "SOLVER.STEPS", (8,))
+    optimizer = build_optimizer(cfg, nn.ModuleDict({"backbone": nn.Linear(1, 1), "head": nn.Linear(1, 1)}))
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    rates = []
+    for _ in range(10):
+        rates.append(sorted(group["lr"] for group in optimizer.param_groups))
+        optimizer.step()
+        scheduler.step()
+    assert rates == [pytest.approx([2e-5, 2e-4])] * 8 + [pytest.approx([2e-6, 2e-5])] * 2

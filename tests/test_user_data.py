@@ -1,0 +1,205 @@
+"""Fine-tuning from the command line: weights, schedule and repaired data, in both configuration systems."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+
+from deformable_detr import load_config
+from deformable_detr.data_checks import DatasetError
+from deformable_detr.engine import argument_parser, main
+from deformable_detr.schedule import FINETUNE_EPOCHS, apply_schedule, plan_schedule
+from deformable_detr.user_data import apply_user_data
+
+CONFIG = Path(__file__).parents[1] / "configs" / "COCO-Detection" / "deformable_detr_R_50"
+
+
+@pytest.fixture(params=["yaml", "py"])
+def configure(request) -> Callable:
+    """A function (flags) -> the configuration that a command line with these flags makes of the base model's file."""
+
+    def read(*flags: str, yaml: tuple[str, ...] = (), lazy: tuple[str, ...] = ()) -> CfgNode | dict:
+        opts = yaml if request.param == "yaml" else lazy
+        args = argument_parser().parse_args(["--config-file", f"{CONFIG}.{request.param}", *flags, *opts])
+        cfg = load_config(args.config_file, args.opts)
+        apply_user_data(cfg, args)
+        return cfg
+
+    return read
+
+
+def schedule_of(cfg) -> dict[str, object]:
+    if isinstance(cfg, CfgNode):
+        solver = cfg.SOLVER
+        (drop,) = solver.STEPS
+        periods = solver.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
+        values = solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER, drop, solver.AMP.ENABLED, *periods
+    else:
+        train = cfg.train
+        drop, end = cfg.lr_multiplier.scheduler.milestones
+        assert end == train.max_iter
+        periods = train.checkpointer.period, train.eval_period
+        values = (
+            *(cfg.dataloader.train.total_batch_size, cfg.optimizer.lr, train.max_iter, drop, train.amp.enabled),
+            *periods,
+        )
+    return dict(zip(("batch", "lr", "max_iter", "drop", "amp", "checkpoints", "evaluations"), values, strict=True))
+
+
+# The schedule
+
+
+def test_official_schedule_follows_from_its_epochs_and_batch():
+    plan = plan_schedule(num_images=118_287, epochs=50, batch=32, reference_lr=2e-4, reference_batch=32)
+    # 3,697 iterations see every image at least once; the official code drops the incomplete last batch.
+    assert plan["max_iter"] == 50 * 3697 and plan["drop"] == 40 * 3697 and plan["lr"] == 2e-4
+
+
+@pytest.mark.parametrize("name", ("epochs", "num_images", "batch"))
+def test_schedules_of_nothing_are_refused(name):
+    values = {"num_images": 10, "epochs": 2, "batch": 2, name: 0}
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        plan_schedule(**values, reference_lr=1e-4, reference_batch=2)
+
+
+def test_fine_tuning_gets_a_schedule_for_one_gpu_that_is_logged(configure, write_coco, caplog):
+    caplog.set_level(logging.INFO)
+    cfg = configure(*write_coco().flags("train"), "--weights", "deformable-detr://deformable_detr_R_50")
+    # 4 images in batches of 2: 2 iterations an epoch, evaluation every third epoch.
+    iterations = 2 * FINETUNE_EPOCHS
+    expected = {"batch": 2, "lr": 2e-4 * 2 / 32, "max_iter": iterations, "drop": 0.8 * iterations, "amp": True}
+    assert schedule_of(cfg) == pytest.approx(expected | {"checkpoints": 6, "evaluations": 6})
+    assert "25 epochs of 4 images in batches of 2 are 50 iterations" in caplog.text
+    assert "1.25e-05 = 0.0002 x 2/32, a tenth of it after iteration 40 (80%)" in caplog.text
+
+
+def test_batch_grows_with_the_gpus_up_to_the_configurations(configure):
+    for num_gpus, batch in ((0, 2), (1, 2), (8, 16), (64, 32)):
+        cfg = configure()
+        apply_schedule(cfg, reference=configure(), epochs=1, num_images=320, num_gpus=num_gpus)
+        assert schedule_of(cfg)["batch"] == batch
+        assert schedule_of(cfg)["lr"] == pytest.approx(2e-4 * batch / 32)
+
+
+def test_what_is_set_on_the_command_line_stays_and_the_rest_follows_from_it(configure, write_coco):
+    cfg = configure(
+        *(*write_coco().flags("train"), "--epochs", "12"),
+        yaml=("SOLVER.IMS_PER_BATCH", "4", "SOLVER.AMP.ENABLED", "False", "TEST.EVAL_PERIOD", "7"),
+        lazy=("dataloader.train.total_batch_size=4", "train.amp.enabled=False", "train.eval_period=7"),
+    )
+    expected = {"batch": 4, "lr": 2e-4 * 4 / 32, "max_iter": 12, "drop": 10, "amp": False}
+    assert schedule_of(cfg) == pytest.approx(expected | {"checkpoints": 2, "evaluations": 7})
+
+
+def test_learning_rate_on_the_command_line_is_not_scaled(configure, write_coco):
+    flags = (*write_coco().flags("train"), "--epochs", "3")
+    cfg = configure(*flags, yaml=("SOLVER.BASE_LR", "0.5"), lazy=("optimizer.lr=0.5",))
+    assert schedule_of(cfg)["lr"] == 0.5
+
+
+def test_mixed_precision_is_for_gpus(configure, write_coco):
+    flags = (*write_coco().flags("train"), "--epochs", "3")
+    assert not schedule_of(configure(*flags, yaml=("MODEL.DEVICE", "cpu"), lazy=("train.device=cpu",)))["amp"]
+
+
+@pytest.mark.parametrize("flags", ([], ["--eval-only", "--weights", "x.pth"]), ids=("own schedule", "evaluation"))
+def test_without_fine_tuning_the_schedule_is_the_configurations(configure, write_coco, flags):
+    assert schedule_of(configure(*write_coco().flags("train"), *flags)) == schedule_of(configure())
+
+
+def test_epochs_without_training_data_are_refused(configure, write_coco):
+    with pytest.raises(ValueError, match="--epochs needs --train-json"):
+        configure(*write_coco().flags("val"), "--epochs", "3")
+
+
+def test_schedule_without_steps_is_refused(write_coco):
+    cfg = load_config(f"{CONFIG}.py")
+    cfg.lr_multiplier.scheduler = {"_target_": "fvcore.common.param_scheduler.CosineParamScheduler"}
+    with pytest.raises(ValueError, match="--epochs needs a lr_multiplier.scheduler with milestones"):
+        apply_schedule(cfg, reference=cfg, epochs=1, num_images=4, num_gpus=1)
+
+
+# Weights and classes
+
+
+@pytest.mark.parametrize("flags", ([], ["--eval-only"]))
+def test_weights_flag_sets_the_weights(configure, flags):
+    cfg = configure(*flags, "--weights", "model.pth")
+    assert (cfg.MODEL.WEIGHTS if isinstance(cfg, CfgNode) else cfg.train.init_checkpoint) == "model.pth"
+
+
+@pytest.fixture(params=["yaml", "lazy"])
+def start(request, tiny_yaml, tiny_lazy) -> Callable[..., dict | None]:
+    """Run ``main`` with flags and a tiny model of a variant."""
+
+    def run(flags: list[str], variant: str = "") -> dict | None:
+        arguments = {"yaml": tiny_yaml, "lazy": tiny_lazy}[request.param](variant)
+        return main(argument_parser().parse_args([*flags, *arguments]))
+
+    return run
+
+
+def detections_by_class(results: Path, annotations: Path) -> dict[str, list]:
+    names = {c["id"]: c["name"].lower() for c in json.loads(annotations.read_text())["categories"]}
+    detections = {name: [] for name in names.values()}
+    for x in json.loads(results.read_text()):
+        detections[names[x["category_id"]]].append((x["image_id"], x["score"], *x["bbox"]))
+    return {name: sorted(found) for name, found in detections.items()}
+
+
+@pytest.mark.parametrize("variant", ["", "_two_stage"])
+def test_before_the_first_step_shared_classes_are_detected_as_by_the_source(start, write_coco, tmp_path, variant):
+    val = write_coco("val")
+    start([*write_coco("train").flags("train"), *val.flags("val"), "--epochs", "1"], variant)
+    source = tmp_path / "source"
+    (tmp_path / "output").rename(source)
+    expected = detections_by_class(source / "inference" / "coco_instances_results.json", Path(val.json))
+
+    # The same images: "bar" is renamed, "blob" is new, and the others have another order and spelling.
+    other = {9: {"id": 1, "name": "Disc"}, 4: {"id": 2, "name": "rod"}, 3: {"id": 8, "name": "SQUARE"}}
+    val.content["categories"] = [*other.values(), {"id": 5, "name": "blob"}]
+    for annotation in val.content["annotations"]:
+        annotation["category_id"] = other[annotation["category_id"]]["id"]
+    val.save()
+    weights = source / "model_final.pth"
+    results = start(["--eval-only", *val.flags("val"), "--weights", str(weights)], variant)
+
+    actual = detections_by_class(tmp_path / "output" / "inference" / "coco_instances_results.json", Path(val.json))
+    assert actual.keys() == {"disc", "rod", "square", "blob"}
+    assert all(actual[name] == expected[name] and expected[name] for name in ("disc", "square"))
+    before = json.loads((source / "metrics.json").read_text().splitlines()[-1])
+    for name, old in (("Disc", "disc"), ("SQUARE", "square")):
+        assert results["bbox"][f"AP-{name}"] == pytest.approx(before[f"bbox/AP-{old}"], nan_ok=True)
+    log = (tmp_path / "output" / "log.txt").read_text()
+    assert "Disc <- row 2 (disc)" in log and "from their initialisation: rod, blob" in log
+
+
+def test_fine_tuned_checkpoint_names_its_classes(start, write_coco, tmp_path):
+    start([*write_coco().flags("train"), "--epochs", "1"])
+    checkpoint = torch.load(tmp_path / "output" / "model_final.pth", weights_only=False)
+    assert checkpoint["class_names"] == ["square", "bar", "disc"]
+    assert checkpoint["iteration"] == 1
+
+
+# Checked data
+
+
+def test_bad_data_stop_the_run_before_the_first_step_and_repaired_data_do_not(start, write_coco, tmp_path):
+    train, val = write_coco("train"), write_coco("val")
+    train.content["annotations"][0]["bbox"] = [-30, 5, 60, 20]
+    train.save()
+    (Path(val.images) / "11.png").unlink()
+    flags = [*train.flags("train"), *val.flags("val"), "--epochs", "1"]
+    with pytest.raises(DatasetError, match=r"(?s)1 x box that leaves its image.*1 x missing image file"):
+        start(flags)
+    assert not list((tmp_path / "output").glob("*.pth"))
+    start([*flags, "--repair"])
+    output = tmp_path / "output"
+    assert (output / "model_final.pth").is_file()
+    assert "--repair changed the data" in (output / "log.txt").read_text()
+    results = json.loads((output / "inference" / "coco_instances_results.json").read_text())
+    assert {x["image_id"] for x in results} == {10, 12, 13}
