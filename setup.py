@@ -8,6 +8,7 @@ TORCH_CUDA_ARCH_LIST          CUDA architectures, as for every PyTorch extension
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,17 @@ def has_compiler() -> bool:
             return subprocess.run(command, capture_output=True).returncode == 0
         except OSError:
             return False
+
+
+def locate_toolkit() -> None:
+    """Set CUDA_HOME to the toolkit of the nvcc on the PATH, which may be a wrapper script outside of it."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
+        return
+    steps = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"TOP=(\S+)", steps)
+    if top is not None:
+        os.environ["CUDA_HOME"] = os.path.realpath(top[1])
 
 
 def cuda_obstacle() -> str | None:
@@ -95,6 +107,7 @@ def get_extensions() -> list:
     if os.environ.get("DEFORMABLE_DETR_BUILD_OPS", "1") == "0":
         return []
     show_installed_packages()
+    locate_toolkit()  # before PyTorch looks for it
     try:
         from torch.utils.cpp_extension import CppExtension, CUDAExtension
     except ImportError as error:
@@ -135,8 +148,10 @@ setup(
     description="Deformable DETR for Detectron2",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages("projects"),
-    package_dir={"": "projects"},
+    # A wheel carries the configurations along, for model_zoo to find; in a checkout they are at the top.
+    packages=[*find_packages("projects"), "deformable_detr.model_zoo.configs"],
+    package_dir={"": "projects", "deformable_detr.model_zoo.configs": "configs"},
+    package_data={"deformable_detr.model_zoo.configs": ["*/*.yaml", "*/*.py"]},
     install_requires=[
         "detectron2",
         "torch>=2.4",

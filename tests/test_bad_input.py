@@ -50,8 +50,14 @@ def registered(json_file: str, images: str) -> dict[str, tuple[str, ...]]:
     """Overrides that train and evaluate on data which no check of the command line has seen."""
     register_coco_data("tiny", json_file, images)
     return {
-        "yaml": ("DATASETS.TRAIN", "('tiny',)", "DATASETS.TEST", "('tiny',)"),
-        "lazy": ("dataloader.train.dataset.names=tiny", "dataloader.test.dataset.names=tiny"),
+        "yaml": (
+            *("DATASETS.TRAIN", "('tiny',)", "DATASETS.TEST", "('tiny',)"),
+            *("MODEL.DEFORMABLE_DETR.NUM_CLASSES", "3"),
+        ),
+        "lazy": (
+            *("dataloader.train.dataset.names=tiny", "dataloader.test.dataset.names=tiny"),
+            "model.num_classes=3",
+        ),
     }
 
 

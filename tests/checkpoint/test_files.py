@@ -54,6 +54,16 @@ def test_official_file_with_its_command_line_and_numpy_numbers(tmp_path):
     assert checkpoint["args"] == args and checkpoint["best"] == 46.9
 
 
+def test_torch_2_4_reads_official_files_too(tmp_path, monkeypatch):
+    # It has no safe_globals, only a function that allows names for good.
+    monkeypatch.delattr(torch.serialization, "safe_globals")
+    torch.save({"model": WEIGHTS, "args": argparse.Namespace(lr=2e-4)}, tmp_path / "x.pth")
+    try:
+        assert_weights(read_checkpoint(str(tmp_path / "x.pth"))["model"])
+    finally:
+        torch.serialization.clear_safe_globals()
+
+
 @pytest.mark.parametrize("suffix", (".pth", ".pkl"))
 @pytest.mark.parametrize("zipped", (True, False))
 def test_file_that_would_run_code_is_refused_and_does_not_run_it(suffix, zipped, tmp_path):

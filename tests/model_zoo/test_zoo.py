@@ -113,13 +113,13 @@ def test_command_prints_every_model_with_its_published_ap(capsys):
     assert all(f"| {record.ap:.1f} " in rows[name] for name, record in MODELS.items())
 
 
-def test_page_tells_for_how_many_files_no_hash_is_known(monkeypatch):
+def test_page_tells_of_how_many_files_the_hash_is_known(monkeypatch):
     for record in MODELS.values():
         monkeypatch.setitem(MODELS, record.name, dataclasses.replace(record, sha256="0" * 64))
-    assert "sha256 is checked." in render_page()
+    assert "The sha256 of 5 of the 5 downloads" in render_page()
     first = MODELS[NAMES[0]]
     monkeypatch.setitem(MODELS, first.name, dataclasses.replace(first, sha256=None))
-    assert "for 1 of the 5 models it is not" in render_page()
+    assert "The sha256 of 4 of the 5 downloads" in render_page()
 
 
 @pytest.mark.network

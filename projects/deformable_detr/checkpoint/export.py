@@ -68,7 +68,8 @@ def export(model: nn.Module, *, to: str, coco_ids: bool = False) -> dict[str, Te
     if to == "transformers":
         _split_query_key_value(exported)
     stem = {"official": "transformer.decoder.", "transformers": "model.decoder."}[to]
-    return exported | {stem + key: tensors[key] for key in _heads_known_to_decoder(model, tensors)}
+    # Copies, because safetensors does not take two names of one memory.
+    return exported | {stem + key: tensors[key].clone() for key in _heads_known_to_decoder(model, tensors)}
 
 
 def _check_known_elsewhere(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -38,7 +38,9 @@ python train_net.py --eval-only --config-file configs/COCO-Detection/{example}.y
 `deformable-detr://NAME` works wherever Detectron2 takes a path to weights. It downloads the Hub's file once into
 `$FVCORE_CACHE/deformable_detr` (default `~/.torch/iopath_cache/deformable_detr`); `HF_ENDPOINT` names a mirror of the
 Hub. Without a network, put `NAME.safetensors` (the Hub's `model.safetensors`) or the official `.pth`, under the name
-that Drive gives it, into that folder. {hashes}
+that Drive gives it, into that folder.
+
+{hashes}
 
 ## Licence
 
@@ -66,17 +68,15 @@ def render_table() -> str:
 def render_page() -> str:
     """Returns MODEL_ZOO.md."""
     models = MODELS.values()
-    unknown = sum(model.sha256 is None for model in models)
-    hashes = "The download's sha256 is checked"
-    if unknown:
-        hashes += f" where it is known; for {unknown} of the {len(models)} models it is not"
+    known = sum(model.sha256 is not None for model in models)
+    hashes = f"The sha256 of {known} of the {len(models)} downloads is known and checked; of the others the length is."
     licences = {(model.code_licence, model.weights_licence) for model in models}
     licence = "; ".join(f"code: {code}, weights: {weights}" for code, weights in sorted(licences))
     best = max(models, key=lambda model: model.ap)
     return _PAGE.format(
         table=render_table(),
         example=best.name,
-        hashes=f"{hashes}.",
+        hashes=hashes,
         licence=f"{licence[0].upper()}{licence[1:]}, both of the official repository and of the Hub's copies.",
     )
 
