@@ -19,6 +19,8 @@ from setuptools import find_packages, setup
 
 CSRC = Path("csrc")
 CXX_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+# at::parallel_for is a header: without this it compiles to a plain loop. Apple's compiler does not have it.
+OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
 # For a build without a GPU to ask; PTX for what is newer.
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
@@ -126,7 +128,8 @@ def get_extensions() -> list:
             "deformable_detr._C",
             sorted(map(str, sources)),
             depends=sorted(str(path) for path in CSRC.rglob("*.h")) + sorted(str(path) for path in CSRC.rglob("*.cuh")),
-            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+            extra_compile_args={"cxx": CXX_FLAGS + OPENMP_FLAGS, "nvcc": NVCC_FLAGS},
+            extra_link_args=OPENMP_FLAGS,
             # The library registers operators and has no Python symbol: one file serves every Python version.
             py_limited_api=True,
         )

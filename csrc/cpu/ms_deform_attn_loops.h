@@ -165,6 +165,14 @@ inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(static_cast<const char*>(from) + offset);
 }
 
+// The same for the corner rows of all points.
+template <typename T, typename A>
+inline void prefetch_rows(const T* base, const Points<A>& points, int64_t count, int64_t stride, int64_t D) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int corner = 0; corner < 4; ++corner)
+      if (points.row[corner][i] >= 0) prefetch(base + points.row[corner][i] * stride, D * sizeof(T));
+}
+
 template <typename T>
 inline const T* corner_row(const T* base, int64_t row, int64_t stride, const T* zeros) {
   return row >= 0 ? base + row * stride : zeros;
@@ -333,14 +341,10 @@ void backward_levels(const Backward<T, A>& op, int64_t image, int64_t head, int6
     const T* grad_output = op.grad_output + index * op.D;
     for (int64_t channel = 0; channel < op.D; ++channel) grad[channel] = static_cast<A>(grad_output[channel]);
     locate(level, op.locations + 2 * first, op.weights + first, count, points);
-    if (op.scattered)
-      for (int64_t i = 0; i < count; ++i)
-        for (int corner = 0; corner < 4; ++corner) {
-          const int64_t row = points.row[corner][i];
-          if (row < 0) continue;
-          prefetch(value + row * op.row_stride, op.D * sizeof(T));
-          prefetch(grad_value + row * op.grad_row_stride, op.D * sizeof(A));
-        }
+    if (op.scattered) {
+      prefetch_rows(value, points, count, op.row_stride, op.D);
+      prefetch_rows(grad_value, points, count, op.grad_row_stride, op.D);
+    }
     for (int64_t i = 0; i < count; ++i)
       if (points.inside[i]) scatter_point(op, value, grad_value, grad, discarded, points, i);
     finish_points(level, points, count, op.grad_weights + first, op.grad_locations + 2 * first);

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../ms_deform_attn.h"
 #include "ms_deform_attn_kernel.cuh"
@@ -108,7 +109,8 @@ struct BackwardLaunch {
   template <typename Sum>
   void run(const Sum& grad_value) const {
     constexpr int vector = kVectorBytes / sizeof(T);
-    if constexpr (sizeof(A) == sizeof(float)) {
+    // Only for what is fast: every case more is another kernel to compile.
+    if constexpr (std::is_same_v<Sum, AtomicSum<float>>) {
       if (aligned(grad_output)) {
         if (fits_vectors(value, 32)) return run<vector, 32>(grad_value);
         if (fits_vectors(value, 16)) return run<vector, 16>(grad_value);

@@ -264,7 +264,7 @@ struct FixedPoint {
   int32_t headroom;
 
   template <int VEC>
-  static constexpr bool spread = VEC > 1;
+  static constexpr bool spread = false;
 
   __device__ double scale() const {
     return *bound > 0 ? scalbn(1.0, 61 - headroom - ilogb(static_cast<double>(*bound))) : 1.0;
@@ -272,12 +272,9 @@ struct FixedPoint {
 
   template <int VEC, int G>
   __device__ void add(int64_t offset, float weight, const float (&grad)[VEC]) const {
-    const double factor = scale();
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) {
-      const long long fixed = static_cast<long long>(rint(factor * (weight * grad[i])));
-      atomicAdd(grad_value + offset + i * G, static_cast<unsigned long long>(fixed));
-    }
+    static_assert(VEC == 1, "the kernel of one channel per thread is the only one that sums like this");
+    const long long fixed = static_cast<long long>(rint(scale() * (weight * grad[0])));
+    atomicAdd(grad_value + offset, static_cast<unsigned long long>(fixed));
   }
 };
 

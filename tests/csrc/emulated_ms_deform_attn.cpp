@@ -1,8 +1,8 @@
 // The CUDA kernels of csrc/cuda on an emulated device, behind C functions for ctypes.
-#include "cuda_emulation.h"
-
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+
+#include "cuda_emulation.h"
 
 #ifdef EMULATE_SM_90
 #define DEFORMABLE_DETR_VECTOR_REDUCTIONS
@@ -52,7 +52,7 @@ void backward(const Call& call, const Sum& sum) {
 
 template <typename T, typename A, int VEC, int G>
 void backward(const Call& call) {
-  if constexpr (sizeof(A) == sizeof(float)) {
+  if constexpr (VEC == 1 && sizeof(A) == sizeof(float)) {
     if (call.deterministic) {
       const int64_t count = call.sizes.N * call.sizes.S * call.sizes.M * call.sizes.D;
       std::vector<unsigned long long> sums(count);

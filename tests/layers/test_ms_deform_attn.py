@@ -234,3 +234,13 @@ def test_arguments_on_two_devices_are_named(attend, make_case):
     other = "cpu" if case.value.is_cuda else "cuda"
     with pytest.raises(RuntimeError, match=r"sampling_locations is on .* but value is on"):
         attend(case.value, case.spatial_shapes, case.sampling_locations.to(other), case.attention_weights)
+
+
+def test_offsets_beyond_two_to_the_31_elements_are_reached(device):
+    """Samples the last row of images of 2^31 elements each. Only rows that are sampled are ever touched in memory."""
+    N, H, W, M, D = 2, 1024, 1024, 8, 256
+    value = torch.empty(N, H * W, M, D, dtype=torch.bfloat16, device=device)
+    value[:, -1] = torch.tensor([1.0, 2.0]).view(N, 1, 1)
+    locations = torch.tensor([(W - 0.5) / W, (H - 0.5) / H], device=device).expand(N, 1, M, 1, 1, 2)
+    output = ms_deform_attn(value, [(H, W)], locations, torch.ones(N, 1, M, 1, 1, device=device))
+    assert output.float().view(N, -1).unique(dim=1).flatten().tolist() == [1.0, 2.0]

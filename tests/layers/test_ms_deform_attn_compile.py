@@ -147,3 +147,24 @@ def test_failing_kernel_fails_instead_of_falling_back(make_case):
     case = make_case()
     with pytest.raises(RuntimeError, match="cover 48 positions but value has S=0"):
         ms_deform_attn(case.value[:, :0], *case.args[1:])
+
+
+def test_environment_report_says_what_is_missing_and_how_to_get_it(monkeypatch):
+    from deformable_detr import collect_env
+
+    monkeypatch.setattr(_ops, "has_kernel", lambda device_type: False)
+    monkeypatch.setattr(_ops, "unavailable_reason", "deformable_detr._C is not built")
+    rows = dict(collect_env.operator_rows())
+    assert rows["CPU kernel"].startswith("no: deformable_detr._C is not built; to build it: pip install")
+    monkeypatch.undo()
+    expected = "yes" if _ops.has_kernel("cpu") else "no"
+    assert dict(collect_env.operator_rows())["CPU kernel"].startswith(expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="built with OpenMP on Linux only")
+def test_library_runs_in_threads():
+    """Compiled without OpenMP, PyTorch's parallel_for is a plain loop that nothing else would notice."""
+    library = _ops.find_library()
+    if library is None:
+        pytest.skip("the library is not built")
+    assert b"GOMP_parallel" in library.read_bytes() or b"__kmpc_fork_call" in library.read_bytes()

@@ -41,15 +41,15 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     rows = []
     for device in args.devices:
-        bandwidths = measure_bandwidths(device)
+        bandwidth = measure_bandwidth(device)
         peers = find_peers(device)
         for combination in itertools.product(args.shapes, args.batches, args.dtypes, args.distributions):
-            rows += measure(*combination, device=device, rounds=args.rounds, bandwidths=bandwidths, peers=peers)
+            rows += measure(*combination, device=device, rounds=args.rounds, bandwidth=bandwidth, peers=peers)
     print(describe_machine(args))
     print(tabulate(rows, headers="keys", floatfmt=".3g"))
     print("ms: median of the rounds; spread: quartile range / median; ratio: median over rounds of time / our time;")
-    print("bound: bytes of all tensors at the measured copy speed of memory, or of all gathered rows at that of the")
-    print("cache, whichever is longer; share: bound / ms.")
+    print("bound: every tensor read or written once at the measured copy speed of memory; share: bound / ms;")
+    print("GB/s: corner rows read, and in the backward pass added to, per second, which caches serve.")
     if args.json:
         args.json.write_text(json.dumps({"machine": describe_machine(args), "results": rows}, indent=1))
 
@@ -74,7 +74,7 @@ def measure(
     *,
     device: str,
     rounds: int,
-    bandwidths: tuple[float, float],
+    bandwidth: float,
     peers: dict[str, Attend],
 ) -> list[dict]:
     """Rows of the table for one input: forward and forward + backward of every implementation, in turns."""
@@ -85,16 +85,14 @@ def measure(
     for backward in (False, True):
         times = {peer: [] for peer in peers}
         calls = {peer: _make_call(attend, inputs, backward) for peer, attend in peers.items()}
-        for peer in peers:
-            calls[peer]()
-        # In turns, so that a busy machine slows all of them.
+        # In turns, so that a busy machine slows all of them; after an untimed call, which finds the caches as
+        # another implementation left them.
         for _, peer in itertools.product(range(rounds), peers):
+            calls[peer]()
             times[peer].append(time_call(calls[peer], device))
         passes = (False, True) if backward else (False,)
-        bound = 1e3 * sum(
-            max(inputs.bytes_once(backward=b) / bandwidths[0], inputs.bytes_gathered(backward=b) / bandwidths[1])
-            for b in passes
-        )
+        bound = 1e3 * sum(inputs.bytes_once(backward=b) for b in passes) / bandwidth
+        gathered = sum(inputs.bytes_gathered(backward=b) for b in passes)
         for peer, samples in times.items():
             median = statistics.median(samples)
             low, _, high = statistics.quantiles(samples, n=4) if rounds > 1 else (median,) * 3
@@ -111,6 +109,7 @@ def measure(
                     "ratio": statistics.median(a / b for a, b in zip(samples, times[OURS], strict=True)),
                     "bound ms": bound,
                     "share": bound / median,
+                    "GB/s": gathered / median / 1e6,
                 }
             )
     return rows
@@ -147,25 +146,13 @@ def time_call(call: Callable[[], None], device: str) -> float:
     return start.elapsed_time(end)
 
 
-def measure_bandwidths(device: str) -> tuple[float, float]:
-    """Bytes read and written per second by copies within main memory and within the last private cache."""
-    sizes = (1 << 30, 16 << 20) if device.startswith("cuda") else (1 << 28, 1 << 18)
-    speeds = []
-    for size in sizes:
-        repeats = max(1, (1 << 28) // size)
-        # One pair of buffers per core: the cache in question is private on a CPU.
-        threads = 1 if device.startswith("cuda") or size > 1 << 20 else torch.get_num_threads()
-        source = torch.ones(threads * size // 4, device=device)
-        target = torch.empty_like(source)
-
-        def copies(source=source, target=target, repeats=repeats) -> None:
-            for _ in range(repeats):
-                target.copy_(source)
-
-        copies()
-        milliseconds = min(time_call(copies, device) for _ in range(5))
-        speeds.append(2 * source.nbytes * repeats / milliseconds * 1e3)
-    return speeds[0], speeds[1]
+def measure_bandwidth(device: str) -> float:
+    """Bytes read and written per second by a copy within main memory."""
+    source = torch.ones((1 << 30 if device.startswith("cuda") else 1 << 28) // 4, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    milliseconds = min(time_call(lambda: target.copy_(source), device) for _ in range(10))
+    return 2 * source.nbytes / milliseconds * 1e3
 
 
 def find_peers(device: str) -> dict[str, Attend]:

@@ -1,0 +1,63 @@
+"""The CUDA sources compile, and the compiler's report on their kernels: all numbers stay in registers."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import CUDA_HOME, include_paths
+
+CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
+# What D = 32 runs: 16-byte loads, by as many threads as a row of 32 channels needs.
+USUAL_KERNELS = f"""
+#include <c10/util/BFloat16.h>
+#include "{CUDA / "ms_deform_attn_kernel.cuh"}"
+namespace deformable_detr {{
+#define FORWARD(T, VEC) template __global__ void forward_kernel<T, float, VEC>( \\
+    const Geometry, const T*, const float*, const float*, T*);
+#define BACKWARD(T, VEC, G) template __global__ void backward_kernel<T, float, VEC, G, AtomicSum<float>>( \\
+    const Geometry, const T*, const T*, const float*, const float*, const AtomicSum<float>, float*, float*);
+FORWARD(float, 4) FORWARD(c10::BFloat16, 8) BACKWARD(float, 4, 8) BACKWARD(c10::BFloat16, 8, 4)
+}}
+"""
+REPORT = re.compile(
+    r"entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def compile_kernels(source: Path, architecture: str, folder: Path) -> list[dict[str, str]]:
+    """Compile with nvcc and return its report on each kernel: name, stack, stores, loads, registers."""
+    nvcc = shutil.which("nvcc") or (CUDA_HOME and shutil.which("nvcc", path=f"{CUDA_HOME}/bin"))
+    if not nvcc:
+        pytest.skip("no nvcc")
+    code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", code, "-Xptxas=-v", "-c", "-o", folder / "kernels.o"]
+    includes = [f"-I{path}" for path in include_paths()]
+    done = subprocess.run([nvcc, *flags, *includes, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [match.groupdict() for match in REPORT.finditer(done.stderr)]
+
+
+def assert_kernels_stay_in_registers(kernels: list[dict[str, str]]) -> None:
+    for kernel in kernels:
+        assert kernel["stack"] == kernel["stores"] == kernel["loads"] == "0", kernel
+        # 65536 registers per multiprocessor for up to 2048 threads: at 64 registers half of them are resident.
+        assert int(kernel["registers"]) <= 64, kernel
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_sm_90_without_local_memory(tmp_path):
+    kernels = compile_kernels(CUDA / "ms_deform_attn_kernel.cu", "90", tmp_path)
+    assert len(kernels) >= 20
+    assert_kernels_stay_in_registers(kernels)
+
+
+def test_usual_kernels_compile_for_sm_80_without_local_memory(tmp_path):
+    source = tmp_path / "kernels.cu"
+    source.write_text(USUAL_KERNELS)
+    kernels = compile_kernels(source, "80", tmp_path)
+    assert len(kernels) == 4
+    assert_kernels_stay_in_registers(kernels)

@@ -1,0 +1,72 @@
+"""What only a CUDA device can show: streams, graphs, a second device, no waiting for the device."""
+
+import pytest
+import torch
+
+from deformable_detr.layers import MSDeformAttn, _ops, ms_deform_attn, ms_deform_attn_pytorch
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture
+def device():
+    if not _ops.has_kernel("cuda"):
+        pytest.skip("the library was built without CUDA")
+    return "cuda"
+
+
+def train_step(case):
+    return torch.autograd.grad(ms_deform_attn(*case.args).sum(), case.tensors)
+
+
+def test_work_runs_on_the_current_stream(make_case):
+    case = make_case(D=32, Lq=300).to(torch.float32, torch.float32)
+    expected = ms_deform_attn_pytorch(*case.args)
+    locations = case.sampling_locations.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # Late data: on another stream the kernel would read the locations before they are there.
+        case.sampling_locations.fill_(5.0)
+        torch.cuda._sleep(10**8)
+        case.sampling_locations.copy_(locations)
+        output = ms_deform_attn(*case.args)
+    stream.synchronize()
+    torch.testing.assert_close(output, expected)
+
+
+def test_graph_replays_with_new_data(make_case):
+    case = make_case(D=32).to(torch.float32, torch.float32).with_grad()
+    train_step(case)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        gradients = train_step(case)
+    with torch.no_grad():
+        case.value.mul_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(gradients, train_step(case))
+
+
+def test_tensors_on_another_than_the_current_device_work(make_case):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device only")
+    case = make_case(D=32).to(torch.float32, torch.float32)
+    expected = train_step(case.with_grad())
+    case.value, case.sampling_locations, case.attention_weights = (tensor.to("cuda:1") for tensor in case.tensors)
+    for actual, reference in zip(train_step(case.with_grad()), expected, strict=True):
+        torch.testing.assert_close(actual.to("cuda:0"), reference)
+
+
+def test_second_step_of_the_module_does_not_wait_for_the_device():
+    attention = MSDeformAttn(d_model=32, n_levels=2, n_heads=4, n_points=2).cuda()
+    inputs = [torch.rand(2, 5, 32), torch.rand(2, 5, 2, 2), torch.rand(2, 30, 32)]
+    query, reference_points, value = (tensor.cuda() for tensor in inputs)
+    shapes = [(4, 6), (2, 3)]
+    attention(query, reference_points, value, shapes).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attention(query, reference_points, value, shapes).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,72 @@
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
+_spec = importlib.util.spec_from_file_location("demo", TOOL)
+demo = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(demo)
+
+
+def write_metrics(folder, *rows):
+    (folder / "metrics.json").write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def test_training_time_counts_every_iteration_at_its_logged_speed():
+    metrics = {9: {"time": 0.5}, 29: {"time": 0.25}, 30: {"bbox/AP": 1.0}}
+    assert demo.training_seconds(metrics) == 10 * 0.5 + 20 * 0.25
+
+
+def test_summary_reports_the_last_evaluation(tmp_path):
+    first, last = {"bbox/AP": 10.0, "bbox/AP50": 20.0}, {"bbox/AP": 50.04, "bbox/AP50": 80.06}
+    write_metrics(tmp_path, {"iteration": 9, "time": 2.0, **first}, {"iteration": 10, **last})
+    summary = demo.summarize(tmp_path)
+    assert "AP 50.0, AP50 80.1" in summary
+    assert "took 20 s" in summary
+
+
+def test_run_without_an_ap50_fails(tmp_path):
+    write_metrics(tmp_path, {"iteration": 9, "total_loss": 2.0})
+    with pytest.raises(SystemExit, match="AP50"):
+        demo.summarize(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "code, status", [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 15)", 128 + 15)]
+)
+def test_failing_command_ends_the_demo_with_its_status(code, status):
+    with pytest.raises(SystemExit) as failure:
+        demo.run(["-c", code])
+    assert failure.value.code == status
+
+
+def test_every_command_of_the_demo_runs_in_order_and_resumes_where_a_checkpoint_is(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(demo, "run", commands.append)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(tmp_path)])
+    write_metrics(tmp_path, {"iteration": 9, "time": 2.0, "bbox/AP": 1.0, "bbox/AP50": 2.0})
+    demo.main()
+    assert [command[0] for command in commands] == ["tools/make_shapes_dataset.py", "train_net.py", "-m"]
+    assert "--resume" not in commands[1]
+    (tmp_path / "last_checkpoint").write_text("model_0000499.pth")
+    demo.main()
+    assert "--resume" in commands[4]
+
+
+def test_fresh_deletes_what_an_earlier_call_left(tmp_path, monkeypatch):
+    output = tmp_path / "demo"
+    output.mkdir()
+    (output / "last_checkpoint").write_text("model_0000499.pth")
+
+    def train(command):
+        assert "--resume" not in command
+        output.mkdir(exist_ok=True)
+        write_metrics(output, {"iteration": 9, "time": 2.0, "bbox/AP": 1.0, "bbox/AP50": 2.0})
+
+    monkeypatch.setattr(demo, "run", train)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(output), "--fresh"])
+    demo.main()
+    assert not (output / "last_checkpoint").exists()
