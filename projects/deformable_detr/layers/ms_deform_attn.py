@@ -65,7 +65,14 @@ def decompose_ms_deform_attn(program: torch.export.ExportedProgram) -> torch.exp
 
 
 class MSDeformAttnFunction:
-    """Stands in for the autograd function of the official CUDA op, as Mask2Former, DINO and others call it."""
+    """Stands in for the autograd function of the official CUDA op, as Mask2Former, DINO and others call it.
+
+    In ops/functions/__init__.py of such a project, in place of its own import of the same name:
+
+        from deformable_detr.layers import MSDeformAttnFunction
+
+    and without a fallback around the call in ops/modules/ms_deform_attn.py: this one also runs on the CPU.
+    """
 
     # spatial_shapes and level_start_index of the last call and what they hold: the layers of one forward share them,
     # so a model waits for the device once per forward and not once per layer.
