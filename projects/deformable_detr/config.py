@@ -57,7 +57,8 @@ def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode | DictConfig:
     """Read a configuration and apply overrides.
 
     Args:
-        path: a ``.yaml`` file (Detectron2's CfgNode with this project's keys) or a ``.py`` file (LazyConfig).
+        path: a ``.yaml`` file (Detectron2's CfgNode with this project's keys), a ``.py`` file (LazyConfig), or the
+            ``config.yaml`` that a run with a LazyConfig has left in its output folder.
         opts: overrides as on the command line: ``KEY VALUE`` pairs for yaml, ``key=value`` for LazyConfig.
 
     Raises:
@@ -69,10 +70,16 @@ def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode | DictConfig:
         raise ValueError(f"a configuration must be a .yaml or .py file, got {path!r}")
     if not g_pathmgr.exists(path) and "://" not in path:
         raise FileNotFoundError(f"there is no configuration file {path!r}")
-    if path.endswith(".py"):
+    if path.endswith(".py") or _is_saved_lazy_config(path):
         return LazyConfig.apply_overrides(LazyConfig.load(path), list(opts))
     cfg = get_cfg()
     add_deformable_detr_config(cfg)
     cfg.merge_from_file(path)
     cfg.merge_from_list(list(opts))
     return cfg
+
+
+def _is_saved_lazy_config(path: str) -> bool:
+    """Whether a yaml file is a LazyConfig: only such a file names what to call, right below its top level."""
+    with g_pathmgr.open(path) as file:
+        return any(line.startswith("  _target_:") for line in file)

@@ -19,6 +19,7 @@ from detectron2.data import (
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from fvcore.transforms.transform import NoOpTransform, Transform
+from omegaconf import DictConfig
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,20 @@ class NamedErrorsMapper(DatasetMapper):
         # Pillow reports broken files as OSError, SyntaxError (PNG) or ValueError (sizes).
         except (OSError, SyntaxError, ValueError) as error:
             raise OSError(f"cannot read {_describe(dataset_dict)}: {error}") from error
+
+
+def get_class_names(cfg: CfgNode | DictConfig) -> list[str] | None:
+    """Names of the model's outputs, by the dataset they are for; None where there is no such dataset."""
+    if isinstance(cfg, CfgNode):
+        datasets, outputs = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES
+    else:
+        datasets, outputs = [], cfg.model.num_classes
+        for split in ("train", "test"):
+            names = cfg.dataloader[split].dataset.names
+            datasets += [names] if isinstance(names, str) else names
+    names = MetadataCatalog.get(datasets[0]).get("thing_classes", None) if datasets else None
+    # A model with 91 outputs can be evaluated on COCO's 80 classes: those are not its outputs' names.
+    return list(names) if names is not None and len(names) == outputs else None
 
 
 def get_train_dicts(names: str | Sequence[str], *, num_classes: int, filter_empty: bool = False) -> list[dict]:

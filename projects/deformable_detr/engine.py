@@ -40,7 +40,7 @@ from torch import nn
 from . import solver
 from .checkpoint.checkpointer import DeformableDETRCheckpointer
 from .config import load_config
-from .data import NamedErrorsMapper, augmentation_from_config, get_train_dicts
+from .data import NamedErrorsMapper, augmentation_from_config, get_class_names, get_train_dicts
 from .user_data import add_user_data_arguments, apply_user_data
 
 # COCO's panoptic datasets carry boxes in the same format as its detection datasets.
@@ -135,7 +135,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = DeformableDETRCheckpointer(
             self._trainer.model,
             self.cfg.OUTPUT_DIR,
-            class_names=_class_names(self.cfg),
+            class_names=get_class_names(self.cfg),
             trainer=self.checkpointer.checkpointables["trainer"],
         )
         return super().build_hooks()
@@ -174,7 +174,7 @@ def build_evaluators(cfg: CfgNode | DictConfig) -> list[DatasetEvaluator]:
 def _run_yaml(cfg: CfgNode, args: argparse.Namespace) -> Any:
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = DeformableDETRCheckpointer(model, save_dir=cfg.OUTPUT_DIR, class_names=_class_names(cfg))
+        checkpointer = DeformableDETRCheckpointer(model, save_dir=cfg.OUTPUT_DIR, class_names=get_class_names(cfg))
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
@@ -204,7 +204,7 @@ def do_eval(cfg: DictConfig, *, resume: bool = False) -> dict | None:
     """
     model = instantiate(cfg.model).to(cfg.train.device)
     model = create_ddp_model(model)
-    checkpointer = DeformableDETRCheckpointer(model, cfg.train.output_dir, class_names=_class_names(cfg))
+    checkpointer = DeformableDETRCheckpointer(model, cfg.train.output_dir, class_names=get_class_names(cfg))
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     return do_test(cfg, model)
 
@@ -224,7 +224,7 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
     model = create_ddp_model(model, **cfg.train.ddp)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
     checkpointer = DeformableDETRCheckpointer(
-        model, cfg.train.output_dir, class_names=_class_names(cfg), trainer=trainer
+        model, cfg.train.output_dir, class_names=get_class_names(cfg), trainer=trainer
     )
     evaluate = hooks.EvalHook(cfg.train.eval_period, lambda: do_test(cfg, model))
     trainer.register_hooks(
@@ -240,20 +240,6 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
     # A checkpoint stores the iteration it has finished.
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     trainer.train(start, cfg.train.max_iter)
-
-
-def _class_names(cfg: CfgNode | DictConfig) -> list[str] | None:
-    """Names of the model's outputs, by the dataset they are for; None where there is no such dataset."""
-    if isinstance(cfg, CfgNode):
-        datasets, outputs = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES
-    else:
-        datasets, outputs = [], cfg.model.num_classes
-        for split in ("train", "test"):
-            names = cfg.dataloader[split].dataset.names
-            datasets += [names] if isinstance(names, str) else names
-    names = MetadataCatalog.get(datasets[0]).get("thing_classes", None) if datasets else None
-    # A model with 91 outputs can be evaluated on COCO's 80 classes: those are not its outputs' names.
-    return list(names) if names is not None and len(names) == outputs else None
 
 
 def _writer(cfg: DictConfig) -> hooks.PeriodicWriter:

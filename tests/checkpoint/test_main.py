@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from deformable_detr.checkpoint import CheckpointError, read_checkpoint
-from deformable_detr.checkpoint.__main__ import build_cpu_model, main, parse_args
+from deformable_detr.checkpoint.__main__ import main, parse_args
+from deformable_detr.config import load_config
+from deformable_detr.loading import build_model
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "COCO-Detection"
 
@@ -13,7 +15,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "COCO-Detection"
 @pytest.mark.parametrize("suffix", (".pth", ".safetensors"))
 def test_a_file_is_converted_and_the_report_printed(config, suffix, tmp_path, capsys):
     source, destination = str(tmp_path / "d2.pth"), str(tmp_path / f"ours{suffix}")
-    model = build_cpu_model(str(CONFIGS / config), [])
+    model = build_model(load_config(str(CONFIGS / config)))
     torch.save(model.backbone.bottom_up.state_dict(), source)
     overrides = ["MODEL.DEFORMABLE_DETR.NUM_QUERIES", "7"] if config.endswith(".yaml") else ["model.num_queries=7"]
     main(parse_args([source, destination, "--config-file", str(CONFIGS / config), *overrides]))
@@ -31,7 +33,7 @@ def run_for_two_stage(*arguments):
 
 @pytest.fixture(scope="module")
 def two_stage():
-    return build_cpu_model(str(CONFIGS / "deformable_detr_R_50_two_stage.yaml"), [])
+    return build_model(load_config(str(CONFIGS / "deformable_detr_R_50_two_stage.yaml")))
 
 
 @pytest.mark.parametrize(("to", "suffix"), (("official", ".pth"), ("transformers", ".safetensors")))

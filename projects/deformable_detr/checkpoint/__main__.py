@@ -4,12 +4,11 @@ import argparse
 import json
 
 import torch
-from detectron2.config import CfgNode, instantiate
-from detectron2.modeling import build_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import load_config
+from ..loading import build_model
 from .convert import convert
 from .export import FORMATS, export
 from .files import read_checkpoint
@@ -47,15 +46,6 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     return parsed
 
 
-def build_cpu_model(config_file: str, opts: list[str]) -> nn.Module:
-    """Builds the model that a yaml or LazyConfig file describes."""
-    cfg = load_config(config_file, opts)
-    if not isinstance(cfg, CfgNode):
-        return instantiate(cfg.model)
-    cfg.MODEL.DEVICE = "cpu"
-    return build_model(cfg)
-
-
 def export_for(args: argparse.Namespace, model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the converted weights in the names that ``--to`` asks for.
 
@@ -83,7 +73,7 @@ def write(path: str, state_dict: dict[str, Tensor], *, to: str, report: Conversi
 
 def main(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(args.source)
-    model = build_cpu_model(args.config_file, args.opts)
+    model = build_model(load_config(args.config_file, args.opts))
     state_dict, report = convert(checkpoint["model"], model=model, file_class_names=checkpoint.get("class_names"))
     if args.to != "ours":
         state_dict = export_for(args, model, state_dict)

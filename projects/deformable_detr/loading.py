@@ -1,0 +1,126 @@
+"""A trained model by name, configuration or output folder: where every tool beside train_net.py starts."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import detectron2.data.transforms as T
+import torch
+from detectron2.config import CfgNode, instantiate
+from detectron2.modeling import build_model as build_yaml_model
+from omegaconf import DictConfig
+
+from . import model_zoo
+from .checkpoint.checkpointer import DeformableDETRCheckpointer
+from .checkpoint.report import CheckpointError
+from .config import load_config
+from .data import augmentation_from_config, get_class_names
+from .modeling import DeformableDETR
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and what surrounds it when it detects.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        cfg: the configuration it was built from.
+        class_names: of the model's outputs; "class 0", "class 1", ... where nobody has stored names.
+        resize: what the configuration does to an image (H, W, 3) before the model sees it.
+    """
+
+    model: DeformableDETR
+    cfg: CfgNode | DictConfig
+    class_names: list[str]
+    resize: T.Augmentation
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that :func:`load_model` takes: ``--model --weights --device --opts``."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a name of the model zoo, a config file (.yaml, .py), or the OUTPUT_DIR of train_net.py",
+    )
+    parser.add_argument(
+        "--weights", help='in place of those of the name, config or folder; "" keeps the random initialisation'
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="overrides of the config, as for train_net.py; must come last",
+    )
+
+
+def load_model(
+    model: str, weights: str | None = None, *, device: str | torch.device = "cpu", opts: Sequence[str] = ()
+) -> LoadedModel:
+    """Build a model and load its weights.
+
+    Args:
+        model: a name of :func:`model_zoo.list_models`, a config file, or the output folder of a training, whose
+            ``config.yaml`` and last checkpoint are taken.
+        weights: file or address, in place of the published ones, the config's or the folder's last; "" keeps the
+            random initialisation.
+        opts: overrides of the config.
+
+    Raises:
+        FileNotFoundError: if there is no such config or checkpoint.
+        KeyError: if ``model`` is neither a file or folder nor a name of the model zoo.
+        CheckpointError: if the weights cannot be read, or leave a part of the model as initialised.
+    """
+    cfg = _read_config(model, opts)
+    if weights is None:
+        weights = _default_weights(model, cfg)
+    built = build_model(cfg, device).eval()
+    # Without names of ours: what the outputs mean is for the file to say, and only then for the config's dataset.
+    checkpointer = DeformableDETRCheckpointer(built)
+    if weights:
+        checkpointer.load(weights)
+        if checkpointer.report.missing:
+            raise CheckpointError(
+                f"{weights} leaves {len(checkpointer.report.missing)} parameters of {model} as initialised: it cannot "
+                f"detect. Give the weights of a trained detector\n{checkpointer.report}"
+            )
+    names = checkpointer.class_names or get_class_names(cfg) or [None] * built.num_classes
+    names = [name or f"class {index}" for index, name in enumerate(names)]
+    return LoadedModel(built, cfg, names, _resize(cfg))
+
+
+def build_model(cfg: CfgNode | DictConfig, device: str | torch.device = "cpu") -> DeformableDETR:
+    """Build the model that a configuration of either kind describes, with random weights."""
+    if not isinstance(cfg, CfgNode):
+        return instantiate(cfg.model).to(device)
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = str(device)
+    return build_yaml_model(cfg)
+
+
+def _read_config(model: str, opts: Sequence[str]) -> CfgNode | DictConfig:
+    if os.path.isdir(model):
+        return load_config(os.path.join(model, "config.yaml"), opts)
+    if model.endswith((".yaml", ".yml", ".py")):
+        return load_config(model, opts)
+    return model_zoo.get_config(model, trained=True, opts=opts)
+
+
+def _default_weights(model: str, cfg: CfgNode | DictConfig) -> str:
+    if not os.path.isdir(model):
+        return cfg.MODEL.WEIGHTS if isinstance(cfg, CfgNode) else cfg.train.init_checkpoint
+    pointer = os.path.join(model, "last_checkpoint")
+    if not os.path.exists(pointer):
+        raise FileNotFoundError(f"{model} holds no checkpoint: there is no {pointer}. Give weights as well")
+    with open(pointer, encoding="utf-8") as file:
+        return os.path.join(model, file.read().strip())
+
+
+def _resize(cfg: CfgNode | DictConfig) -> T.Augmentation:
+    if isinstance(cfg, CfgNode):
+        augmentations = augmentation_from_config(cfg, is_train=False)
+    else:
+        augmentations = instantiate(cfg.dataloader.test.mapper.augmentations)
+    return T.AugmentationList(augmentations)

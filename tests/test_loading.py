@@ -1,0 +1,69 @@
+"""The one way in which tools get a model."""
+
+import pytest
+import torch
+from detectron2.config import LazyConfig
+
+from deformable_detr.checkpoint.report import CheckpointError
+from deformable_detr.config import load_config
+from deformable_detr.loading import build_model, load_model
+
+
+@pytest.fixture(params=("tiny_yaml", "tiny_lazy"))
+def config(request):
+    """A config file and overrides."""
+    _, path, *opts = request.getfixturevalue(request.param)("_two_stage")
+    return path, opts
+
+
+def test_a_config_and_weights_give_the_same_model(config, tmp_path):
+    path, opts = config
+    trained = build_model(load_config(path, opts))
+    torch.save({"model": trained.state_dict()}, tmp_path / "model.pth")
+    loaded = load_model(path, str(tmp_path / "model.pth"), opts=opts)
+    assert not loaded.model.training
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), loaded.model.parameters(), strict=True))
+    assert loaded.class_names[:2] == ["person", "bicycle"]
+
+
+def test_an_output_folder_gives_its_last_checkpoint_and_its_class_names(config, tmp_path):
+    path, opts = config
+    cfg = load_config(path, opts)
+    trained = build_model(cfg)
+    if path.endswith(".py"):
+        LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    else:
+        (tmp_path / "config.yaml").write_text(cfg.dump())
+    names = [f"name {index}" for index in range(80)]
+    torch.save({"model": trained.state_dict(), "class_names": names}, tmp_path / "model_0000009.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    loaded = load_model(str(tmp_path))
+    assert torch.equal(loaded.model.transformer.level_embed, trained.transformer.level_embed)
+    assert loaded.class_names == names
+
+
+def test_images_are_resized_as_for_evaluation(config):
+    path, opts = config
+    resize = load_model(path, "", opts=opts).resize
+    assert [(a.short_edge_length, a.max_size) for a in resize.augs] == [((64, 64), 96)]
+
+
+def test_weights_of_a_backbone_alone_cannot_detect(config, tmp_path):
+    path, opts = config
+    backbone = build_model(load_config(path, opts)).backbone.bottom_up
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
+    with pytest.raises(CheckpointError, match="cannot detect"):
+        load_model(path, str(tmp_path / "backbone.pth"), opts=opts)
+
+
+def test_an_output_folder_without_checkpoint_is_named(config, tmp_path):
+    path, opts = config
+    if path.endswith(".yaml"):
+        (tmp_path / "config.yaml").write_text(load_config(path, opts).dump())
+        with pytest.raises(FileNotFoundError, match="last_checkpoint"):
+            load_model(str(tmp_path))
+
+
+def test_an_unknown_name_lists_the_zoo():
+    with pytest.raises(KeyError, match="deformable_detr_R_50_two_stage"):
+        load_model("deformable_detr_R_51")
