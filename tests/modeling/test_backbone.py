@@ -62,10 +62,8 @@ def test_resnet50_equals_torchvision_bit_for_bit(dilation):
         norm_layer=torchvision.ops.FrozenBatchNorm2d, replace_stride_with_dilation=[False, False, dilation]
     ).eval()
     resnet = build_resnet(stride_in_1x1=False)
-    backbone = MultiScaleBackbone(
-        dilate_res5(resnet) if dilation else resnet, in_features=["res5"], num_feature_levels=1
-    )
-    model = torch.nn.ModuleDict({"backbone": backbone})
+    resnet = dilate_res5(resnet) if dilation else resnet
+    model = torch.nn.ModuleDict({"backbone": torch.nn.ModuleDict({"bottom_up": resnet})})
     converted, _ = convert(reference.state_dict(), model=model)
     model.load_state_dict(converted, strict=False)
     image = torch.randn(1, 3, 97, 64)

@@ -2,8 +2,14 @@ import math
 
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
+from fvcore.nn import sigmoid_focal_loss
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from deformable_detr.modeling import HungarianMatcher, SetCriterion
+from deformable_detr.modeling import HungarianMatcher, SetCriterion, focal_loss
+from deformable_detr.modeling.criterion import matching_errors
+from deformable_detr.modeling.focal_loss import matched_focal_loss
 
 
 def target(labels, boxes):
@@ -77,6 +83,38 @@ def test_losses_are_normalised_by_the_number_of_objects():
         torch.testing.assert_close(one[name], two[name])
 
 
+def test_micro_batches_normalised_together_sum_to_the_losses_of_the_whole_batch():
+    outputs = random_outputs()
+    criterion = SetCriterion(HungarianMatcher())
+    whole = criterion(outputs, TARGETS)
+    with criterion.normalise_by(3):
+        parts = [
+            criterion({k: v[i : i + 1] if k.startswith("enc") else v[:, i : i + 1] for k, v in outputs.items()}, [t])
+            for i, t in enumerate(TARGETS)
+        ]
+    for name in whole:
+        torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name])
+
+
+def test_the_number_to_normalise_by_is_at_least_one_and_lasts_as_long_as_its_context():
+    outputs = random_outputs()
+    criterion = SetCriterion(HungarianMatcher())
+    own = criterion(outputs, TARGETS)["loss_ce"]
+    with criterion.normalise_by(6):
+        with pytest.raises(RuntimeError), criterion.normalise_by(0):
+            torch.testing.assert_close(criterion(outputs, TARGETS)["loss_ce"], own * 3)
+            raise RuntimeError("ends the inner context")
+        torch.testing.assert_close(criterion(outputs, TARGETS)["loss_ce"], own / 2)
+    torch.testing.assert_close(criterion(outputs, TARGETS)["loss_ce"], own)
+
+
+@pytest.mark.parametrize("number", [-1, math.nan, math.inf])
+def test_a_number_that_cannot_normalise_is_refused(number):
+    with pytest.raises(ValueError, match=f"num_objects must be finite and at least 0, got {number}"):
+        with SetCriterion(HungarianMatcher()).normalise_by(number):
+            pass
+
+
 def test_a_batch_without_objects_has_finite_losses_and_gradients_everywhere():
     outputs = {k: v.requires_grad_() for k, v in random_outputs().items()}
     losses = SetCriterion(HungarianMatcher())(outputs, [target([], [])] * 2)
@@ -102,3 +140,147 @@ def test_focal_loss_without_focusing_is_half_the_binary_cross_entropy():
         one_hot[image, rows, TARGETS[image]["labels"][columns]] = 1
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, one_hot, reduction="sum") / 2 / 3
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
+@pytest.mark.parametrize("chunk", [7, 10**6])
+def test_sparse_focal_loss_and_its_gradient_equal_the_dense_one(monkeypatch, gamma, chunk):
+    monkeypatch.setattr(focal_loss, "LOGITS_AT_ONCE", chunk)
+    torch.manual_seed(0)
+    logits = (torch.randn(3, 40) * 6).requires_grad_()
+    positives = torch.stack([torch.randperm(40)[:5] for _ in range(3)])
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    ours = matched_focal_loss(logits, positives, alpha=0.3, gamma=gamma)
+    (ours_grad,) = torch.autograd.grad(ours @ weights, logits)
+    dense = torch.zeros_like(logits).scatter(1, positives, 1.0)
+    theirs = sigmoid_focal_loss(logits, dense, alpha=0.3, gamma=gamma).sum(1)
+    (theirs_grad,) = torch.autograd.grad(theirs @ weights, logits)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-5, atol=1e-7)
+
+
+def test_sparse_focal_loss_is_the_integral_of_its_gradient():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 9, dtype=torch.float64, requires_grad=True)
+    positives = torch.tensor([[0, 4], [8, 2]])
+    # The loss is computed in float32, so the differences must be large.
+    torch.autograd.gradcheck(
+        lambda x: matched_focal_loss(x, positives, alpha=0.25, gamma=2.0).double(), logits, eps=1e-2, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_gradients_of_half_precision_logits_survive_a_loss_scale(dtype):
+    logits = torch.full((1, 50), -6.0, dtype=dtype, requires_grad=True)
+    loss = matched_focal_loss(logits, torch.empty(1, 0, dtype=torch.int64), alpha=0.25, gamma=2.0)
+    (loss.sum() * 2**16).backward()
+    p = 1 / (1 + math.exp(6.0))
+    expected = 2**16 * 0.75 * p**2 * (p + 2 * (1 - p) * -math.log1p(-p))
+    assert logits.grad.dtype == dtype
+    torch.testing.assert_close(logits.grad.float(), torch.full((1, 50), expected), rtol=1e-2, atol=0)
+
+
+def test_large_logits_have_finite_losses_and_gradients():
+    logits = torch.tensor([[-1e4, -60.0, 60.0, 1e4]], requires_grad=True)
+    loss = matched_focal_loss(logits, torch.tensor([[0]]), alpha=0.25, gamma=2.0)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(0.25 * 1e4 + 0.75 * (60 + 1e4))
+    torch.testing.assert_close(logits.grad, torch.tensor([[-0.25, 0.0, 0.75, 0.75]]))
+
+
+def peak_bytes(function):
+    """Most memory that a function allocates on the CPU at a time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(live.cumsum(0).max())
+
+
+def test_losses_of_many_proposals_need_little_more_memory_than_the_gradients():
+    outputs = random_outputs(layers=1, images=1, cells=20_000, classes=91)
+    outputs = {name: value.requires_grad_() for name, value in outputs.items()}
+    criterion = SetCriterion(HungarianMatcher())
+    peak = peak_bytes(lambda: sum(criterion(outputs, TARGETS[:1]).values()).backward())
+    logits = outputs["enc_logits"].numel() * 4
+    assert logits < peak < 2 * logits
+
+
+def test_class_and_cardinality_error_equal_hand_computed_numbers():
+    # Image 0: queries 0 and 1 match objects of classes 2 and 0; query 0 has it right, query 1 says class 1. One query
+    # is more likely than not something, of two objects. Image 1: two detections, no object.
+    logits = torch.tensor([[[-3.0, -2, 4], [-3, -1, -2], [-5, -5, -5]], [[1.0, -1, -1], [-1, -1, 2], [-1, -2, -3]]])
+    targets = [target([0, 2], [[0.5] * 4] * 2), target([], [])]
+    none = torch.empty(0, dtype=torch.int64)
+    matches = [(torch.tensor([0, 1]), torch.tensor([1, 0])), (none, none)]
+    class_error, cardinality_error = matching_errors(logits, targets, matches).tolist()
+    assert class_error == 50 and cardinality_error == (1 + 2) / 2
+    assert matching_errors(logits[1:], targets[1:], matches[1:]).tolist() == [0, 2]
+
+
+def test_errors_are_logged_in_training_alone_and_never_among_the_losses():
+    outputs = random_outputs()
+    criterion = SetCriterion(HungarianMatcher())
+    without = criterion(outputs, TARGETS)
+    with EventStorage() as storage:
+        criterion.eval()(outputs, TARGETS)
+        assert not storage.histories()
+        losses = criterion.train()(outputs, TARGETS)
+    assert set(storage.histories()) == {"class_error", "cardinality_error"}
+    assert losses.keys() == without.keys()
+    last = outputs["pred_logits"][-1]
+    expected = matching_errors(last, TARGETS, criterion.matcher(last, outputs["pred_boxes"][-1], TARGETS))
+    assert [storage.latest()[name][0] for name in ("class_error", "cardinality_error")] == expected.tolist()
+
+
+def test_all_matchings_of_a_step_are_copied_from_the_device_at_once(monkeypatch):
+    copies = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.numel()) or cpu(self))
+    SetCriterion(HungarianMatcher())(random_outputs(), TARGETS)
+    layers, queries, cells, objects = 3, 6, 9, 3
+    assert copies == [(layers * queries + cells) * objects]
+
+
+class _Operators(TorchDispatchMode):
+    """Records the names of all operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_else_in_a_step_reads_from_the_device():
+    outputs = {name: value.requires_grad_() for name, value in random_outputs().items()}
+    with _Operators() as operators:
+        sum(SetCriterion(HungarianMatcher())(outputs, TARGETS).values()).backward()
+    # What waits for a GPU: reading a number (item, bool, int), and results whose size depends on values.
+    assert "sigmoid" in operators.names
+    assert not operators.names & {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2", "equal"}
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "message"),
+    [
+        ("pred_boxes", (1, 0), "image 0 in the batch .*decoder layer 1: pred_boxes has 4"),
+        ("pred_logits", (2, 1), "image 1 in the batch .*decoder layer 2: pred_logits has 24"),
+        ("enc_boxes", (1,), "image 1 in the batch .*the encoder's proposals: pred_boxes has 4"),
+    ],
+)
+def test_the_layer_with_non_finite_predictions_is_named(name, index, message):
+    outputs = random_outputs()
+    bad = outputs[name][index]
+    (bad if name == "pred_logits" else bad[3]).fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=message):
+        SetCriterion(HungarianMatcher())(outputs, TARGETS)
+
+
+def test_more_objects_than_queries_have_finite_losses():
+    torch.manual_seed(0)
+    crowd = [target([1] * 9, (torch.rand(9, 4) * 0.4 + 0.3).tolist()), TARGETS[1]]
+    losses = SetCriterion(HungarianMatcher())(random_outputs(queries=6, cells=7), crowd)
+    assert all(value.isfinite() for value in losses.values())

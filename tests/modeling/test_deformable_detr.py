@@ -2,6 +2,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
 
 from deformable_detr import load_config
 from deformable_detr.modeling import deformable_detr as room
@@ -41,7 +42,8 @@ def test_padded_features_do_not_change_predictions(make_model, make_input, rando
             feature.masked_fill_(mask[:, None], 1e3)
         return features
 
-    masks = room._padding_masks(model.preprocess_image(images), list(forward(torch.zeros(2, 3, 96, 96)).values()))
+    sizes = torch.tensor([[64, 96], [96, 64]])
+    masks = room._padding_masks((96, 96), sizes, list(forward(torch.zeros(2, 3, 96, 96)).values()))
     monkeypatch.setattr(model.backbone, "forward", with_garbage_at_padding)
     polluted = model.predict_raw(images)
     assert all(torch.equal(clean[k], polluted[k]) for k in ("pred_logits", "pred_boxes"))
@@ -59,11 +61,8 @@ def test_batch_mates_do_not_change_predictions_on_a_fixed_canvas(make_model, mak
         torch.testing.assert_close(one[key].select(dim, 0), other[key].select(dim, 0), rtol=1e-4, atol=1e-5)
 
 
-def test_padding_mask_samples_the_nearest_pixel_of_the_full_mask(make_model, make_input):
-    model = make_model()
-    images = model.preprocess_image([make_input(647, 480), make_input(800, 480)])
-    features = list(model.backbone(images.tensor).values())
-    mask = room._padding_masks(images, features)[0]
+def test_padding_mask_samples_the_nearest_pixel_of_the_full_mask():
+    (mask,) = room._padding_masks((800, 480), torch.tensor([[647, 480], [800, 480]]), [torch.empty(2, 1, 100, 60)])
     assert mask.shape == (2, 100, 60)
     # Cell i looks at pixel 8 i: 81 of 100 cells see pixels below 647.
     assert (~mask[0, :, 0]).sum() == 81 and not mask[1].any()
@@ -184,3 +183,26 @@ def test_a_backbone_of_another_width_is_named(make_model):
             criterion=model.criterion,
             num_classes=2,
         )
+
+
+def test_detections_equal_the_raw_predictions_of_the_last_layer(make_model, make_input, randomize):
+    model = randomize(make_model(two_stage=True, with_box_refine=True)).eval()
+    images = [make_input(64, 96), make_input(96, 64, seed=1)]
+    raw = model.predict_raw(images)
+    boxes, scores, labels = model.select_detections(raw["pred_logits"][-1], raw["pred_boxes"][-1])
+    with torch.no_grad():
+        detections = [result["instances"] for result in model(images)]
+    for i, (height, width) in enumerate([(64, 96), (96, 64)]):
+        torch.testing.assert_close(detections[i].scores, scores[i])
+        assert torch.equal(detections[i].pred_classes, labels[i])
+        torch.testing.assert_close(
+            detections[i].pred_boxes.tensor, boxes[i] * torch.tensor([width, height, width, height])
+        )
+
+
+def test_training_logs_its_errors_into_the_trainers_storage(make_model, make_input):
+    with EventStorage() as storage:
+        make_model().train()([make_input(64, 64, [[2, 3, 40, 50]], [4])])
+    latest = storage.latest()
+    # A fresh model finds nothing: every class has the probability 0.01.
+    assert latest["cardinality_error"][0] == 1 and latest["class_error"][0] in (0, 100)

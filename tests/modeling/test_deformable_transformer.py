@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-from deformable_detr.modeling.deformable_transformer import (
-    DeformableTransformer,
-    DeformableTransformerEncoder,
+from deformable_detr.modeling.deformable_transformer import DeformableTransformer
+from deformable_detr.modeling.reference_points import (
     apply_box_deltas,
     gen_encoder_proposals,
+    get_encoder_reference_points,
     get_valid_sizes,
     inverse_sigmoid,
 )
@@ -43,7 +43,7 @@ def test_valid_sizes_are_width_before_height():
 def test_encoder_reference_points_are_cell_centres_of_the_padded_maps():
     # Level 0: 2x4 cells of which 2x3 are valid; level 1: 1x2, fully valid.
     sizes = torch.tensor([[[3.0, 2.0], [2.0, 1.0]]])
-    points = DeformableTransformerEncoder.get_reference_points([(2, 4), (1, 2)], sizes)
+    points = get_encoder_reference_points([(2, 4), (1, 2)], sizes)
     assert points.shape == (1, 10, 2, 2)
     # Cell (row 1, column 2) of level 0 is at (2.5/3, 1.5/2) of the image, which is 3/4 as wide as level 0's map.
     torch.testing.assert_close(points[0, 6, 0], torch.tensor([2.5 / 4, 1.5 / 2]))

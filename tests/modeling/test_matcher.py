@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from deformable_detr.modeling import HungarianMatcher
+from deformable_detr.modeling import matcher as room
+from deformable_detr.modeling.matcher import Predictions
 
 
 def target(labels, boxes):
@@ -57,6 +59,36 @@ def test_non_finite_predictions_are_named_and_never_reach_scipy():
     targets = [target([0], [[0.5, 0.5, 0.1, 0.1]])] * 2
     with pytest.raises(FloatingPointError, match="image 1 .*pred_boxes has 1"):
         HungarianMatcher()(torch.zeros(2, 3, 1), boxes, targets)
+
+
+def test_costs_that_overflow_are_refused_as_well():
+    boxes = torch.full((1, 2, 4), 3e38)
+    with pytest.raises(FloatingPointError, match="image 0 .*their costs overflow"):
+        HungarianMatcher()(torch.zeros(1, 2, 1), boxes, [target([0], [[0.5, 0.5, 0.1, 0.1]])])
+
+
+def test_several_groups_of_layers_match_as_each_layer_alone():
+    torch.manual_seed(0)
+    decoder = Predictions(["a", "b"], torch.randn(2, 2, 7, 4), torch.rand(2, 2, 7, 4) * 0.5 + 0.2)
+    encoder = Predictions(["c"], torch.randn(1, 2, 11, 1), torch.rand(1, 2, 11, 4) * 0.5 + 0.2)
+    targets = [target([1, 2], torch.rand(2, 4).tolist()), target([0], torch.rand(1, 4).tolist())]
+    matcher = HungarianMatcher()
+    together = matcher.match([decoder, encoder], targets)
+    agnostic = [{"labels": t["labels"] * 0, "boxes": t["boxes"]} for t in targets]
+    for group, group_targets, group_matches in zip((decoder, encoder), (targets, agnostic), together, strict=True):
+        for logits, boxes, matches in zip(group.logits, group.boxes, group_matches, strict=True):
+            for alone, match in zip(matcher(logits, boxes, group_targets), matches, strict=True):
+                assert torch.equal(alone[0], match[0]) and torch.equal(alone[1], match[1])
+
+
+def test_costs_do_not_depend_on_how_many_pairs_are_compared_at_once(monkeypatch):
+    torch.manual_seed(0)
+    logits, boxes = torch.randn(2, 11, 4), torch.rand(2, 11, 4)
+    objects = target([1, 2, 0], torch.rand(3, 4).tolist())
+    whole = HungarianMatcher().cost_matrix(logits, boxes, objects)
+    monkeypatch.setattr(room, "PAIRS_AT_ONCE", 7)
+    assert whole.shape == (2, 11, 3)
+    torch.testing.assert_close(HungarianMatcher().cost_matrix(logits, boxes, objects), whole, rtol=0, atol=0)
 
 
 def test_all_zero_weights_are_refused():

@@ -1,5 +1,6 @@
-"""Layers that need torch alone: the deformable attention op and the position encoding."""
+"""Layers that need torch alone: deformable attention, position encoding, dropout."""
 
+from .dropout import Dropout
 from .ms_deform_attn import (
     MSDeformAttn,
     MSDeformAttnFunction,
@@ -10,6 +11,7 @@ from .ms_deform_attn import (
 from .position_encoding import PositionEmbeddingSine
 
 __all__ = [
+    "Dropout",
     "MSDeformAttn",
     "MSDeformAttnFunction",
     "PositionEmbeddingSine",

@@ -194,8 +194,8 @@ class MSDeformAttn(nn.Module):
         self._check(reference_points, shapes)
         value = self.value_proj(value)
         if padding_mask is not None:
-            # After the projection, so that its bias does not leak into the padding.
-            value = value.masked_fill(padding_mask[..., None], 0.0)
+            # After the projection, so that its bias does not leak into the padding. In place: nobody else has it.
+            value = value.masked_fill_(padding_mask[..., None], 0.0)
         value = value.unflatten(-1, (self.n_heads, self.d_model // self.n_heads))
         points = (self.n_heads, self.n_levels, self.n_points)
         offsets = self.sampling_offsets(query).view(N, Lq, self.n_heads, -1)
@@ -235,7 +235,9 @@ def _flatten_shapes(spatial_shapes: SpatialShapes) -> list[int]:
         if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
             raise ValueError(f"spatial_shapes must be (L, 2), got {tuple(spatial_shapes.shape)}")
         return spatial_shapes.flatten().tolist()
-    return [size for h, w in spatial_shapes for size in (h, w)]
+    flat = [size for h, w in spatial_shapes for size in (h, w)]
+    # The tracer behind TorchScript and fvcore's counters hands out tensors for sizes, and lists of ints must hold ints.
+    return [int(size) for size in flat] if torch.jit.is_tracing() else flat
 
 
 def _pixel_sizes(shapes: list[tuple[int, int]], like: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from detectron2.layers import ShapeSpec
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet
 from torch import Tensor, nn
 
@@ -39,7 +40,7 @@ class MultiScaleBackbone(Backbone):
                 f"num_feature_levels ({num_feature_levels}) must be at least the number of in_features "
                 f"({len(in_features)}: {', '.join(in_features)})"
             )
-        self.bottom_up = bottom_up
+        self.bottom_up = fold_frozen_batch_norm(bottom_up)
         self.in_features = tuple(in_features)
         self.hidden_dim = hidden_dim
         self.num_feature_levels = num_feature_levels
@@ -67,6 +68,8 @@ class MultiScaleBackbone(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Args: x: (N, 3, H, W). Returns: ``{"level0": (N, hidden_dim, H_0, W_0), ...}``, finest level first."""
+        if x.device.type == "cpu":  # oneDNN's fast layout, a quarter off the backbone's time; unmeasured on CUDA
+            x = x.contiguous(memory_format=torch.channels_last)
         features = self.bottom_up(x)
         raw = [features[name] for name in self.in_features]
         levels = [project(feature) for project, feature in zip(self.input_proj, raw, strict=False)]
@@ -85,6 +88,30 @@ def _projection(in_channels: int, hidden_dim: int, *, kernel_size: int) -> nn.Se
     # 32 groups wherever a group keeps two channels: a 1x1 map of one image has no variance within a single one.
     groups = 32 if hidden_dim % 32 == 0 and hidden_dim > 32 else math.gcd(32, hidden_dim // 2)
     return nn.Sequential(conv, nn.GroupNorm(groups, hidden_dim))
+
+
+class FrozenBNConv2d(Conv2d):
+    """Detectron2's convolution with its FrozenBN multiplied into the weights at every call.
+
+    One pass over the features in place of two (three in training, where the features are kept for the backward pass
+    as well). Weights keep their gradients, and parameters and buffers their names and values.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, H', W')."""
+        norm = self.norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        x = self._conv_forward(x, self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale)
+        return x if self.activation is None else self.activation(x)
+
+
+def fold_frozen_batch_norm(module: nn.Module) -> nn.Module:
+    """Let every convolution with a FrozenBN in ``module`` compute as :class:`FrozenBNConv2d`, in place."""
+    for conv in module.modules():
+        if type(conv) is Conv2d and isinstance(conv.norm, FrozenBatchNorm2d) and conv.bias is None:
+            # The class alone: blocks and stages hold references to this very module.
+            conv.__class__ = FrozenBNConv2d
+    return module
 
 
 def dilate_res5(resnet: ResNet) -> ResNet:

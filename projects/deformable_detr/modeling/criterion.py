@@ -1,23 +1,30 @@
 """Losses of Deformable DETR.
 
-Shapes: Ld decoder layers, N images, Lq queries, K classes, S encoder cells, T matched pairs of a layer.
-Boxes are cxcywh in [0, 1] relative to each image without its padding.
+Shapes: Ld layers, N images, Lq queries, K classes, S encoder cells, T matched pairs of a layer. Boxes are cxcywh in
+[0, 1] relative to each image without its padding.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fvcore.nn import sigmoid_focal_loss
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
-from .matcher import HungarianMatcher, Match, Target
+from .focal_loss import matched_focal_loss
+from .matcher import HungarianMatcher, Match, Predictions, Target
 
 
 class SetCriterion(nn.Module):
     """Focal classification, L1 and GIoU losses of predictions matched to ground truth.
+
+    In training mode, inside of one of Detectron2's event storages, the last layer's ``class_error`` and
+    ``cardinality_error`` are logged there; see :func:`matching_errors`.
 
     Args:
         matcher: pairs predictions with ground truth.
@@ -45,6 +52,28 @@ class SetCriterion(nn.Module):
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
         self.aux_loss = aux_loss
+        self._num_objects: float | None = None
+
+    @contextmanager
+    def normalise_by(self, num_objects: float) -> Iterator[None]:
+        """Within the context divide losses by ``num_objects`` and not by the batch's own number of objects.
+
+        With it the losses of the micro-batches of one accumulated step sum to the losses of the whole batch.
+
+        Args:
+            num_objects: objects of this process in the whole step; averaged over processes and kept at least 1, as
+                the batch's own number is.
+
+        Raises:
+            ValueError: if it is negative or not finite.
+        """
+        if not 0 <= num_objects < math.inf:
+            raise ValueError(f"num_objects must be finite and at least 0, got {num_objects}")
+        before, self._num_objects = self._num_objects, float(num_objects)
+        try:
+            yield
+        finally:
+            self._num_objects = before
 
     def forward(self, outputs: dict[str, Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Compute all losses.
@@ -57,69 +86,120 @@ class SetCriterion(nn.Module):
         Returns:
             Weighted scalars "loss_ce", "loss_bbox", "loss_giou" of the last layer, with suffix ``_0`` ... of the
             layers before it and ``_enc`` of the encoder's proposals. Their sum is the training loss.
+
+        Raises:
+            FloatingPointError: if a prediction is NaN or infinite, naming the layer and the image.
         """
-        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
-        num_boxes = self._num_boxes(targets, logits.device)
-        first = 0 if self.aux_loss else len(logits) - 1
-        losses = self._set_losses(logits[first:], boxes[first:], targets, num_boxes)
-        suffixes = [f"_{layer}" for layer in range(first, len(logits) - 1)] + [""]
-        if "enc_logits" in outputs:
+        layers = len(outputs["pred_logits"])
+        first = 0 if self.aux_loss else layers - 1
+        names = [f"decoder layer {layer}" for layer in range(first, layers)]
+        decoder = Predictions(names, outputs["pred_logits"][first:], outputs["pred_boxes"][first:])
+        suffixes = [f"_{layer}" for layer in range(first, layers - 1)] + [""]
+        num_boxes = self._num_boxes(targets, decoder.boxes.device)
+        if "enc_logits" not in outputs:
+            (matches,) = self.matcher.match([decoder], targets)
+            losses = self._losses(decoder, targets, matches, num_boxes, suffixes)
+        else:
             # Class-agnostic: every object is class 0. The official code drops this loss when aux_loss is off, which
             # leaves the proposals untrained; here it belongs to two-stage training as such.
-            agnostic = [{"labels": torch.zeros_like(t["labels"]), "boxes": t["boxes"]} for t in targets]
-            encoder = self._set_losses(outputs["enc_logits"][None], outputs["enc_boxes"][None], agnostic, num_boxes)
-            losses = {name: torch.cat((losses[name], encoder[name])) for name in losses}
-            suffixes.append("_enc")
-        return {
-            name + suffix: value
-            for name, values in losses.items()
-            for suffix, value in zip(suffixes, values.unbind(), strict=True)
-        }
+            encoder = Predictions(["the encoder's proposals"], outputs["enc_logits"][None], outputs["enc_boxes"][None])
+            objectness = encoder._replace(logits=encoder.logits[..., :1])
+            matches, encoder_matches = self.matcher.match([decoder, objectness], targets)
+            agnostic = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
+            losses = self._losses(decoder, targets, matches, num_boxes, suffixes)
+            losses |= self._losses(encoder, agnostic, encoder_matches, num_boxes, ["_enc"])
+        storage = _active_storage() if self.training else None
+        if storage is not None:
+            errors = matching_errors(decoder.logits[-1], targets, matches[-1])
+            for name, value in zip(("class_error", "cardinality_error"), errors.tolist(), strict=True):
+                storage.put_scalar(name, value)
+        return losses
 
-    def _set_losses(
-        self, logits: Tensor, boxes: Tensor, targets: Sequence[Target], num_boxes: Tensor
+    def _losses(
+        self,
+        predictions: Predictions,
+        targets: Sequence[Target],
+        matches: Sequence[Sequence[Match]],
+        num_boxes: Tensor,
+        suffixes: Sequence[str],
     ) -> dict[str, Tensor]:
-        """Losses of Ld stacked predictions (Ld, N, Lq, K) and (Ld, N, Lq, 4), matched layer by layer: (Ld,) each."""
-        layers, images, queries = logits.shape[:3]
-        logits, boxes = logits.float().flatten(0, 1), boxes.float().flatten(0, 1)
-        targets = list(targets) * layers
-        matches = self.matcher(logits, boxes, targets)
-        flat_queries, labels, target_boxes = _gather_matches(matches, targets, queries)
+        """Losses of all layers of a group, each name with a suffix per layer."""
+        _, logits, boxes = predictions
+        queries, objects = _flat_indices(matches, targets, num_queries=boxes.shape[2], device=boxes.device)
+        labels = torch.cat([t["labels"] for t in targets])[objects]
+        target_boxes = torch.cat([t["boxes"] for t in targets]).float()[objects]
+        rows = torch.arange(len(boxes), device=boxes.device)[:, None]
+        matched = boxes.flatten(1, 2)[rows, queries].float()
 
-        one_hot = torch.zeros_like(logits).view(layers * images * queries, -1)
-        one_hot[flat_queries, labels] = 1.0
-        focal = sigmoid_focal_loss(logits, one_hot.view_as(logits), self.focal_alpha, self.focal_gamma)
-        # Every layer has the same number T of matches, so a reshape separates the layers.
-        matched = boxes.flatten(0, 1)[flat_queries].view(layers, -1, 4)
-        target_boxes = target_boxes.view(layers, -1, 4)
-        l1 = F.l1_loss(matched, target_boxes, reduction="none")
+        focal = matched_focal_loss(
+            logits.flatten(1), queries * logits.shape[-1] + labels, alpha=self.focal_alpha, gamma=self.focal_gamma
+        )
+        l1 = F.l1_loss(matched, target_boxes, reduction="none").sum((1, 2))
         giou = generalized_box_iou_loss(
             box_convert(matched, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy"), eps=0.0
         )
+        weighted = {
+            "loss_ce": self.class_weight * focal,
+            "loss_bbox": self.bbox_weight * l1,
+            "loss_giou": self.giou_weight * giou.sum(1),
+        }
         return {
-            "loss_ce": self.class_weight * focal.view(layers, -1).sum(1) / num_boxes,
-            "loss_bbox": self.bbox_weight * l1.flatten(1).sum(1) / num_boxes,
-            "loss_giou": self.giou_weight * giou.sum(1) / num_boxes,
+            name + suffix: value
+            for name, values in weighted.items()
+            for suffix, value in zip(suffixes, (values / num_boxes).unbind(), strict=True)
         }
 
-    @staticmethod
-    def _num_boxes(targets: Sequence[Target], device: torch.device) -> Tensor:
+    def _num_boxes(self, targets: Sequence[Target], device: torch.device) -> Tensor:
         """Objects per process over the whole distributed batch, at least 1."""
-        count = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=device)
+        own = sum(len(t["labels"]) for t in targets) if self._num_objects is None else self._num_objects
+        count = torch.full((), float(own), device=device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
             count = count / dist.get_world_size()
         return count.clamp(min=1)
 
 
-def _gather_matches(
-    matches: Sequence[Match], targets: Sequence[Target], num_queries: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Concatenate matches: indices into the flattened (images * Lq) predictions, labels and boxes of their targets."""
-    device = targets[0]["boxes"].device
-    queries = torch.cat([rows + image * num_queries for image, (rows, _) in enumerate(matches)]).to(device)
-    starts = torch.tensor([0] + [len(t["labels"]) for t in targets]).cumsum(0).tolist()
-    objects = torch.cat([columns + start for start, (_, columns) in zip(starts, matches, strict=False)]).to(device)
-    labels = torch.cat([t["labels"] for t in targets])[objects]
-    boxes = torch.cat([t["boxes"] for t in targets])[objects]
-    return queries, labels, boxes.float()
+@torch.no_grad()
+def matching_errors(logits: Tensor, targets: Sequence[Target], matches: Sequence[Match]) -> Tensor:
+    """DETR's two measures of progress, for logging only.
+
+    DETR counts a query as a detection if its best class is not the last one, "no object". Deformable DETR has no such
+    class (its own code keeps the formula, which then says nothing): here the best class must be more likely than not.
+
+    Args:
+        logits: (N, Lq, K) of one layer.
+        targets: per image "labels" (n,).
+        matches: per image indices of matched queries and of their targets.
+
+    Returns:
+        (2,) float32: percentage of matched queries whose best class is not their object's (0 without objects), and
+        mean absolute difference of the numbers of detections and objects of an image.
+    """
+    best, predicted = logits.max(-1)
+    queries, objects = _flat_indices([matches], targets, num_queries=logits.shape[1], device=logits.device)
+    wrong = predicted.flatten()[queries] != torch.cat([t["labels"] for t in targets])[objects]
+    detections = (best > 0).sum(1)
+    present = torch.tensor([len(t["labels"]) for t in targets]).to(logits.device, non_blocking=True)
+    return torch.stack((100.0 * wrong.sum() / max(1, wrong.numel()), (detections - present).abs().float().mean()))
+
+
+def _flat_indices(
+    matches: Sequence[Sequence[Match]], targets: Sequence[Target], *, num_queries: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Matches of Ld layers as indices into a layer's N*Lq predictions and into all objects, (Ld, T) each.
+
+    Every layer has the same number T of matches: min(Lq, n) of each image.
+    """
+    starts = list(accumulate((len(t["labels"]) for t in targets), initial=0))
+    queries = [torch.cat([rows + i * num_queries for i, (rows, _) in enumerate(layer)]) for layer in matches]
+    objects = [torch.cat([columns + starts[i] for i, (_, columns) in enumerate(layer)]) for layer in matches]
+    flat = torch.stack((torch.stack(queries), torch.stack(objects)))
+    return flat.to(device, non_blocking=True).unbind()
+
+
+def _active_storage() -> EventStorage | None:
+    """Where the trainer collects this iteration's scalars; None outside of training."""
+    try:
+        return get_event_storage()
+    except AssertionError:  # Detectron2 has no other way to ask that all of its versions share.
+        return None

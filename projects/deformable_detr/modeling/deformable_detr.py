@@ -5,6 +5,7 @@ Shapes: Ld decoder layers, N images, Lq queries, K classes, S encoder cells, C h
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -117,6 +118,7 @@ class DeformableDETR(nn.Module):
                 dec_n_points=node.DEC_N_POINTS,
                 with_box_refine=node.WITH_BOX_REFINE,
                 two_stage=node.TWO_STAGE,
+                activation_checkpoint=node.ACTIVATION_CHECKPOINT,
             ),
             "criterion": SetCriterion(
                 matcher,
@@ -155,7 +157,7 @@ class DeformableDETR(nn.Module):
         """
         images = self.preprocess_image(batched_inputs)
         if not self.training:
-            outputs = self._predict(images)
+            outputs = self._predict(images, all_proposals=False)
             return self.inference(outputs["pred_logits"][-1], outputs["pred_boxes"][-1], images, batched_inputs)
         targets = self.prepare_targets(batched_inputs)
         return self.criterion(self._predict(images), targets)
@@ -207,24 +209,50 @@ class DeformableDETR(nn.Module):
             logits: (N, Lq, K).
             boxes: (N, Lq, 4) cxcywh in [0, 1].
         """
-        scores = logits.float().sigmoid().flatten(1)
-        scores, index = scores.topk(min(self.test_topk_per_image, scores.shape[1]), dim=1)
-        queries = index.div(self.num_classes, rounding_mode="floor")
-        boxes = box_convert(boxes.float(), "cxcywh", "xyxy")
+        boxes, scores, labels = self.select_detections(logits, boxes)
         results = []
         for i, (x, size) in enumerate(zip(batched_inputs, images.image_sizes, strict=True)):
             height, width = x.get("height", int(size[0])), x.get("width", int(size[1]))
             result = Instances((height, width))
-            result.pred_boxes = Boxes(boxes[i, queries[i]] * boxes.new_tensor([width, height, width, height]))
+            result.pred_boxes = Boxes(boxes[i] * boxes.new_tensor([width, height, width, height]))
             result.scores = scores[i]
-            result.pred_classes = index[i] % self.num_classes
+            result.pred_classes = labels[i]
             results.append({"instances": result})
         return results
 
-    def _predict(self, images: ImageList) -> dict[str, Tensor]:
-        """Backbone, transformer and heads; returns what :meth:`predict_raw` documents."""
-        features = list(self.backbone(images.tensor).values())
-        masks = _padding_masks(images, features)
+    def select_detections(self, logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The k highest class scores of every image over all queries, best first; k is at most test_topk_per_image.
+
+        Args:
+            logits: (N, Lq, K).
+            boxes: (N, Lq, 4) cxcywh in [0, 1].
+
+        Returns:
+            Boxes (N, k, 4) xyxy in [0, 1], scores (N, k) and labels (N, k).
+        """
+        scores = logits.float().sigmoid().flatten(1)
+        scores, index = scores.topk(min(self.test_topk_per_image, scores.shape[1]), dim=1)
+        queries = index.div(self.num_classes, rounding_mode="floor")
+        boxes = box_convert(boxes.float(), "cxcywh", "xyxy").gather(1, queries[..., None].expand(-1, -1, 4))
+        return boxes, scores, index % self.num_classes
+
+    def _predict(self, images: ImageList, *, all_proposals: bool = True) -> dict[str, Tensor]:
+        sizes = torch.tensor(images.image_sizes, device=images.tensor.device)
+        return self.predict_padded(images.tensor, sizes, all_proposals=all_proposals)
+
+    def predict_padded(self, images: Tensor, image_sizes: Tensor, *, all_proposals: bool = True) -> dict[str, Tensor]:
+        """Backbone, transformer and heads on tensors alone, as torch.export needs them.
+
+        Args:
+            images: (N, 3, H, W) normalised, with zeros at the padding (bottom and right).
+            image_sizes: (N, 2) int64, valid heights and widths.
+            all_proposals: also return the two-stage encoder's predictions for every cell, which only training needs.
+
+        Returns:
+            What :meth:`predict_raw` documents.
+        """
+        features = list(self.backbone(images).values())
+        masks = _padding_masks(images.shape[-2:], image_sizes, features)
         output = self.transformer(
             features,
             masks,
@@ -233,6 +261,7 @@ class DeformableDETR(nn.Module):
             num_queries=self.num_queries,
             class_embed=self.class_embed,
             bbox_embed=self.bbox_embed,
+            all_proposals=all_proposals,
         )
         heads = list(self.class_embed)[: len(output.hidden_states)]
         logits = [head(hidden) for head, hidden in zip(heads, output.hidden_states, strict=True)]
@@ -270,12 +299,17 @@ class DeformableDETR(nn.Module):
             nn.init.constant_(self.bbox_embed[0].layers[-1].bias.data[2:], -2.0)
 
 
-def _padding_masks(images: ImageList, features: list[Tensor]) -> list[Tensor]:
-    """Padding of every feature map, (N, H_l, W_l) bool: nearest samples of the full-size mask, as the official code."""
-    height, width = images.tensor.shape[-2:]
-    sizes = torch.tensor(images.image_sizes, device=images.tensor.device)
-    rows = torch.arange(height, device=sizes.device) >= sizes[:, 0, None]
-    columns = torch.arange(width, device=sizes.device) >= sizes[:, 1, None]
+def _padding_masks(canvas: Sequence[int], image_sizes: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
+    """Padding of every feature map, (N, H_l, W_l) bool: nearest samples of the full-size mask, as the official code.
+
+    Args:
+        canvas: padded height and width.
+        image_sizes: (N, 2) valid heights and widths.
+        features: L maps (N, C, H_l, W_l).
+    """
+    height, width = canvas
+    rows = torch.arange(height, device=image_sizes.device) >= image_sizes[:, 0, None]
+    columns = torch.arange(width, device=image_sizes.device) >= image_sizes[:, 1, None]
     mask = (rows[:, :, None] | columns[:, None, :]).float()[None]
     return [F.interpolate(mask, size=feature.shape[-2:])[0].bool() for feature in features]
 

@@ -1,10 +1,14 @@
 """One-to-one assignment of predictions to ground truth.
 
-Shapes: N images, Lq predictions per image, K classes, n objects of one image. Boxes are cxcywh in [0, 1].
+Shapes: Ld layers, N images, Lq predictions per layer and image, K classes, n objects of one image. Boxes are cxcywh in
+[0, 1].
 """
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -12,6 +16,24 @@ from torchvision.ops import box_convert, generalized_box_iou
 
 Target = dict[str, Tensor]
 Match = tuple[Tensor, Tensor]
+
+# Pairs of one image that are compared at a time. The terms of the cost need about ten times the memory of the cost
+# itself; at this size that is 10 MiB whatever the number of proposals and objects.
+PAIRS_AT_ONCE = 2**18
+
+
+class Predictions(NamedTuple):
+    """Predictions of some layers, each of which is matched to the same objects.
+
+    Attributes:
+        layers: what to call each of the Ld layers in messages.
+        logits: (Ld, N, Lq, K), or (Ld, N, Lq, 1) where every object counts as class 0.
+        boxes: (Ld, N, Lq, 4).
+    """
+
+    layers: Sequence[str]
+    logits: Tensor
+    boxes: Tensor
 
 
 class HungarianMatcher(nn.Module):
@@ -40,9 +62,8 @@ class HungarianMatcher(nn.Module):
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
 
-    @torch.no_grad()
     def forward(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Target]) -> list[Match]:
-        """Match every image on its own.
+        """Match the predictions of one layer, every image on its own.
 
         Args:
             pred_logits: (N, Lq, K).
@@ -55,39 +76,81 @@ class HungarianMatcher(nn.Module):
         Raises:
             FloatingPointError: if a prediction is NaN or infinite, naming the image and what is not finite.
         """
-        costs = [
-            self.cost_matrix(logits, boxes, target)
-            for logits, boxes, target in zip(pred_logits, pred_boxes, targets, strict=True)
-        ]
-        # All matrices travel in one copy: one device synchronisation for the whole batch.
-        flat = torch.cat([cost.flatten() for cost in costs]).cpu()
-        matches = []
-        for index, cost in enumerate(flat.split([cost.numel() for cost in costs])):
-            if not cost.isfinite().all():
-                raise FloatingPointError(_explain_non_finite(index, pred_logits, pred_boxes, targets))
-            rows, columns = linear_sum_assignment(cost.view(costs[index].shape).numpy())
-            matches.append((torch.from_numpy(rows), torch.from_numpy(columns)))
-        return matches
+        return self.match([Predictions(["the predictions"], pred_logits[None], pred_boxes[None])], targets)[0][0]
 
+    @torch.no_grad()
+    def match(self, predictions: Sequence[Predictions], targets: Sequence[Target]) -> list[list[list[Match]]]:
+        """Match several groups of layers with one device synchronisation; see :meth:`forward`.
+
+        Returns:
+            The matches of group g, layer l and image i at [g][l][i].
+
+        Raises:
+            FloatingPointError: if a prediction is NaN or infinite, naming the layer and the image.
+        """
+        pairs = [(group, image) for group in predictions for image in range(len(targets))]
+        shapes = [(len(g.boxes), g.boxes.shape[2], len(targets[image]["labels"])) for g, image in pairs]
+        # All matrices are written into one buffer, which travels in one copy: the only wait for the device.
+        sizes = [math.prod(shape) for shape in shapes]
+        flat = torch.empty(sum(sizes), dtype=torch.float32, device=predictions[0].boxes.device)
+        for (group, image), part, shape in zip(pairs, flat.split(sizes), shapes, strict=True):
+            self._fill_costs(part.view(shape), group.logits[:, image], group.boxes[:, image], targets[image])
+        costs = [part.view(shape) for part, shape in zip(flat.cpu().split(sizes), shapes, strict=True)]
+        for (group, image), cost in zip(pairs, costs, strict=True):
+            _check_finite(cost, group, image, targets[image])
+        images = len(targets)
+        return [_assign(costs[start : start + images]) for start in range(0, len(costs), images)]
+
+    @torch.no_grad()
     def cost_matrix(self, logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
-        """Cost of every pair of one image: logits (Lq, K), boxes (Lq, 4) -> (Lq, n) float32."""
-        prob = logits.float()[:, target["labels"]].sigmoid()
+        """Cost of every pair of one image: logits (..., K), boxes (..., 4) -> (..., n) float32."""
+        cost = torch.empty((*boxes.shape[:-1], len(target["labels"])), device=boxes.device)
+        self._fill_costs(cost, logits, boxes, target)
+        return cost
+
+    def _fill_costs(self, cost: Tensor, logits: Tensor, boxes: Tensor, target: Target) -> None:
+        """Write :meth:`cost_matrix` into ``cost`` (..., n), contiguous."""
+        rows = max(1, PAIRS_AT_ONCE // max(1, cost.shape[-1]))
+        parts = [tensor.flatten(0, -2).split(rows) for tensor in (cost, logits, boxes)]
+        for cost_part, logits_part, boxes_part in zip(*parts, strict=True):
+            cost_part.copy_(self._pair_costs(logits_part, boxes_part, target))
+
+    def _pair_costs(self, logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
+        """Logits (R, K), boxes (R, 4) -> (R, n)."""
+        prob = (logits if logits.shape[1] == 1 else logits[:, target["labels"]]).float().sigmoid()
         negative = (1 - self.focal_alpha) * prob**self.focal_gamma * -(1 - prob + 1e-8).log()
         positive = self.focal_alpha * (1 - prob) ** self.focal_gamma * -(prob + 1e-8).log()
         boxes, target_boxes = boxes.float(), target["boxes"].float()
-        l1 = torch.cdist(boxes, target_boxes, p=1)
+        cost = torch.cdist(boxes, target_boxes, p=1).mul_(self.cost_bbox)
+        cost += self.cost_class * (positive - negative)
         giou = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy"))
-        return self.cost_class * (positive - negative) + self.cost_bbox * l1 - self.cost_giou * giou
+        return cost.sub_(giou, alpha=self.cost_giou)
 
     def extra_repr(self) -> str:
         return f"cost_class={self.cost_class}, cost_bbox={self.cost_bbox}, cost_giou={self.cost_giou}"
 
 
-def _explain_non_finite(index: int, logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> str:
+def _assign(costs: Sequence[Tensor]) -> list[list[Match]]:
+    """Cheapest assignments for cost matrices (Ld, Lq, n) of the images of a group, first by layer, then by image."""
+    assignments = [[linear_sum_assignment(layer) for layer in image.numpy()] for image in costs]
+    return [
+        [(torch.from_numpy(rows), torch.from_numpy(columns)) for rows, columns in layer]
+        for layer in zip(*assignments, strict=True)
+    ]
+
+
+def _check_finite(cost: Tensor, group: Predictions, image: int, target: Target) -> None:
+    """Keep NaN from scipy, which would not say where it comes from. cost: (Ld, Lq, n) of one image."""
+    if np.isfinite(cost.numpy()).all():
+        return
+    layer = int(cost.isfinite().flatten(1).all(1).logical_not().nonzero()[0])
     parts = {
-        "pred_logits": logits[index],
-        "pred_boxes": boxes[index],
-        "target boxes": targets[index]["boxes"],
+        "pred_logits": group.logits[layer, image],
+        "pred_boxes": group.boxes[layer, image],
+        "target boxes": target["boxes"],
     }
-    bad = [f"{name} has {int((~t.isfinite()).sum())}" for name, t in parts.items() if not t.isfinite().all()]
-    return f"matching costs of image {index} in the batch must be finite; non-finite values: {', '.join(bad)}"
+    bad = [f"{name} has {int((~part.isfinite()).sum())}" for name, part in parts.items() if not part.isfinite().all()]
+    raise FloatingPointError(
+        f"matching costs of image {image} in the batch must be finite; non-finite values in {group.layers[layer]}: "
+        f"{', '.join(bad) or 'none, but their costs overflow'}"
+    )

@@ -1,0 +1,74 @@
+"""Sigmoid focal loss over sparse positives, with no temporary of the size of the logits.
+
+Shapes: Ld layers, E logits of a layer, T positives of a layer.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Logits computed at a time: the intermediate results stay in the cache of a CPU.
+LOGITS_AT_ONCE = 2**18
+
+
+def matched_focal_loss(logits: Tensor, positives: Tensor, *, alpha: float, gamma: float) -> Tensor:
+    """Sum of the sigmoid focal loss (arXiv 1708.02002, eq. 5) of every layer.
+
+    Equals ``fvcore.nn.sigmoid_focal_loss`` with targets of 1 at ``positives`` and 0 elsewhere, but holds neither these
+    targets nor anything else of the logits' size, except for their gradient; two-stage models have four million
+    logits in a batch of two. Computed and summed in float32 whatever the logits' type.
+
+    Args:
+        logits: (Ld, E), floating point.
+        positives: (Ld, T) int64, different indices into the logits of each layer.
+        alpha: weight of positives; negatives get ``1 - alpha``.
+        gamma: focusing exponent.
+
+    Returns:
+        (Ld,) float32, differentiable once with respect to ``logits``.
+    """
+    return _MatchedFocalLoss.apply(logits, positives, alpha, gamma)
+
+
+class _MatchedFocalLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, positives: Tensor, alpha: float, gamma: float) -> Tensor:
+        ctx.save_for_backward(logits, positives)
+        ctx.alpha, ctx.gamma = alpha, gamma
+        losses = []
+        for row, index in zip(logits, positives, strict=True):
+            background = sum(_negative(part.float(), gamma).sum() for part in row.split(LOGITS_AT_ONCE))
+            matched = row[index].float()
+            # A positive with logit x costs what a negative with logit -x does.
+            losses.append(
+                (1 - alpha) * (background - _negative(matched, gamma).sum()) + alpha * _negative(-matched, gamma).sum()
+            )
+        return torch.stack(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, positives = ctx.saved_tensors
+        alpha, gamma = ctx.alpha, ctx.gamma
+        grad = torch.empty_like(logits)
+        for row, index, out, scale in zip(logits, positives, grad, grad_output, strict=True):
+            for part, out_part in zip(row.split(LOGITS_AT_ONCE), out.split(LOGITS_AT_ONCE), strict=True):
+                # Scaled in float32: gradients this small would vanish in half precision.
+                torch.mul(_negative_grad(part.float(), gamma), (1 - alpha) * scale, out=out_part)
+            out[index] = (-alpha * scale * _negative_grad(-row[index].float(), gamma)).to(out.dtype)
+        return grad, None, None, None
+
+
+def _negative(x: Tensor, gamma: float) -> Tensor:
+    """Unweighted focal loss p^gamma * -log(1 - p) of negatives with logits ``x``, p = sigmoid(x)."""
+    return F.softplus(x).mul_(x.sigmoid().pow_(gamma))
+
+
+def _negative_grad(x: Tensor, gamma: float) -> Tensor:
+    """Derivative of :func:`_negative`: p^gamma * (p + gamma * (1 - p) * -log(1 - p))."""
+    prob = x.sigmoid()
+    factor = F.softplus(x).mul_(1 - prob).mul_(gamma).add_(prob)
+    return factor.mul_(prob.pow_(gamma))

@@ -1,0 +1,94 @@
+"""Where queries look: reference points, proposals and boxes, in the frames of images and of padded feature maps.
+
+Shapes: N batch, L feature levels of (H_l, W_l) cells, S = sum of H_l*W_l, Lq queries.
+Everything here is float32, also under autocast: half precision cannot tell the cells of a large map apart.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SpatialShapes = list[tuple[int, int]]
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Logit of ``x`` clamped to [0, 1], with numerator and denominator at least ``eps`` (as the official code)."""
+    x = x.clamp(0, 1)
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
+
+
+def apply_box_deltas(deltas: Tensor, reference_points: Tensor) -> Tensor:
+    """Boxes from head outputs relative to references (paper, appendix A.3 and eq. 8).
+
+    Args:
+        deltas: (N, Lq, 4), in logit space.
+        reference_points: (N, Lq, 2) centres or (N, Lq, 4) boxes in [0, 1]; centres leave width and height absolute.
+
+    Returns:
+        (N, Lq, 4) boxes in [0, 1], float32.
+    """
+    reference = inverse_sigmoid(reference_points.float())
+    return (deltas.float() + F.pad(reference, (0, 4 - reference.shape[-1]))).sigmoid()
+
+
+def get_valid_sizes(masks: Sequence[Tensor]) -> Tensor:
+    """Number of unpadded cells per level: L masks (N, H_l, W_l) -> (N, L, 2) float32 as (w, h)."""
+    sizes = [torch.stack(((~m[:, 0, :]).sum(1), (~m[:, :, 0]).sum(1)), dim=-1) for m in masks]
+    return torch.stack(sizes, dim=1).float()
+
+
+def get_valid_ratios(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> Tensor:
+    """Unpadded share of each level, (N, L, 2) as (w, h)."""
+    sizes = [(width, height) for height, width in spatial_shapes]
+    # Not new_tensor: torch.export would take the sizes for constants.
+    return valid_sizes / torch.tensor(sizes, dtype=valid_sizes.dtype, device=valid_sizes.device)
+
+
+def cell_centers(height: int, width: int, device: torch.device) -> Tensor:
+    """(H*W, 2) float32 cell centres (x, y) in cells, row by row."""
+    y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
+    x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
+    return torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1).flatten(0, 1)
+
+
+def get_encoder_reference_points(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> Tensor:
+    """Cell centres of all levels, in [0, 1] of each target level's *padded* map.
+
+    Args:
+        spatial_shapes: L pairs (H, W).
+        valid_sizes: (N, L, 2) unpadded cells as (w, h).
+
+    Returns:
+        (N, S, L, 2), (x, y).
+    """
+    centers = [
+        cell_centers(height, width, valid_sizes.device) / valid_sizes[:, level, None]
+        for level, (height, width) in enumerate(spatial_shapes)
+    ]
+    valid_ratios = get_valid_ratios(spatial_shapes, valid_sizes)
+    return torch.cat(centers, dim=1)[:, :, None] * valid_ratios[:, None]
+
+
+def gen_encoder_proposals(spatial_shapes: SpatialShapes, valid_sizes: Tensor, padding_mask: Tensor) -> Tensor:
+    """One anchor-like proposal per encoder cell (two-stage, paper appendix A.4).
+
+    Level l gets squares of side ``0.05 * 2**l`` around its cell centres. Proposals at padding, or with a coordinate
+    outside (0.01, 0.99), are +inf in logit space: their boxes become 1 and their features are zeroed by the caller.
+
+    Args:
+        spatial_shapes: L pairs (H, W).
+        valid_sizes: (N, L, 2) unpadded cells as (w, h).
+        padding_mask: (N, S) bool.
+
+    Returns:
+        (N, S, 4) proposals in logit space, cxcywh.
+    """
+    proposals = []
+    for level, (height, width) in enumerate(spatial_shapes):
+        centers = cell_centers(height, width, valid_sizes.device) / valid_sizes[:, level, None]
+        proposals.append(torch.cat((centers, torch.full_like(centers, 0.05 * 2.0**level)), dim=-1))
+    boxes = torch.cat(proposals, dim=1)
+    usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~padding_mask
+    return torch.logit(boxes).masked_fill(~usable[..., None], float("inf"))

@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from deformable_detr.layers import Dropout
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_drops_with_the_given_probability_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(1001, 1003)
+    out = Dropout(p)(x)
+    # Standard deviation of the share of a million: below 0.0005.
+    assert (out == 0).float().mean().item() == pytest.approx(p, abs=0.002)
+    assert out.unique().tolist() == [0, pytest.approx(1 / (1 - p), abs=1e-4)]
+    # Neighbours share a random number; they must not share a fate.
+    dropped = (out == 0).float().flatten()[:1_000_000].view(-1, 4)
+    assert dropped.T.corrcoef().fill_diagonal_(0).abs().max() < 0.01
+    assert dropped.mean(0).tolist() == pytest.approx([p] * 4, abs=0.004)
+
+
+def test_gradient_passes_where_the_value_passed():
+    x = torch.randn(5, 7, requires_grad=True)
+    out = Dropout(0.5)(x)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(gradient, (out != 0) * 2.0)
+
+
+def test_a_seed_repeats_the_mask_and_dtypes_are_kept():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.ones(3, 50, dtype=dtype)
+        outs = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            outs.append(Dropout(0.3)(x))
+        assert torch.equal(*outs) and outs[0].dtype == dtype
+
+
+@pytest.mark.parametrize(("p", "training"), [(0.0, True), (0.4, False)])
+def test_does_nothing_without_probability_or_training(p, training):
+    x = torch.randn(4, 4)
+    assert torch.equal(Dropout(p).train(training)(x), x)
+
+
+def test_probability_one_drops_everything_even_infinity():
+    assert not Dropout(1.0)(torch.randn(8)).any()
+    assert Dropout(0.5)(torch.full((100,), float("inf"))).isnan().sum() == 0
