@@ -1,6 +1,5 @@
 #include "ms_deform_attn.h"
 
-#include <c10/util/Exception.h>
 #include <torch/library.h>
 
 #include <vector>

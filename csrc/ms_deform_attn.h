@@ -7,6 +7,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
+#include <c10/util/Half.h>
 
 #include <tuple>
 
@@ -23,6 +26,23 @@ void check_grad_output(const at::Tensor& grad_output, const at::Tensor& value, c
 // Locations, weights and sums are float32, or float64 for float64 values.
 inline at::ScalarType compute_type(at::ScalarType value_type) {
   return value_type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Calls function(T{}, A{}) with the C++ types of value and of its sums.
+template <typename Function>
+void dispatch(at::ScalarType type, const Function& function) {
+  switch (type) {
+    case at::kDouble:
+      return function(double{}, double{});
+    case at::kFloat:
+      return function(float{}, float{});
+    case at::kBFloat16:
+      return function(c10::BFloat16{}, float{});
+    case at::kHalf:
+      return function(c10::Half{}, float{});
+    default:
+      TORCH_CHECK(false, "value must be float64, float32, bfloat16 or float16, got ", type);
+  }
 }
 
 }  // namespace deformable_detr

@@ -4,8 +4,6 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -53,22 +51,6 @@ void launch(Kernel kernel, const Geometry& at, int64_t sample_bytes, Arguments..
   const int64_t blocks = std::min<int64_t>(at.tasks, INT32_MAX);
   kernel<<<blocks, threads_per_block(at), shared, c10::cuda::getCurrentCUDAStream()>>>(at, arguments...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-template <typename Function>
-void dispatch(at::ScalarType type, const Function& function) {
-  switch (type) {
-    case at::kDouble:
-      return function(double{}, double{});
-    case at::kFloat:
-      return function(float{}, float{});
-    case at::kBFloat16:
-      return function(c10::BFloat16{}, float{});
-    case at::kHalf:
-      return function(c10::Half{}, float{});
-    default:
-      TORCH_CHECK(false, "value must be float64, float32, bfloat16 or float16, got ", type);
-  }
 }
 
 at::Tensor with_contiguous_channels(const at::Tensor& value) {
