@@ -80,7 +80,15 @@ def test_config_data_and_solver_know_no_model(path):
 
 
 def test_engine_builds_on_config_data_solver_and_the_checkpointer():
-    assert own_rooms(PACKAGE / "engine.py") <= {"checkpoint", "config", "data", "schedule", "solver", "user_data"}
+    assert own_rooms(PACKAGE / "engine.py") <= {
+        "checkpoint",
+        "config",
+        "data",
+        "schedule",
+        "solver",
+        "training",
+        "user_data",
+    }
 
 
 @pytest.mark.parametrize("path", files("checkpoint/**/*.py"), ids=lambda p: p.name)

@@ -2,7 +2,7 @@
 
 import ast
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import deformable_detr
 from deformable_detr import add_deformable_detr_config, load_config
 from deformable_detr.data import augmentation_from_config
 from deformable_detr.solver import build_optimizer
+from deformable_detr.training import TrainingSettings
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "COCO-Detection"
 PACKAGE = Path(deformable_detr.__file__).parent
@@ -77,6 +78,31 @@ def test_unknown_override_is_refused():
         load_config(BASE, ["MODEL.DEFORMABLE_DETR.NUM_QUERYS", "3"])
 
 
+@pytest.mark.parametrize(
+    "key, near",
+    [
+        ("train.max_iters", r"train\.max_iter\?"),
+        ("optimiser.lr", r"optimizer\.lr"),
+        ("model.backbone.num_queries", r"model\.num_queries"),
+        ("trian.amp.enabled", r"train\.amp\.enabled|train\.ema\.enabled"),
+    ],
+)
+def test_unknown_override_of_a_lazy_config_is_refused_with_the_nearest_key(key, near):
+    with pytest.raises(KeyError, match=rf"has no key {key}; did you mean .*({near}).*\+{key}="):
+        load_config(BASE.replace(".yaml", ".py"), [f"{key}=1"])
+
+
+def test_override_may_name_a_parameter_that_the_lazy_config_leaves_out_or_add_a_key():
+    opts = [
+        "model.criterion.focal_gamma=3.0",
+        "+train.note=new",
+        "dataloader.train.mapper.augmentations.random_flip=False",
+    ]
+    cfg = load_config(BASE.replace(".yaml", ".py"), opts)
+    assert cfg.model.criterion.focal_gamma == 3.0
+    assert cfg.train.note == "new"
+
+
 # add_deformable_detr_config
 
 
@@ -93,9 +119,20 @@ def test_configuration_only_gains_keys():
     add_deformable_detr_config(cfg)
     after = flatten(cfg)
     assert {key: after[key] for key in before} == before
-    solver = {"SOLVER.OPTIMIZER", "SOLVER.BACKBONE_MULTIPLIER", "SOLVER.LOCATION_MULTIPLIER"}
     added = {key for key in after.keys() - before.keys() if not key.startswith("MODEL.DEFORMABLE_DETR.")}
-    assert added == solver
+    assert added == {
+        "MODEL.EMA.DECAY",
+        "MODEL.EMA.ENABLED",
+        "SOLVER.ACCUMULATION_STEPS",
+        "SOLVER.AMP.PRECISION",
+        "SOLVER.BACKBONE_MULTIPLIER",
+        "SOLVER.LOCATION_MULTIPLIER",
+        "SOLVER.LOG_PERIOD",
+        "SOLVER.MAX_SKIPPED_STEPS",
+        "SOLVER.OPTIMIZER",
+        "TEST.BEST_METRIC",
+        "TEST.FIRST_EVAL",
+    }
 
 
 def test_solver_keys_of_another_project_are_kept():
@@ -298,6 +335,7 @@ def test_twins_read_the_same_data(twins):
     assert train.total_batch_size == cfg.SOLVER.IMS_PER_BATCH
     assert train.aspect_ratio_grouping == cfg.DATALOADER.ASPECT_RATIO_GROUPING
     assert train.dataset.filter_empty == cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    assert train.dataset.num_queries == cfg.MODEL.DEFORMABLE_DETR.NUM_QUERIES
     assert train.dataset.num_classes == cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES
     assert (train.dataset.names,) == cfg.DATASETS.TRAIN
     assert (test.dataset.names,) == cfg.DATASETS.TEST == (lazy.dataloader.evaluator.dataset_name,)
@@ -312,8 +350,8 @@ def test_twins_have_the_same_schedule(twins):
     assert train.checkpointer.period == cfg.SOLVER.CHECKPOINT_PERIOD
     assert train.eval_period == cfg.TEST.EVAL_PERIOD
     assert train.init_checkpoint == cfg.MODEL.WEIGHTS
-    assert train.amp.enabled == cfg.SOLVER.AMP.ENABLED
     assert train.output_dir == cfg.OUTPUT_DIR
+    assert TrainingSettings.from_config(cfg) == replace(TrainingSettings.from_config(lazy), max_to_keep=None)
 
 
 def test_lazy_config_survives_a_file(twins, tmp_path):

@@ -263,6 +263,29 @@ def test_images_without_objects_are_kept_unless_filtered(write_coco):
     assert len(get_train_dicts("tiny", num_classes=3, filter_empty=True)) == 2
 
 
+def test_dataset_that_filtering_leaves_empty_is_refused(write_coco):
+    data = write_coco()
+    for entry in data.content["annotations"]:
+        entry["iscrowd"] = 1
+    data.save()
+    register_coco_data("tiny", data.json, data.images)
+    with pytest.raises(ValueError, match="none of the 4 images of tiny has an object that is not a crowd"):
+        get_train_dicts("tiny", num_classes=3, filter_empty=True)
+
+
+def test_images_with_more_objects_than_queries_are_counted(write_coco, caplog):
+    data = write_coco()
+    extra = [{**data.content["annotations"][0], "id": 10 + n} for n in range(2)]
+    data.content["annotations"] += extra
+    data.save()
+    register_coco_data("tiny", data.json, data.images)
+    get_train_dicts("tiny", num_classes=3, num_queries=3)
+    assert "more objects" not in caplog.text
+    get_train_dicts("tiny", num_classes=3, num_queries=2)
+    assert "1 of 4 training images have more objects than the model has queries (2)" in caplog.text
+    assert "The most are 3 in image" in caplog.text and "10.png" in caplog.text
+
+
 def test_category_ids_become_contiguous_in_ascending_order(write_coco):
     data = write_coco()
     register_coco_data("tiny", data.json, data.images)
@@ -313,7 +336,7 @@ def test_second_registration_replaces_the_first(write_coco):
 
 def test_missing_annotation_file_and_folder_are_named(write_coco, tmp_path):
     data = write_coco()
-    with pytest.raises(FileNotFoundError, match=r"annotation file '.*absent\.json' for dataset 'tiny'"):
+    with pytest.raises(FileNotFoundError, match=r"annotation file '.*absent\.json'"):
         register_coco_data("tiny", str(tmp_path / "absent.json"), data.images)
     with pytest.raises(FileNotFoundError, match="image folder '.*absent' for dataset 'tiny'"):
         register_coco_data("tiny", data.json, str(tmp_path / "absent"))

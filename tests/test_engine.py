@@ -254,7 +254,7 @@ def test_command_line_is_detectron2s_own_and_the_flags_for_own_data():
 
     ours, theirs = options(argument_parser()), options(default_argument_parser())
     files = {"--train-json", "--train-images", "--val-json", "--val-images"}
-    assert ours - theirs == files | {"--repair", "--weights", "--epochs"}
+    assert ours - theirs == files | {"--repair", "--weights", "--epochs", "--replay"}
     assert theirs <= ours
 
 

@@ -67,3 +67,17 @@ def test_an_output_folder_without_checkpoint_is_named(config, tmp_path):
 def test_an_unknown_name_lists_the_zoo():
     with pytest.raises(KeyError, match="deformable_detr_R_50_two_stage"):
         load_model("deformable_detr_R_51")
+
+
+@pytest.mark.parametrize("device, message", [("gpu", "got 'gpu'"), ("cuda", "sees none here")])
+def test_a_device_that_is_not_there_is_named(device, message, config, monkeypatch):
+    path, opts = config
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        load_model(path, "", device=device, opts=opts)
+
+
+@pytest.mark.parametrize("opts", [["MODEL.NO_SUCH_KEY", "1"], ["MODEL.MASK_ON"]])
+def test_overrides_that_do_not_fit_the_config_are_named(opts):
+    with pytest.raises(ValueError, match=f"opts {' '.join(opts)} do not fit the config of deformable_detr_R_50"):
+        load_model("deformable_detr_R_50", "", opts=opts)

@@ -143,6 +143,21 @@ def test_limit_holds_over_all_groups():
     torch.testing.assert_close(step(grouped, gradients_of_norm(1.0)), step(clipped, gradients_of_norm(1.0)))
 
 
+@pytest.mark.parametrize("max_norm, left", [(0.1, 0.1), (None, 1.0)])
+def test_gradients_clipped_early_give_their_norm_and_are_not_clipped_again(max_norm, left):
+    class ClippedEarly(ClippedAdamW):
+        def step(self, closure=None):
+            assert self.clip_gradients().item() == pytest.approx(1.0)
+            # A second clipping would show.
+            self.max_norm = 1e-3
+            return super().step(closure)
+
+    def early(parameters):
+        return ClippedEarly(parameters, max_norm=max_norm, lr=0.1, eps=0.1)
+
+    torch.testing.assert_close(step(early, gradients_of_norm(1.0)), step(adamw, gradients_of_norm(left)))
+
+
 @pytest.mark.parametrize("max_norm", [None, 0.0])
 def test_clipping_can_be_switched_off(max_norm):
     def unlimited(parameters):
@@ -166,6 +181,7 @@ def test_configuration_sets_the_limit():
     [
         ("OPTIMIZER", "SGD", r"SOLVER\.OPTIMIZER must be ADAMW, got 'SGD'"),
         ("CLIP_GRADIENTS.CLIP_TYPE", "norm", r"CLIP_TYPE full_model and NORM_TYPE 2\.0, got 'norm' and 2\.0"),
+        ("BIAS_LR_FACTOR", 2.0, r"SOLVER\.BIAS_LR_FACTOR must be 1\.0, .*got 2\.0"),
         ("CLIP_GRADIENTS.NORM_TYPE", 1.0, r"CLIP_TYPE full_model and NORM_TYPE 2\.0, got 'full_model' and 1\.0"),
     ],
 )

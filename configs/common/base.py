@@ -2,7 +2,6 @@
 from detectron2.config import LazyCall as L
 from detectron2.data import (
     build_detection_test_loader,
-    build_detection_train_loader,
     get_detection_dataset_dicts,
 )
 from detectron2.modeling import ResNet
@@ -21,6 +20,7 @@ from deformable_detr.modeling import (
     SetCriterion,
 )
 from deformable_detr.solver import ClippedAdamW, get_param_groups
+from deformable_detr.training import TrainLoader
 
 model = L(DeformableDETR)(
     backbone=L(MultiScaleBackbone)(
@@ -47,6 +47,7 @@ model = L(DeformableDETR)(
         dec_n_points=4,
         with_box_refine=False,
         two_stage=False,
+        activation_checkpoint=False,
     ),
     criterion=L(SetCriterion)(
         matcher=L(HungarianMatcher)(cost_class=2.0, cost_bbox=5.0, cost_giou=2.0, focal_alpha=0.25),
@@ -65,9 +66,14 @@ model = L(DeformableDETR)(
 )
 
 dataloader = dict(
-    train=L(build_detection_train_loader)(
+    train=L(TrainLoader)(
         # The official code trains on images without objects too, and batches at random.
-        dataset=L(get_train_dicts)(names="coco_2017_train", num_classes="${model.num_classes}", filter_empty=False),
+        dataset=L(get_train_dicts)(
+            names="coco_2017_train",
+            num_classes="${model.num_classes}",
+            num_queries="${model.num_queries}",
+            filter_empty=False,
+        ),
         mapper=L(NamedErrorsMapper)(
             is_train=True,
             augmentations=L(build_detr_augmentation)(
@@ -116,10 +122,17 @@ train = dict(
     output_dir="./output",
     init_checkpoint="detectron2://ImageNetPretrained/torchvision/R-50.pkl",
     max_iter=184800,
-    amp=dict(enabled=False),
+    amp=dict(enabled=False, precision="float16"),
+    accumulation_steps=1,
+    max_skipped_steps=0,
+    ema=dict(enabled=False, decay=0.9997),
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
     checkpointer=dict(period=3696, max_to_keep=100),
     eval_period=18480,
+    first_eval=0,
+    best_metric="",
     log_period=20,
     device="cuda",
+    seed=-1,
+    cudnn_benchmark=False,
 )

@@ -1,10 +1,13 @@
 """Configuration keys and the one function through which every entry point reads a configuration."""
 
-from collections.abc import Sequence
+import difflib
+import inspect
+from collections.abc import Iterator, Sequence
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.utils.registry import locate
 from iopath.common.file_io import g_pathmgr
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 def add_deformable_detr_config(cfg: CfgNode) -> None:
@@ -31,6 +34,8 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     node.DEC_LAYERS = 6
     node.DIM_FEEDFORWARD = 1024
     node.DROPOUT = 0.1
+    # Compute every encoder and decoder layer a second time in the backward pass, in place of keeping its activations.
+    node.ACTIVATION_CHECKPOINT = False
     # Sampling points K of the paper, per head and level.
     node.ENC_N_POINTS = 4
     node.DEC_N_POINTS = 4
@@ -52,6 +57,21 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     cfg.SOLVER.setdefault("BACKBONE_MULTIPLIER", 0.1)
     cfg.SOLVER.setdefault("LOCATION_MULTIPLIER", 0.1)
 
+    # What mixed precision computes in: "float16" or "bfloat16".
+    cfg.SOLVER.AMP.setdefault("PRECISION", "float16")
+    # Parts in which the batch of a process goes through the model; IMS_PER_BATCH stays the batch of a step.
+    cfg.SOLVER.setdefault("ACCUMULATION_STEPS", 1)
+    # Steps with a non-finite loss or gradient that are left out before training stops.
+    cfg.SOLVER.setdefault("MAX_SKIPPED_STEPS", 0)
+    # Iterations between two lines of metrics.json; 1 writes the plain values of every iteration.
+    cfg.SOLVER.setdefault("LOG_PERIOD", 20)
+    # A moving average of the weights, which is then what is evaluated.
+    cfg.MODEL.setdefault("EMA", CfgNode({"ENABLED": False, "DECAY": 0.9997}))
+    # One evaluation more, after so many iterations; 0 for none.
+    cfg.TEST.setdefault("FIRST_EVAL", 0)
+    # Metric whose best checkpoint is kept as model_best.pth, such as "bbox/AP"; "" for none.
+    cfg.TEST.setdefault("BEST_METRIC", "")
+
 
 def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode | DictConfig:
     """Read a configuration and apply overrides.
@@ -59,19 +79,23 @@ def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode | DictConfig:
     Args:
         path: a ``.yaml`` file (Detectron2's CfgNode with this project's keys), a ``.py`` file (LazyConfig), or the
             ``config.yaml`` that a run with a LazyConfig has left in its output folder.
-        opts: overrides as on the command line: ``KEY VALUE`` pairs for yaml, ``key=value`` for LazyConfig.
+        opts: overrides as on the command line: ``KEY VALUE`` pairs for yaml, ``key=value`` for LazyConfig, where
+            ``+key=value`` adds a key.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: on another suffix.
-        KeyError: on a yaml key that does not exist.
+        KeyError: on a yaml key that does not exist, on a LazyConfig key that nothing takes.
     """
     if not path.endswith((".yaml", ".yml", ".py")):
         raise ValueError(f"a configuration must be a .yaml or .py file, got {path!r}")
     if not g_pathmgr.exists(path) and "://" not in path:
         raise FileNotFoundError(f"there is no configuration file {path!r}")
     if path.endswith(".py") or _is_saved_lazy_config(path):
-        return LazyConfig.apply_overrides(LazyConfig.load(path), list(opts))
+        cfg = LazyConfig.load(path)
+        for opt in opts:
+            _check_lazy_key(cfg, opt.partition("=")[0])
+        return LazyConfig.apply_overrides(cfg, list(opts))
     cfg = get_cfg()
     add_deformable_detr_config(cfg)
     cfg.merge_from_file(path)
@@ -83,3 +107,36 @@ def _is_saved_lazy_config(path: str) -> bool:
     """Whether a yaml file is a LazyConfig: only such a file names what to call, right below its top level."""
     with g_pathmgr.open(path) as file:
         return any(line.startswith("  _target_:") for line in file)
+
+
+def _check_lazy_key(cfg: DictConfig, key: str) -> None:
+    """Refuse a key that Detectron2 would add to a LazyConfig without anything ever reading it."""
+    if key.startswith(("+", "~")):
+        # The words of the override grammar for adding and deleting.
+        return
+    parent_key, _, name = key.rpartition(".")
+    parent = OmegaConf.select(cfg, parent_key) if parent_key else cfg
+    if OmegaConf.is_list(parent) or (OmegaConf.is_dict(parent) and (name in parent or _takes(parent, name))):
+        return
+    known = list(_lazy_keys(cfg))
+    # Names are unique enough to be looked for first: a misplaced key is as common as a misspelt one.
+    near = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near[:3])}?" if near else ""
+    raise KeyError(f"the LazyConfig has no key {key}{hint} (+{key}=... adds it)")
+
+
+def _takes(call: DictConfig, name: str) -> bool:
+    """Whether what a LazyCall calls has a parameter of this name."""
+    target = call.get("_target_")
+    if target is None:
+        return False
+    parameters = inspect.signature(locate(target) if isinstance(target, str) else target).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _lazy_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in node:
+        yield f"{prefix}{name}"
+        # An interpolation is a key like any other, without what it points to.
+        if not OmegaConf.is_interpolation(node, name) and OmegaConf.is_dict(node[name]):
+            yield from _lazy_keys(node[name], f"{prefix}{name}.")

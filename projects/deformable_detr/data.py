@@ -132,23 +132,54 @@ def get_class_names(cfg: CfgNode | DictConfig) -> list[str] | None:
     return list(names) if names is not None and len(names) == outputs else None
 
 
-def get_train_dicts(names: str | Sequence[str], *, num_classes: int, filter_empty: bool = False) -> list[dict]:
+def get_train_dicts(
+    names: str | Sequence[str], *, num_classes: int, num_queries: int | None = None, filter_empty: bool = False
+) -> list[dict]:
     """Load training datasets and check every annotation before the first step.
 
     Args:
         names: registered datasets.
         num_classes: class outputs of the model.
+        num_queries: detections of the model; images with more objects are counted in a warning.
         filter_empty: drop images without objects; the official recipe keeps them.
 
     Raises:
         KeyError: if a dataset is not registered.
-        ValueError: without a dataset, on classes outside ``[0, num_classes)``, on boxes with NaN or infinite values.
+        ValueError: without a dataset, without an image that is left, on classes outside ``[0, num_classes)``, on
+            boxes with NaN or infinite values.
     """
     if not names:
         raise ValueError("there is no dataset to train on: set DATASETS.TRAIN (yaml) or dataloader.train.dataset.names")
-    dicts = get_detection_dataset_dicts(names, filter_empty=filter_empty)
+    dicts = get_detection_dataset_dicts(names, filter_empty=False)
+    if filter_empty:
+        kept = [record for record in dicts if _objects(record)]
+        logger.info(f"{len(dicts) - len(kept)} of {len(dicts)} training images have no objects and are left out")
+        if not kept:
+            raise ValueError(
+                f"no image is left to train on: none of the {len(dicts)} images of {names} has an object that is not "
+                "a crowd, and images without objects are filtered out"
+            )
+        dicts = kept
     check_annotations(dicts, num_classes=num_classes)
+    if num_queries is not None:
+        _warn_of_crowded_images(dicts, num_queries)
     return dicts
+
+
+def _objects(record: dict) -> list[dict]:
+    """The annotations of an image that are trained on."""
+    return [annotation for annotation in record.get("annotations", ()) if not annotation.get("iscrowd", 0)]
+
+
+def _warn_of_crowded_images(dicts: Sequence[dict], num_queries: int) -> None:
+    crowded = [record for record in dicts if len(_objects(record)) > num_queries]
+    if crowded:
+        most = max(crowded, key=lambda record: len(_objects(record)))
+        logger.warning(
+            f"{len(crowded)} of {len(dicts)} training images have more objects than the model has queries "
+            f"({num_queries}): what is left over is not learned. The most are {len(_objects(most))} in "
+            f"{_describe(most)}. Raise NUM_QUERIES"
+        )
 
 
 def check_annotations(dicts: Sequence[dict], *, num_classes: int) -> None:
@@ -175,25 +206,15 @@ def check_annotations(dicts: Sequence[dict], *, num_classes: int) -> None:
         )
 
 
-def register_coco_data(name: str, json_file: str, image_root: str) -> list[str]:
-    """Register the user's COCO-format detection data, replacing an earlier registration of the same name.
-
-    Args:
-        name: the dataset name for ``DATASETS``.
-        json_file: annotations in COCO's "instances" format.
-        image_root: folder of the images.
-
-    Returns:
-        Class names, in the order of the model's outputs (ascending COCO category id).
+def read_coco_json(json_file: str) -> dict:
+    """Read annotations in COCO's "instances" format.
 
     Raises:
-        FileNotFoundError: if the file or the folder does not exist.
+        FileNotFoundError: if there is no such file.
         ValueError: if the file is not in COCO's format.
     """
     if not os.path.isfile(json_file):
-        raise FileNotFoundError(f"there is no annotation file {json_file!r} for dataset {name!r}")
-    if not os.path.isdir(image_root):
-        raise FileNotFoundError(f"there is no image folder {image_root!r} for dataset {name!r}")
+        raise FileNotFoundError(f"there is no annotation file {json_file!r}")
     with open(json_file, encoding="utf-8") as f:
         try:
             content = json.load(f)
@@ -205,6 +226,28 @@ def register_coco_data(name: str, json_file: str, image_root: str) -> list[str]:
         raise ValueError(f"{json_file} must be in COCO format with images, annotations and categories; no {absent}")
     if not content["categories"]:
         raise ValueError(f"{json_file} must list at least one category")
+    return content
+
+
+def register_coco_data(name: str, json_file: str, image_root: str, *, content: dict | None = None) -> list[str]:
+    """Register the user's COCO-format detection data, replacing an earlier registration of the same name.
+
+    Args:
+        name: the dataset name for ``DATASETS``.
+        json_file: annotations in COCO's "instances" format.
+        image_root: folder of the images.
+        content: of the file, where it has been read already.
+
+    Returns:
+        Class names, in the order of the model's outputs (ascending COCO category id).
+
+    Raises:
+        FileNotFoundError: if the file or the folder does not exist.
+        ValueError: if the file is not in COCO's format.
+    """
+    content = read_coco_json(json_file) if content is None else content
+    if not os.path.isdir(image_root):
+        raise FileNotFoundError(f"there is no image folder {image_root!r} for dataset {name!r}")
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)

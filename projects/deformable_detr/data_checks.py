@@ -76,19 +76,23 @@ class CocoData:
         return os.path.join(self.image_root, image["file_name"])
 
 
-def load_coco_data(json_file: str, image_root: str, *, for_evaluation: bool = False) -> CocoData:
-    """Reads an annotation file and looks through everything in it.
+def load_coco_data(
+    json_file: str, image_root: str, *, content: dict[str, Any] | None = None, for_evaluation: bool = False
+) -> CocoData:
+    """Looks through everything in an annotation file.
 
     Args:
         json_file: in COCO's "instances" format, with images, annotations and categories.
         image_root: folder of the images.
+        content: of the file, where it has been read already.
         for_evaluation: also require of every object what COCO's evaluation reads, its area and whether it is a crowd.
 
     Raises:
         DatasetError: on what cannot be repaired: entries without their necessary fields, two categories of one id.
     """
-    with open(json_file, encoding="utf-8") as file:
-        content = json.load(file)
+    if content is None:
+        with open(json_file, encoding="utf-8") as file:
+            content = json.load(file)
     data = CocoData(json_file, image_root, dict(content), Problems(json_file))
     for kind, keys in _REQUIRED.items():
         for index, entry in enumerate(content[kind]):
@@ -213,7 +217,10 @@ def _with_box_inside(annotation: dict[str, Any], image: dict[str, Any], problems
     """Returns the annotation, its box clipped to the image where it leaves it; None if no box is left."""
     box = annotation.get("bbox")
     case = f"annotation {annotation.get('id')}, {image['file_name']}: {box}"
-    if not _is_box(box):
+    if not _is_finite_box(box):
+        problems.add("box that is not four finite numbers", case, repair="left out")
+        return None
+    if box[2] <= 0 or box[3] <= 0:
         problems.add("box without area", case, repair="left out")
         return None
     x, y, w, h = box
@@ -229,11 +236,11 @@ def _with_box_inside(annotation: dict[str, Any], image: dict[str, Any], problems
     return {**annotation, "bbox": [x0, y0, x1 - x0, y1 - y0]}
 
 
-def _is_box(box: Any) -> bool:
-    """Whether this is COCO's [x, y, width, height] with an area."""
+def _is_finite_box(box: Any) -> bool:
+    """Whether this has the form of COCO's [x, y, width, height]."""
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
         return False
-    return all(math.isfinite(value) for value in box) and box[2] > 0 and box[3] > 0
+    return all(math.isfinite(value) for value in box)
 
 
 def _complete(annotation: dict[str, Any], problems: Problems) -> dict[str, Any]:

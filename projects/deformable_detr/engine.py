@@ -1,26 +1,22 @@
 """Training and evaluation for both of Detectron2's configuration systems."""
 
 import argparse
+import importlib
 import logging
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, instantiate
-from detectron2.data import (
-    DatasetCatalog,
-    MetadataCatalog,
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.engine import (
-    AMPTrainer,
     DefaultTrainer,
-    SimpleTrainer,
+    HookBase,
+    TrainerBase,
     create_ddp_model,
     default_argument_parser,
     default_setup,
-    default_writers,
     hooks,
 )
 from detectron2.evaluation import (
@@ -34,6 +30,7 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
 from omegaconf import DictConfig
 from torch import nn
 
@@ -41,7 +38,20 @@ from . import solver
 from .checkpoint.checkpointer import DeformableDETRCheckpointer
 from .config import load_config
 from .data import NamedErrorsMapper, augmentation_from_config, get_class_names, get_train_dicts
+from .training import (
+    Precision,
+    TrainingLoop,
+    TrainingSettings,
+    TrainLoader,
+    build_hooks,
+    cut_metrics,
+    replay,
+    sampler_from_config,
+    warn_of_unscaled_learning_rate,
+)
 from .user_data import add_user_data_arguments, apply_user_data
+
+logger = logging.getLogger(__name__)
 
 # COCO's panoptic datasets carry boxes in the same format as its detection datasets.
 EVALUATOR_TYPES = ("coco", "coco_panoptic_seg", "lvis", "pascal_voc")
@@ -49,7 +59,9 @@ EVALUATOR_TYPES = ("coco", "coco_panoptic_seg", "lvis", "pascal_voc")
 EPILOG = """
 Examples:
   Train on 8 GPUs:      train_net.py --num-gpus 8 --config-file configs/COCO-Detection/deformable_detr_R_50.yaml
+  Several CPU processes: torchrun --nproc-per-node 2 train_net.py --config-file FILE MODEL.DEVICE cpu
   Continue a run:       add --resume
+  One step that failed: train_net.py --config-file OUTPUT_DIR/config.yaml --replay OUTPUT_DIR/failure_*.pt
   Evaluate:             train_net.py --eval-only --config-file FILE --weights model.pth
   Your own COCO data:   add --train-json a.json --train-images a/ --val-json b.json --val-images b/
   Fine-tune on it:      add --weights deformable-detr://deformable_detr_R_50 as well
@@ -60,6 +72,9 @@ Examples:
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's arguments and those for the user's own data and weights."""
     parser = default_argument_parser(EPILOG)
+    parser.add_argument(
+        "--replay", metavar="FILE", help="repeat the step with which a training has failed, and explain it"
+    )
     add_user_data_arguments(parser)
     return parser
 
@@ -79,12 +94,15 @@ def setup(args: argparse.Namespace) -> CfgNode | DictConfig:
     return cfg
 
 
-def build_evaluator(dataset_name: str, output_dir: str | None = None) -> DatasetEvaluator:
-    """The evaluator for a dataset's ``evaluator_type``: COCO, LVIS or Pascal VOC.
+def check_evaluator(dataset_name: str) -> str:
+    """Check that a dataset can be evaluated, without reading it.
+
+    Returns:
+        Its ``evaluator_type``.
 
     Raises:
         KeyError: if the dataset is not registered.
-        NotImplementedError: on another type, or a dataset without one.
+        NotImplementedError: on another type than COCO, LVIS and Pascal VOC, or a dataset without one.
         ModuleNotFoundError: if the evaluator needs a package that is not installed.
     """
     if dataset_name not in DatasetCatalog:
@@ -96,31 +114,67 @@ def build_evaluator(dataset_name: str, output_dir: str | None = None) -> Dataset
         )
     if evaluator_type == "lvis":
         try:
-            return LVISEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir)
+            importlib.import_module("lvis")
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 f"evaluating dataset {dataset_name!r} needs the package {error.name!r}: pip install {error.name}"
             ) from error
+    return evaluator_type
+
+
+def build_evaluator(dataset_name: str, output_dir: str | None = None) -> DatasetEvaluator:
+    """The evaluator for a dataset's ``evaluator_type``: COCO, LVIS or Pascal VOC.
+
+    Raises:
+        What :func:`check_evaluator` does.
+    """
+    evaluator_type = check_evaluator(dataset_name)
+    if evaluator_type == "lvis":
+        return LVISEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir)
     if evaluator_type == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
     return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir)
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's trainer with DETR's optimiser, augmentation and evaluators, for yaml configurations."""
+    """Detectron2's trainer around our :class:`TrainingLoop`, for yaml configurations."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # Past DefaultTrainer, which would make a loop and a checkpointer of its own.
+        TrainerBase.__init__(self)
+        self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        warn_of_unscaled_learning_rate(cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        settings = TrainingSettings.from_config(cfg)
+        self._trainer = TrainingLoop(_distribute(model, broadcast_buffers=False), loader, optimizer, settings)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = _build_checkpointer(cfg, self._trainer, weakref.proxy(self))
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module):
         return solver.build_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        node = cfg.MODEL.DEFORMABLE_DETR
         dataset = get_train_dicts(
             cfg.DATASETS.TRAIN,
-            num_classes=cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES,
+            num_classes=node.NUM_CLASSES,
+            num_queries=node.NUM_QUERIES,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         )
-        return build_detection_train_loader(cfg, dataset=dataset, mapper=_build_mapper(cfg, is_train=True))
+        return TrainLoader(
+            dataset,
+            mapper=_build_mapper(cfg, is_train=True),
+            sampler=sampler_from_config(cfg, dataset),
+            total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+        )
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
@@ -130,18 +184,40 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
 
-    def build_hooks(self) -> list:
-        # DefaultTrainer makes its own checkpointer right before it asks for the hooks that use it.
-        self.checkpointer = DeformableDETRCheckpointer(
-            self._trainer.model,
-            self.cfg.OUTPUT_DIR,
-            class_names=get_class_names(self.cfg),
-            trainer=self.checkpointer.checkpointables["trainer"],
-        )
-        return super().build_hooks()
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
+        with Precision.of(TrainingSettings.from_config(cfg), model).autocast():
+            return super().test(cfg, model, evaluators)
 
-    # Detectron2 0.6 leaves the optimiser out of DefaultTrainer's checkpoints: resuming would lose its moments. Later
-    # versions save it under this name.
+    def build_hooks(self) -> list[HookBase]:
+        loop = self._trainer
+
+        def evaluate() -> dict:
+            self._last_eval_results = self.test(self.cfg, loop.model if loop.ema is None else loop.ema.model)
+            return self._last_eval_results
+
+        return build_hooks(
+            loop.settings,
+            self.checkpointer,
+            scheduler=self.scheduler,
+            evaluate=evaluate,
+            max_iter=self.max_iter,
+            before_saving=self._build_precise_bn(),
+        )
+
+    def _build_precise_bn(self) -> list[HookBase]:
+        node = self.cfg.TEST.PRECISE_BN
+        if not node.ENABLED or not get_bn_modules(self._trainer.model):
+            return []
+        # A loader of its own: it must not move the position of the training's.
+        loader = self.build_train_loader(self.cfg)
+        return [hooks.PreciseBN(self.cfg.TEST.EVAL_PERIOD, self._trainer.model, loader, node.NUM_ITER)]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        if self.start_iter > 0 and comm.is_main_process():
+            cut_metrics(self.cfg.OUTPUT_DIR, self.start_iter - 1)
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
@@ -151,24 +227,45 @@ class Trainer(DefaultTrainer):
 
 
 def main(args: argparse.Namespace) -> Any:
-    """Train, or evaluate with ``--eval-only``; runs in every process that Detectron2 launches."""
+    """Train, evaluate with ``--eval-only``, or repeat a failed step with ``--replay``; runs in every process."""
     cfg = setup(args)
-    if not build_evaluators(cfg) and args.eval_only:
+    if args.replay:
+        return _replay(cfg, args.replay)
+    check_evaluators(cfg)
+    if args.eval_only and not _test_datasets(cfg):
         raise ValueError("--eval-only needs a dataset to evaluate on, in the configuration or with --val-json")
     if isinstance(cfg, CfgNode):
         return _run_yaml(cfg, args)
     return do_eval(cfg, resume=args.resume) if args.eval_only else do_train(cfg, resume=args.resume)
 
 
-def build_evaluators(cfg: CfgNode | DictConfig) -> list[DatasetEvaluator]:
-    """All evaluators of a configuration.
-
-    Built before training, an evaluator that cannot work fails then, and not when training has ended;
-    DefaultTrainer.test would only warn.
-    """
+def _test_datasets(cfg: CfgNode | DictConfig) -> Sequence[str]:
     if isinstance(cfg, CfgNode):
-        return [Trainer.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
-    return [instantiate(cfg.dataloader.evaluator)] if "evaluator" in cfg.dataloader else []
+        return cfg.DATASETS.TEST
+    if "evaluator" not in cfg.dataloader:
+        return ()
+    return (cfg.dataloader.evaluator.get("dataset_name"),)
+
+
+def check_evaluators(cfg: CfgNode | DictConfig) -> None:
+    """Raise what building the evaluators would raise, before the training that comes first.
+
+    A LazyConfig's evaluator of another kind than :func:`build_evaluator` is built, as nothing is known about it.
+    """
+    if not isinstance(cfg, CfgNode) and "evaluator" in cfg.dataloader:
+        target = cfg.dataloader.evaluator["_target_"]
+        if target not in (build_evaluator, f"{__name__}.build_evaluator"):
+            instantiate(cfg.dataloader.evaluator)
+            return
+    for name in _test_datasets(cfg):
+        check_evaluator(name)
+
+
+def _replay(cfg: CfgNode | DictConfig, path: str) -> str:
+    model = Trainer.build_model(cfg) if isinstance(cfg, CfgNode) else instantiate(cfg.model).to(cfg.train.device)
+    explanation = replay(path, model, TrainingSettings.from_config(cfg))
+    logger.info(explanation)
+    return explanation
 
 
 def _run_yaml(cfg: CfgNode, args: argparse.Namespace) -> Any:
@@ -190,7 +287,8 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict | None:
     if "evaluator" not in cfg.dataloader:
         return None
     evaluator = instantiate(cfg.dataloader.evaluator)
-    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
+    with Precision.of(TrainingSettings.from_config(cfg), model).autocast():
+        results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
     if comm.is_main_process():
         print_csv_format(results)
     return results
@@ -202,52 +300,59 @@ def do_eval(cfg: DictConfig, *, resume: bool = False) -> dict | None:
     Args:
         resume: evaluate the last checkpoint in ``train.output_dir`` instead if there is one.
     """
-    model = instantiate(cfg.model).to(cfg.train.device)
-    model = create_ddp_model(model)
+    model = _distribute(instantiate(cfg.model).to(cfg.train.device))
     checkpointer = DeformableDETRCheckpointer(model, cfg.train.output_dir, class_names=get_class_names(cfg))
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     return do_test(cfg, model)
 
 
 def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
-    """Train as a LazyConfig says, with the hooks of Detectron2's own LazyConfig script.
+    """Train as a LazyConfig says, with the loop and the hooks of yaml configurations.
 
     Args:
         cfg: has ``model``, ``optimizer``, ``lr_multiplier``, ``dataloader`` and ``train``.
         resume: continue from the last checkpoint in ``train.output_dir`` if there is one.
     """
+    settings = TrainingSettings.from_config(cfg)
+    warn_of_unscaled_learning_rate(cfg.optimizer.lr, cfg.dataloader.train.total_batch_size)
     model = instantiate(cfg.model).to(cfg.train.device)
     logging.getLogger("detectron2").info(f"Model:\n{model}")
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    loader = instantiate(cfg.dataloader.train)
-    model = create_ddp_model(model, **cfg.train.ddp)
-    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
-    checkpointer = DeformableDETRCheckpointer(
-        model, cfg.train.output_dir, class_names=get_class_names(cfg), trainer=trainer
-    )
-    evaluate = hooks.EvalHook(cfg.train.eval_period, lambda: do_test(cfg, model))
-    trainer.register_hooks(
-        [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            *_main_process(lambda: hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)),
-            evaluate,
-            *_main_process(lambda: _writer(cfg)),
-        ]
+    model = _distribute(model, **cfg.train.ddp)
+    loop = TrainingLoop(model, instantiate(cfg.dataloader.train), optimizer, settings)
+    checkpointer = _build_checkpointer(cfg, loop, loop)
+    loop.register_hooks(
+        build_hooks(
+            settings,
+            checkpointer,
+            scheduler=instantiate(cfg.lr_multiplier),
+            evaluate=lambda: do_test(cfg, loop.model if loop.ema is None else loop.ema.model),
+            max_iter=cfg.train.max_iter,
+        )
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     # A checkpoint stores the iteration it has finished.
-    start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    trainer.train(start, cfg.train.max_iter)
+    start = loop.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    if start > 0 and comm.is_main_process():
+        cut_metrics(settings.output_dir, start - 1)
+    loop.train(start, cfg.train.max_iter)
 
 
-def _writer(cfg: DictConfig) -> hooks.PeriodicWriter:
-    return hooks.PeriodicWriter(default_writers(cfg.train.output_dir, cfg.train.max_iter), period=cfg.train.log_period)
+def _distribute(model: nn.Module, **kwargs: Any) -> nn.Module:
+    """Detectron2's DistributedDataParallel, where there are several processes, also on the CPU."""
+    if next(model.parameters()).device.type == "cpu":
+        kwargs["device_ids"] = None
+    return create_ddp_model(model, **kwargs)
 
 
-def _main_process(build) -> Sequence:
-    return [build()] if comm.is_main_process() else []
+def _build_checkpointer(cfg: CfgNode | DictConfig, loop: TrainingLoop, trainer: Any) -> DeformableDETRCheckpointer:
+    checkpointer = DeformableDETRCheckpointer(
+        loop.model, loop.settings.output_dir, class_names=get_class_names(cfg), trainer=trainer
+    )
+    if loop.ema is not None:
+        checkpointer.add_checkpointable("ema", loop.ema)
+    return checkpointer
 
 
 def _build_mapper(cfg: CfgNode, *, is_train: bool) -> NamedErrorsMapper:

@@ -1,6 +1,7 @@
 """The official optimiser: AdamW with slower backbone and location layers, gradients clipped over the whole model."""
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -61,12 +62,28 @@ class ClippedAdamW(torch.optim.AdamW):
     def __init__(self, params, *, max_norm: float | None = 0.1, **kwargs: Any) -> None:
         super().__init__(params, **kwargs)
         self.max_norm = max_norm
+        self._is_clipped = False
+
+    @torch.no_grad()
+    def clip_gradients(self) -> torch.Tensor:
+        """Clip now what the next ``step`` would clip, to see the norm before it decides anything.
+
+        Returns:
+            The norm of the gradient before clipping, a scalar on the device of the parameters.
+        """
+        self._is_clipped = True
+        parameters = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        return nn.utils.clip_grad_norm_(parameters, self.max_norm or math.inf)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._is_clipped = False
 
     @torch.no_grad()
     def step(self, closure=None):
-        if self.max_norm:
-            parameters = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-            nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        if self.max_norm and not self._is_clipped:
+            self.clip_gradients()
+        self._is_clipped = False
         return super().step(closure)
 
 
@@ -74,7 +91,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimiser from ``cfg.SOLVER``.
 
     Raises:
-        ValueError: if ``SOLVER.OPTIMIZER`` or ``SOLVER.CLIP_GRADIENTS`` asks for what this project does not provide.
+        ValueError: if ``SOLVER.OPTIMIZER``, ``CLIP_GRADIENTS`` or ``BIAS_LR_FACTOR`` asks for what this project does
+            not provide.
     """
     solver = cfg.SOLVER
     if solver.OPTIMIZER.upper() != "ADAMW":
@@ -84,6 +102,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         raise ValueError(
             "SOLVER.CLIP_GRADIENTS must have CLIP_TYPE full_model and NORM_TYPE 2.0, "
             f"got {clip.CLIP_TYPE!r} and {clip.NORM_TYPE}"
+        )
+    if solver.BIAS_LR_FACTOR not in (None, 1.0):
+        raise ValueError(
+            f"SOLVER.BIAS_LR_FACTOR must be 1.0, as the recipe has no other learning rate for biases, "
+            f"got {solver.BIAS_LR_FACTOR}"
         )
     groups = get_param_groups(
         model,

@@ -10,7 +10,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from .config import load_config
-from .data import register_coco_data
+from .data import read_coco_json, register_coco_data
 from .data_checks import DatasetError, Problems, drop_overlap, load_coco_data
 from .schedule import FINETUNE_EPOCHS, apply_schedule
 
@@ -55,11 +55,15 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None
         raise ValueError("--epochs needs --train-json: an epoch is as long as its images are many")
     if not files:
         return
-    classes = {split: register_coco_data(f"user_{split}", *paths) for split, paths in files.items()}
+    contents = {split: read_coco_json(paths[0]) for split, paths in files.items()}
+    classes = {
+        split: register_coco_data(f"user_{split}", *paths, content=contents[split]) for split, paths in files.items()
+    }
     if len({tuple(names) for names in classes.values()}) > 1:
         raise ValueError(f"train and val must have the same categories, got {classes['train']} and {classes['val']}")
-    checked, num_images = _check_once(files, repair=args.repair, output_dir=_output_dir(cfg))
+    checked, num_images = _check_once(files, contents, repair=args.repair, output_dir=_output_dir(cfg))
     for split, paths in checked.items():
+        # The repaired file.
         register_coco_data(f"user_{split}", *paths)
     _set_datasets(cfg, files.keys(), num_classes=len(next(iter(classes.values()))))
     epochs = FINETUNE_EPOCHS if args.epochs is None and args.weights is not None else args.epochs
@@ -87,13 +91,13 @@ def _named_files(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
 
 
 def _check_once(
-    files: dict[str, tuple[str, str]], *, repair: bool, output_dir: str
+    files: dict[str, tuple[str, str]], contents: dict[str, dict], *, repair: bool, output_dir: str
 ) -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
     """Checks the data in one process; every process gets the result, or raises the error."""
     outcome = None
     if comm.is_main_process():
         try:
-            outcome = check_user_data(files, repair=repair, output_dir=output_dir)
+            outcome = check_user_data(files, contents, repair=repair, output_dir=output_dir)
         except DatasetError as error:
             outcome = error
     outcome = comm.all_gather(outcome)[0]
@@ -103,12 +107,13 @@ def _check_once(
 
 
 def check_user_data(
-    files: dict[str, tuple[str, str]], *, repair: bool, output_dir: str
+    files: dict[str, tuple[str, str]], contents: dict[str, dict] | None = None, *, repair: bool, output_dir: str
 ) -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
     """Looks through all splits together.
 
     Args:
         files: split -> annotation file and image folder.
+        contents: split -> content of its annotation file, where that has been read already.
         repair: write annotation files without what is wrong into ``output_dir``.
 
     Returns:
@@ -117,7 +122,11 @@ def check_user_data(
     Raises:
         DatasetError: if something is wrong and not to be repaired, or if nothing is left after repairing.
     """
-    data = {split: load_coco_data(*paths, for_evaluation=split == "val") for split, paths in files.items()}
+    contents = contents or {}
+    data = {
+        split: load_coco_data(*paths, content=contents.get(split), for_evaluation=split == "val")
+        for split, paths in files.items()
+    }
     if len(set(files.values())) < len(files):
         logger.warning("Training and validation data are the same: the evaluation says nothing about other images")
     elif data.keys() == SPLITS.keys():

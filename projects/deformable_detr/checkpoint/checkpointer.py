@@ -1,5 +1,6 @@
 """Detectron2's checkpointer, with every source of weights that ``convert`` knows and saves that cannot be cut short."""
 
+import glob
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,8 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
     """
 
     report: ConversionReport | None = None
+    # Whether weights are all that is loaded: a run that is resumed needs the trained ones, everybody else the better.
+    _takes_averages = True
 
     def __init__(
         self, model: nn.Module, *args: Any, class_names: Sequence[str | None] | None = None, **kwargs: Any
@@ -55,6 +58,8 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         """
         if path:
             path = self._fetch(path)
+        wanted = self.checkpointables if checkpointables is None else checkpointables
+        self._takes_averages = not wanted
         # Not through Detectron2's load: all it adds are the queries of URLs, which ask for the name matching that
         # convert() replaces, and a synchronisation that models unwrapped by fvcore do not get.
         return super(DetectionCheckpointer, self).load(path, checkpointables)
@@ -66,20 +71,27 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
             CheckpointError: if the last checkpoint is of another model than the present one, besides the cases of
                 :meth:`load`.
         """
-        resume = resume and self.has_checkpoint()
-        extra = super().resume_or_load(path, resume=resume)
-        if resume and not self.report.exact:
+        if not (resume and self.has_checkpoint()):
+            return super().resume_or_load(path, resume=False)
+        path = self._newest_whole_file()
+        extra = self.load(path)
+        if not self.report.exact:
             raise CheckpointError(
-                f"Cannot resume: {self.get_checkpoint_file()} holds another model than the config describes. "
+                f"Cannot resume: {path} holds another model than the config describes. "
                 f"Start in another OUTPUT_DIR, with MODEL.WEIGHTS set to that file.\n{self.report}"
             )
         return extra
 
-    def save(self, name: str, **kwargs: Any) -> None:
+    def read(self, path: str) -> dict[str, Any]:
+        """Everything in a checkpoint file, without loading it into anything."""
+        return read_checkpoint(path)
+
+    def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
         """Writes ``<save_dir>/<name>.pth``: either the whole file appears under that name, or none.
 
         Args:
             name: file name without folder and suffix.
+            tag: whether it is the file to resume from.
             kwargs: plain values to save beside the model and the checkpointables.
         """
         if not self.save_dir or not self.save_to_disk:
@@ -89,14 +101,37 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         self.logger.info("Saving checkpoint to %s", file)
         if self.class_names is not None:
             kwargs["class_names"] = list(self.class_names)
-        with _replacing(file) as stream:
+        with replacing(file) as stream:
             torch.save({"model": self.model.state_dict(), **states, **kwargs}, stream)
-        self.tag_last_checkpoint(os.path.basename(file))
+        if tag:
+            self.tag_last_checkpoint(os.path.basename(file))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Records the file to resume from."""
-        with _replacing(os.path.join(self.save_dir, "last_checkpoint")) as stream:
+        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as stream:
             stream.write(last_filename_basename.encode())
+
+    def _newest_whole_file(self) -> str:
+        """The file that ``last_checkpoint`` names, or the newest one before it that can be read if it cannot.
+
+        Our own saves cannot leave such a file behind, but disks and copies of folders can.
+        """
+        last = self.get_checkpoint_file()
+        others = [file for file in glob.glob(os.path.join(self.save_dir, "model_*.pth")) if file != last]
+        candidates = [last, *sorted(others, key=os.path.getmtime, reverse=True)]
+        errors = []
+        for file in candidates:
+            try:
+                self.read(self._fetch(file))
+            except CheckpointError as error:
+                errors.append(f"{error}")
+                continue
+            if errors:
+                self.logger.warning(
+                    "Resuming from %s, as newer checkpoints cannot be read: %s", file, "; ".join(errors)
+                )
+            return file
+        raise CheckpointError(f"Cannot resume: no checkpoint in {self.save_dir} can be read: {'; '.join(errors)}")
 
     def _fetch(self, path: str) -> str:
         try:
@@ -118,8 +153,14 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         return read_checkpoint(filename)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
+        weights = checkpoint.pop("model")
+        if "ema" not in self.checkpointables:
+            averages = checkpoint.pop("ema", None)
+            if self._takes_averages and isinstance(averages, dict) and "updates" in averages:
+                self.logger.info("Taking the weights averaged over %s updates (ema)", averages["updates"])
+                weights = averages["model"]
         state_dict, self.report = convert(
-            checkpoint.pop("model"),
+            weights,
             model=self.model,
             class_names=self.class_names,
             file_class_names=checkpoint.pop("class_names", None),
@@ -136,8 +177,11 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
 
 
 @contextmanager
-def _replacing(path: str) -> Iterator[IO[bytes]]:
-    """Opens a neighbour of ``path`` for writing, which takes its place once it is complete and on the disk."""
+def replacing(path: str) -> Iterator[IO[bytes]]:
+    """Opens a neighbour of ``path`` for writing, which takes its place once it is complete and on the disk.
+
+    Whenever the process or the machine stops, ``path`` is the old file or the new one, as a whole.
+    """
     unfinished = f"{path}.tmp"
     try:
         with open(unfinished, "wb") as stream:
@@ -145,6 +189,16 @@ def _replacing(path: str) -> Iterator[IO[bytes]]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(unfinished, path)
+        _flush_folder(os.path.dirname(path) or ".")
     finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)
+
+
+def _flush_folder(folder: str) -> None:
+    """Puts the names in a folder on the disk; without that a crash of the machine can undo a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -62,7 +62,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     try:
         content = _load(path)
     # What a broken file raises depends on where it is broken; torch and pickle document no common class for it.
-    except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError, ValueError, LookupError) as error:
+    except (pickle.UnpicklingError, SafetensorError, EOFError, OSError, RuntimeError, ValueError, LookupError) as error:
         raise CheckpointError(f"{path} {_explain(error)}") from error
     checkpoint = _find_state_dict(content, path)
     names = checkpoint.pop("class_names", None) or _class_names_beside(path)

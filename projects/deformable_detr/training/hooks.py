@@ -1,0 +1,103 @@
+"""What happens around the steps: the same hooks for both configuration systems."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
+
+from ..checkpoint.checkpointer import DeformableDETRCheckpointer
+from .settings import TrainingSettings
+
+logger = logging.getLogger(__name__)
+
+# Of Detectron2's writers.
+_SMOOTHING_WINDOW = 20
+
+
+def build_hooks(
+    settings: TrainingSettings,
+    checkpointer: DeformableDETRCheckpointer,
+    *,
+    scheduler: Any,
+    evaluate: Callable[[], dict | None],
+    max_iter: int,
+    before_saving: Sequence[HookBase] = (),
+) -> list[HookBase]:
+    """Hooks of a run: timing, learning rate, checkpoints, evaluation, the best checkpoint, logging.
+
+    Args:
+        scheduler: of the learning rate, as ``hooks.LRScheduler`` takes it.
+        evaluate: returns the metrics; called in every process.
+        before_saving: hooks that change the model after the optimiser has.
+    """
+    built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler(scheduler=scheduler), *before_saving]
+    if comm.is_main_process():
+        built.append(
+            hooks.PeriodicCheckpointer(checkpointer, settings.checkpoint_period, max_to_keep=settings.max_to_keep)
+        )
+    # After the checkpoint, with which an evaluation that fails can be repeated.
+    built.append(EvalHook(settings.eval_period, evaluate, first=settings.first_eval))
+    if comm.is_main_process():
+        if settings.best_metric:
+            built.append(BestCheckpointer(settings.eval_period, checkpointer, settings.best_metric))
+        writers = build_writers(settings.output_dir, max_iter, settings.log_period)
+        built.append(hooks.PeriodicWriter(writers, period=settings.log_period))
+    return built
+
+
+def build_writers(output_dir: str, max_iter: int, period: int) -> list[EventWriter]:
+    """Detectron2's writers, which smooth over the iterations since the last line, at most over 20.
+
+    With a period of 1 every line holds the plain values of its iteration.
+    """
+    window = min(period, _SMOOTHING_WINDOW)
+    os.makedirs(output_dir, exist_ok=True)
+    return [
+        CommonMetricPrinter(max_iter),
+        JSONWriter(os.path.join(output_dir, "metrics.json"), window_size=window),
+        TensorboardXWriter(output_dir, window_size=window),
+    ]
+
+
+class EvalHook(hooks.EvalHook):
+    """Evaluates every ``eval_period`` iterations, at the end, and once early: a mistake shows before a day has passed.
+
+    Args:
+        first: after how many iterations the early evaluation is; 0 for none.
+    """
+
+    def __init__(self, eval_period: int, eval_function: Callable[[], dict | None], *, first: int = 0) -> None:
+        super().__init__(eval_period, eval_function)
+        self._first = first
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        is_regular = self._period > 0 and done % self._period == 0
+        if done == self._first and not is_regular and done != self.trainer.max_iter:
+            self._do_eval()
+        super().after_step()
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """Detectron2's hook, which neither forgets its best when a run is resumed nor takes over ``last_checkpoint``."""
+
+    def before_train(self) -> None:
+        path = os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
+        if self.trainer.start_iter > 0 and os.path.isfile(path):
+            best = self._checkpointer.read(path).get("best")
+            if best is not None and best["metric"] == self._val_metric:
+                self._update_best(best["value"], best["iteration"])
+
+    def _best_checking(self) -> None:
+        value, iteration = self.trainer.storage.latest().get(self._val_metric, (None, None))
+        if value is None:
+            logger.warning(f"The evaluation gives no {self._val_metric!r}: no checkpoint is kept as the best")
+        elif self.best_metric is None or self._compare(value, self.best_metric):
+            if self._update_best(value, iteration):
+                best = {"metric": self._val_metric, "value": value, "iteration": iteration}
+                self._checkpointer.save(self._file_prefix, tag=False, iteration=iteration, best=best)
+                logger.info(f"Best {self._val_metric} so far: {value:.4f} after iteration {iteration}")

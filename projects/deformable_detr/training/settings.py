@@ -1,0 +1,121 @@
+"""What the training loop takes from a configuration, read from yaml and LazyConfig alike."""
+
+import logging
+import math
+from dataclasses import dataclass
+
+from detectron2.config import CfgNode
+from omegaconf import DictConfig, OmegaConf
+
+logger = logging.getLogger(__name__)
+
+# The official recipe (16 GPUs x 2 images).
+RECIPE_LR = 2e-4
+RECIPE_BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Settings of a run; periods are in iterations.
+
+    Attributes:
+        seed: below 0 it is drawn when the run starts. Resumed runs go on with the seed of their checkpoint.
+        amp_precision: "float16" or "bfloat16", used where ``amp_enabled``.
+        accumulation_steps: parts in which the batch of a process goes through the model.
+        max_skipped_steps: steps with a non-finite loss or gradient that are left out before the run stops.
+        ema_decay: of the averaged weights, None without them.
+        first_eval: one evaluation more, early, after so many iterations; 0 for none.
+        best_metric: such as "bbox/AP"; the checkpoint that is best in it is kept as ``model_best.pth``. Empty: none.
+    """
+
+    output_dir: str
+    seed: int = -1
+    amp_enabled: bool = False
+    amp_precision: str = "float16"
+    accumulation_steps: int = 1
+    max_skipped_steps: int = 0
+    ema_decay: float | None = None
+    log_period: int = 20
+    eval_period: int = 0
+    first_eval: int = 0
+    checkpoint_period: int = 5000
+    max_to_keep: int | None = None
+    best_metric: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("accumulation_steps", "log_period", "checkpoint_period"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_skipped_steps < 0:
+            raise ValueError(f"max_skipped_steps must be at least 0, got {self.max_skipped_steps}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"the decay of the averaged weights must be in [0, 1), got {self.ema_decay}")
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode | DictConfig) -> "TrainingSettings":
+        """Read the settings; keys that a LazyConfig does not have keep their defaults.
+
+        Raises:
+            ValueError: on a value out of its range.
+        """
+        return cls(**(_read_yaml(cfg) if isinstance(cfg, CfgNode) else _read_lazy(cfg)))
+
+
+def _read_yaml(cfg: CfgNode) -> dict:
+    solver, ema, test = cfg.SOLVER, cfg.MODEL.EMA, cfg.TEST
+    return {
+        "output_dir": cfg.OUTPUT_DIR,
+        "seed": cfg.SEED,
+        "amp_enabled": solver.AMP.ENABLED,
+        "amp_precision": solver.AMP.PRECISION,
+        "accumulation_steps": solver.ACCUMULATION_STEPS,
+        "max_skipped_steps": solver.MAX_SKIPPED_STEPS,
+        "ema_decay": ema.DECAY if ema.ENABLED else None,
+        "log_period": solver.LOG_PERIOD,
+        "eval_period": test.EVAL_PERIOD,
+        "first_eval": test.FIRST_EVAL,
+        "checkpoint_period": solver.CHECKPOINT_PERIOD,
+        "best_metric": test.BEST_METRIC,
+    }
+
+
+def _read_lazy(cfg: DictConfig) -> dict:
+    train = OmegaConf.to_container(cfg.train, resolve=True)
+    ema = train.get("ema", {})
+    named = {
+        "amp_enabled": train["amp"]["enabled"],
+        "amp_precision": train["amp"].get("precision"),
+        "ema_decay": ema.get("decay", 0.9997) if ema.get("enabled") else None,
+        "checkpoint_period": train["checkpointer"]["period"],
+        "max_to_keep": train["checkpointer"].get("max_to_keep"),
+    }
+    same_name = (
+        "output_dir",
+        "seed",
+        "accumulation_steps",
+        "max_skipped_steps",
+        "log_period",
+        "eval_period",
+        "first_eval",
+        "best_metric",
+    )
+    values = named | {name: train.get(name) for name in same_name}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def warn_of_unscaled_learning_rate(lr: float, batch: int) -> None:
+    """Warn where the recipe's learning rate is used with a batch it was not made for.
+
+    Other learning rates are somebody's choice, and right for them.
+
+    Args:
+        lr: of the transformer.
+        batch: images per iteration, over all processes.
+    """
+    factor = batch / RECIPE_BATCH
+    if math.isclose(lr, RECIPE_LR) and not 0.5 <= factor <= 2:
+        logger.warning(
+            f"The learning rate is {lr:g}, the recipe's for a batch of {RECIPE_BATCH}, but the batch is {batch}: it "
+            f"would be {RECIPE_LR:g} x {batch}/{RECIPE_BATCH} = {RECIPE_LR * factor:g}. Gradient accumulation makes "
+            f"a batch of {RECIPE_BATCH} fit on one device"
+        )

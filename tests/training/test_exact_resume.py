@@ -1,0 +1,98 @@
+"""A run that is killed and resumed is, bit for bit, the run that was never interrupted."""
+
+import logging
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .conftest import differences, losses_of, read_checkpoint
+
+
+def kill_in_a_child(work: Callable[[], object], *, when: Callable[[], bool] = lambda: False) -> None:
+    """Run work in a process of its own that is ended by kill -9, once a condition holds or by its own doing."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 60
+    while (status := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if when() or time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            status = os.waitpid(child, 0)
+            break
+        time.sleep(0.01)
+    assert os.WIFSIGNALED(status[1]) and os.WTERMSIG(status[1]) == signal.SIGKILL
+
+
+def has_lines(path: Path, count: int) -> bool:
+    return path.is_file() and path.read_bytes().count(b"\n") >= count
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert losses_of(one) == losses_of(other)
+    assert differences(read_checkpoint(one), read_checkpoint(other)) == []
+
+
+def test_run_killed_anywhere_resumes_bitwise(run, tmp_path):
+    """With everything that has a state: in one system loading processes, in the other loss scaling."""
+    if run.is_lazy:
+        special = {"amp": True, "precision": "float16", "accumulation": 2}
+    else:
+        special = {"workers": 2, "eval_period": 3}
+    options = {"max_iter": 5, "checkpoint_period": 2, "ema": True, **special}
+    run(tmp_path / "whole", **options)
+    assert sorted(losses_of(tmp_path / "whole"))[:5] == [0, 1, 2, 3, 4]
+
+    killed = tmp_path / "killed"
+    kill_in_a_child(lambda: run(killed, **options), when=lambda: has_lines(killed / "metrics.json", 3))
+    assert not (killed / "model_final.pth").exists()
+    run(killed, "--resume", **options)
+    assert_same_run(killed, tmp_path / "whole")
+
+
+def test_run_killed_while_it_writes_a_checkpoint_resumes_bitwise(run_yaml, tmp_path, monkeypatch, caplog):
+    options = {"max_iter": 4, "checkpoint_period": 1}
+    run_yaml(tmp_path / "whole", **options)
+    killed = tmp_path / "killed"
+
+    def save_and_die(content, stream):
+        if content["iteration"] == 2:
+            stream.write(b"half of a checkpoint")
+            stream.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(content, stream)
+
+    save = torch.save
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", save_and_die)
+        kill_in_a_child(lambda: run_yaml(killed, **options))
+    assert (killed / "last_checkpoint").read_text() == "model_0000001.pth"
+    # As if the disk had lost a part of the newest checkpoint, too.
+    os.truncate(killed / "model_0000001.pth", 5000)
+    caplog.set_level(logging.WARNING)
+    run_yaml(killed, "--resume", **options)
+    assert_same_run(killed, tmp_path / "whole")
+    assert "model_0000000.pth, as newer checkpoints cannot be read" in (killed / "log.txt").read_text()
+    assert "model_0000001.pth is truncated" in (killed / "log.txt").read_text()
+
+
+def test_run_without_a_seed_goes_on_as_it_would_have(run_yaml, tmp_path):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    run_yaml(whole, seed=-1)
+    shutil.copytree(whole, again)
+    (again / "last_checkpoint").write_text("model_0000001.pth")
+    run_yaml(again, "--resume", seed=-1)
+    assert_same_run(again, whole)
+
+
+def test_same_seed_is_the_same_run(run_yaml, tmp_path):
+    for name in ("one", "two"):
+        run_yaml(tmp_path / name, max_iter=2, checkpoint_period=9)
+    assert_same_run(tmp_path / "one", tmp_path / "two")

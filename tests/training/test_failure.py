@@ -1,0 +1,156 @@
+"""What is said when a loss or a gradient is not finite."""
+
+import re
+
+import pytest
+import torch
+
+from deformable_detr.modeling import DeformableDETR, SetCriterion
+from deformable_detr.training import NonFiniteError, Precision, Step
+from deformable_detr.training.failure import find_cause
+
+from .conftest import losses_of, read_checkpoint
+
+FLOAT32 = Precision("cpu")
+
+
+def break_output(module: torch.nn.Module) -> None:
+    module.register_forward_hook(lambda _, __, output: output * float("nan"))
+
+
+def break_gradient(module: torch.nn.Module) -> None:
+    module.register_forward_hook(lambda _, __, output: output.register_hook(lambda g: g * float("inf")) and None)
+
+
+def test_first_module_with_a_non_finite_output_is_named(model_and_batch):
+    model, batch = model_and_batch
+    break_output(model.transformer.encoder.layers[0].linear2)
+    cause = find_cause(Step(batch, 0, 0), model, FLOAT32)
+    assert cause == "First module with a non-finite output: transformer.encoder.layers.0.linear2 (Linear)"
+
+
+def test_one_process_of_several_does_not_wait_for_the_others(model_and_batch, monkeypatch):
+    model, batch = model_and_batch
+    monkeypatch.setattr(
+        SetCriterion, "forward", lambda *_: pytest.fail("the losses of several processes depend on each other")
+    )
+    assert "finite outputs and gradients" in find_cause(Step(batch, 0, 0), model, FLOAT32, alone=False)
+
+
+def test_output_from_which_gradients_are_not_finite_is_named(model_and_batch):
+    model, batch = model_and_batch
+    break_gradient(model.transformer.encoder.layers[0].linear2)
+    cause = find_cause(Step(batch, 0, 0), model, FLOAT32)
+    assert re.search(r"All outputs are finite\. First non-finite gradient.*: of the output of \S*layers\.0\.", cause)
+
+
+def test_broken_weights_and_pixels_are_named(model_and_batch):
+    model, batch = model_and_batch
+    batch[2]["image"] = batch[2]["image"].float() * float("nan")
+    assert find_cause(Step(batch, 0, 0), model, FLOAT32) == "pixels are not finite in 2.jpg"
+    model.class_embed[0].bias.data[0] = float("inf")
+    cause = find_cause(Step(batch, 0, 0), model, FLOAT32)
+    assert cause == "1 weights were not finite before the step: class_embed.0.bias"
+
+
+def test_skipped_step_takes_its_batch_statistics_back(run_yaml, monkeypatch, tmp_path):
+    """A pass with broken pixels writes NaN into the running averages, with which no evaluation would work again."""
+    preprocess = DeformableDETR.preprocess_image
+    calls = []
+
+    def break_second(self, batch):
+        calls.append(1)
+        images = preprocess(self, batch)
+        if len(calls) == 2:
+            images.tensor[0, 0, 0, 0] = float("nan")
+        return images
+
+    monkeypatch.setattr(DeformableDETR, "preprocess_image", break_second)
+    arguments = run_yaml.arguments
+    run_yaml.arguments = lambda: [*arguments(), "MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"]
+    run_yaml(tmp_path / "run", max_skipped=1, max_iter=4)
+    final = read_checkpoint(tmp_path / "run")
+    assert final["trainer"]["_trainer"]["skipped_steps"] == 1
+    assert all(value.isfinite().all() for value in final["model"].values())
+
+
+def test_looking_for_the_cause_leaves_no_hook_behind(model_and_batch):
+    model, batch = model_and_batch
+    find_cause(Step(batch, 0, 0), model, FLOAT32)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.fixture
+def breaks_at_iteration_2(monkeypatch):
+    """From the third batch on, a loss is infinite; also when the batch is repeated."""
+    calls = []
+    forward = DeformableDETR.forward
+
+    def forward_and_break(self, batch):
+        losses = forward(self, batch)
+        calls.append(1)
+        return {k: v * (float("inf") if k == "loss_giou" and len(calls) >= 3 else 1) for k, v in losses.items()}
+
+    monkeypatch.setattr(DeformableDETR, "forward", forward_and_break)
+    return calls
+
+
+def test_run_stops_explains_and_can_be_replayed(run, breaks_at_iteration_2, tmp_path, capsys):
+    output = tmp_path / "output"
+    with pytest.raises(NonFiniteError) as stopped:
+        run(output)
+    message = str(stopped.value)
+    assert "Iteration 2: loss_giou is inf" in message
+    assert re.search(r"Images of the batch: \S+\.png, \S+\.png", message)
+    assert [i for i, row in losses_of(output).items() if "total_loss" in row] == [0, 1]
+    file = output / "failure_0000002_rank0.pt"
+    assert f"--config-file {output / 'config.yaml'} --replay {file}" in message
+    saved = torch.load(file, weights_only=True)
+    weights = read_checkpoint(output, "model_0000001")["model"]
+    assert all(torch.equal(weights[name], value) for name, value in saved["model"].items())
+    told = run(tmp_path / "replayed", "--replay", str(file))
+    assert told in message and "non-finite output: the model (DeformableDETR)" in told
+
+
+def test_steps_are_skipped_up_to_a_limit(run_yaml, monkeypatch, tmp_path):
+    forward = DeformableDETR.forward
+    calls = []
+
+    def forward_and_break(self, batch):
+        result = forward(self, batch)
+        if not self.training:
+            return result
+        calls.append(1)
+        return {name: loss * (float("nan") if len(calls) in (2, 4) else 1) for name, loss in result.items()}
+
+    monkeypatch.setattr(DeformableDETR, "forward", forward_and_break)
+    run_yaml(tmp_path / "two", max_skipped=2, max_iter=5)
+    final = read_checkpoint(tmp_path / "two")
+    assert final["trainer"]["_trainer"]["skipped_steps"] == 2
+    steps = {float(state["step"]) for state in final["trainer"]["_trainer"]["optimizer"]["state"].values()}
+    assert steps == {3.0}
+    assert all(value.isfinite().all() for value in final["model"].values())
+    assert losses_of(tmp_path / "two")[3]["skipped_steps"] == 2
+    calls.clear()
+    with pytest.raises(NonFiniteError, match="Iteration 3: "):
+        run_yaml(tmp_path / "one", max_skipped=1, max_iter=5)
+    assert "Skipped, 1 of at most 1 steps" in (tmp_path / "one" / "log.txt").read_text()
+
+
+def test_prediction_that_the_matcher_refuses_is_explained(run_yaml, monkeypatch, tmp_path):
+    def predict_nan(self, images):
+        outputs = predict(self, images)
+        return {**outputs, "pred_boxes": outputs["pred_boxes"] * float("nan")}
+
+    predict = DeformableDETR._predict
+    monkeypatch.setattr(DeformableDETR, "_predict", predict_nan)
+    with pytest.raises(NonFiniteError, match=r"Iteration 0: .* must be finite.*(?s:.*)Images of the batch: .*png"):
+        run_yaml(tmp_path / "output")
+
+
+def test_replay_names_a_file_that_is_none(run_yaml, tmp_path):
+    with pytest.raises(FileNotFoundError, match="--replay: there is no file 'absent.pt'"):
+        run_yaml(tmp_path / "output", "--replay", "absent.pt")
+    torch.save({"model": {}}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="does not hold a step that a training has saved"):
+        run_yaml(tmp_path / "output", "--replay", str(tmp_path / "weights.pt"))

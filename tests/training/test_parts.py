@@ -1,0 +1,131 @@
+"""Averaged weights, metrics file, hooks and settings."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from deformable_detr.checkpoint.checkpointer import DeformableDETRCheckpointer
+from deformable_detr.training import ModelEMA, TrainingSettings, cut_metrics, read_metrics
+from deformable_detr.training.settings import warn_of_unscaled_learning_rate
+
+from .conftest import losses_of, read_checkpoint
+
+
+def test_average_moves_by_the_decay_and_faster_at_first():
+    model = nn.Linear(1, 1)
+    ema = ModelEMA(model, decay=0.5)
+    value = 0.0
+    for update in range(6):
+        nn.init.constant_(model.weight, float(update))
+        decay = min(0.5, (1 + update) / (10 + update))
+        value = update if update == 0 else decay * value + (1 - decay) * update
+        ema.update(model)
+        assert ema.model.weight.item() == pytest.approx(value)
+
+
+def test_average_resumes_where_it_was():
+    model = nn.Linear(2, 2)
+    ema, resumed = ModelEMA(model, 0.9), ModelEMA(nn.Linear(2, 2), 0.9)
+    ema.update(model)
+    resumed.load_state_dict(ema.state_dict())
+    nn.init.ones_(model.weight)
+    for average in (ema, resumed):
+        average.update(model)
+    assert torch.equal(ema.model.weight, resumed.model.weight)
+
+
+def test_averaged_weights_are_evaluated_and_taken_as_weights(run, tmp_path):
+    run(tmp_path / "run", ema=True, max_iter=2, checkpoint_period=9)
+    final = read_checkpoint(tmp_path / "run")
+    assert final["ema"]["updates"] == 2
+    assert not torch.equal(final["ema"]["model"]["query_embed.weight"], final["model"]["query_embed.weight"])
+    detections = (tmp_path / "run" / "inference" / "coco_instances_results.json").read_text()
+    results = run(tmp_path / "again", "--eval-only", weights=tmp_path / "run" / "model_final.pth")
+    assert "AP" in results["bbox"]
+    assert (tmp_path / "again" / "inference" / "coco_instances_results.json").read_text() == detections
+
+
+def test_resumed_model_gets_its_trained_weights_and_not_the_average(model_and_batch, tmp_path):
+    model, _ = model_and_batch
+    ema = ModelEMA(model, 0.9)
+    ema.model.query_embed.weight.data.fill_(7.0)
+    DeformableDETRCheckpointer(model, str(tmp_path), ema=ema).save("model_final", iteration=1)
+    trained = model.query_embed.weight.clone()
+    checkpointer = DeformableDETRCheckpointer(model, str(tmp_path), ema=ema)
+    checkpointer.resume_or_load("", resume=True)
+    assert torch.equal(model.query_embed.weight, trained)
+    extra = DeformableDETRCheckpointer(model).load(str(tmp_path / "model_final.pth"))
+    assert extra == {"iteration": 1}
+    assert model.query_embed.weight.eq(7.0).all()
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
+    lines = [json.dumps({"iteration": i, "total_loss": float(i)}) for i in range(4)]
+    path = tmp_path / "metrics.json"
+    path.write_text("\n".join(lines) + '\n{"iteration": 4, "total_')
+    assert list(read_metrics(str(tmp_path))) == [0, 1, 2, 3]
+    with open(path, "a") as writer:
+        cut_metrics(str(tmp_path), 1)
+        writer.write('{"iteration": 2}\n')
+    assert read_metrics(str(tmp_path)) == {0: {"total_loss": 0.0}, 1: {"total_loss": 1.0}, 2: {}}
+
+
+def test_metrics_that_are_not_there_need_no_cutting(tmp_path):
+    cut_metrics(str(tmp_path), 3)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_every_loss_and_the_gradient_norm_are_logged(run_yaml, tmp_path):
+    run_yaml(tmp_path / "run", max_iter=2)
+    row = losses_of(tmp_path / "run")[1]
+    losses = {name: value for name, value in row.items() if name.startswith("loss_")}
+    assert {"loss_ce", "loss_bbox_0", "loss_giou"} <= losses.keys()
+    assert row["total_loss"] == pytest.approx(sum(losses.values()))
+    assert row["grad_norm"] > 0 and row["lr"] == pytest.approx(2e-4)
+
+
+def test_early_evaluation_and_best_checkpoint(run, tmp_path, monkeypatch):
+    """The best one is kept through a resumed run, and is not what is resumed from."""
+    aps = iter([0.1, 0.5, 0.3, 0.4])
+    evaluated = []
+
+    def evaluate(*_):
+        evaluated.append(next(aps))
+        return {"bbox": {"AP": evaluated[-1]}}
+
+    name = "do_test" if run.is_lazy else "Trainer.test"
+    monkeypatch.setattr(f"deformable_detr.engine.{name}", evaluate)
+    options = {"first_eval": 1, "eval_period": 2, "best_metric": "bbox/AP", "checkpoint_period": 3}
+    run(tmp_path / "run", max_iter=4, **options)
+    assert evaluated == [0.1, 0.5, 0.3]
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_final.pth"
+    run(tmp_path / "run", "--resume", max_iter=5, **options)
+    assert evaluated[3:] == [0.4]
+    best = read_checkpoint(tmp_path / "run", "model_best")
+    assert best["best"] == {"metric": "bbox/AP", "value": 0.5, "iteration": 1} and best["iteration"] == 1
+
+
+@pytest.mark.parametrize("lr, batch, warned", [(2e-4, 2, True), (2e-4, 32, False), (2e-4, 64, False), (1e-4, 4, False)])
+def test_recipe_rate_at_another_batch_is_pointed_out(lr, batch, warned, caplog):
+    warn_of_unscaled_learning_rate(lr, batch)
+    assert (f"0.0002 x {batch}/32 = {2e-4 * batch / 32:g}" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("name, value", [("accumulation_steps", 0), ("ema_decay", 1.0), ("max_skipped_steps", -1)])
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"must be .*got {value}"):
+        TrainingSettings(output_dir="", **{name: value})
+
+
+def test_reference_world_size_scales_batch_rate_and_length(run_yaml, tmp_path):
+    """Detectron2's own scaling: a schedule for two processes in one."""
+    arguments = run_yaml.arguments
+    run_yaml.arguments = lambda: [*arguments(), "SOLVER.REFERENCE_WORLD_SIZE", "2"]
+    run_yaml(tmp_path / "run", max_iter=2, batch=2)
+    final = read_checkpoint(tmp_path / "run")
+    assert final["iteration"] == 3
+    assert final["trainer"]["_trainer"]["images_seen"] == 4
+    rates = {group["initial_lr"] for group in final["trainer"]["_trainer"]["optimizer"]["param_groups"]}
+    assert max(rates) == pytest.approx(1e-4)
