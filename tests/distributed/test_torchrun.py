@@ -1,0 +1,80 @@
+"""Training as a user starts it on several processes."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deformable_detr.launch import TORCHRUN_VARIABLES, launch
+
+TRAIN_NET = Path(__file__).parents[2] / "train_net.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+# No GPU, although the machine may have one: these runs are for the CPU.
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_torchrun_trains_and_evaluates_a_yaml_configuration(tiny_yaml, write_coco, tmp_path):
+    flags = write_coco("train").flags("train") + write_coco("val").flags("val")
+    command = [*TORCHRUN, str(TRAIN_NET), *flags, *tiny_yaml(), "SOLVER.MAX_ITER", "2"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+    output = tmp_path / "output"
+    last = (output / "metrics.json").read_text().splitlines()[-1]
+    assert (output / "model_final.pth").is_file() and "bbox/AP" in json.loads(last)
+    # Detectron2 logs each further process into a file of its own.
+    assert (output / "log.txt").is_file() and (output / "log.txt.rank1").is_file()
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_a_run_of_a_lazy_configuration(tiny_lazy, write_coco, tmp_path):
+    flags = write_coco("train").flags("train") + write_coco("val").flags("val")
+    log, metrics = tmp_path / "stderr.txt", tmp_path / "output" / "metrics.json"
+    command = [*TORCHRUN, str(TRAIN_NET), *flags, *tiny_lazy(), "train.max_iter=100000", "train.log_period=1"]
+    with log.open("w") as stderr, subprocess.Popen(command, env=ENVIRONMENT, stderr=stderr, stdout=stderr) as run:
+        try:
+            deadline = time.monotonic() + 120
+            while not metrics.exists() and run.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert metrics.exists(), log.read_text()[-3000:]
+            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            assert run.wait(timeout=45) != 0
+        finally:
+            run.terminate()
+    assert "SIGKILL" in log.read_text()
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """The environment of the first of two processes, which must not be reached."""
+    for name in TORCHRUN_VARIABLES:
+        monkeypatch.setenv(name, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.get(name, "0"))
+
+
+@pytest.mark.parametrize("options", [{"num_gpus": 8}, {"num_machines": 2}])
+def test_counting_processes_twice_is_refused(torchrun, options):
+    args = argparse.Namespace(**{"num_gpus": 1, "num_machines": 1, **options})
+    with pytest.raises(ValueError, match="--nproc-per-node and --nnodes.*--num-gpus"):
+        launch(lambda args: None, args)
+
+
+def test_fewer_gpus_than_processes_are_refused(torchrun, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(RuntimeError, match="2 processes on this machine need as many GPUs, and it has 1"):
+        launch(lambda args: None, argparse.Namespace(num_gpus=1, num_machines=1))
+
+
+def test_without_torchrun_detectron2_launches(monkeypatch):
+    for name in TORCHRUN_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    seen = []
+    args = argparse.Namespace(num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto")
+    launch(seen.append, args)
+    assert seen == [args]
