@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m deformable_detr.benchmark op --help`."""
+"""Benchmarks: `python -m deformable_detr.benchmark {model,op,train} --help`."""

@@ -1,0 +1,178 @@
+"""Latency, throughput, memory, parameters and FLOPs of whole models beside other installed implementations."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from .. import model_zoo
+from ..modeling import DeformableDETR
+from .models import OURS, TORCHVISION, TRANSFORMERS, Batch, build, find_peers, make_batch
+from .timing import CLOCKS, describe_machine, peak_memory, summarise, time_in_turns
+
+NOTES = """\
+ms: median of the rounds; spread: quartile range / median; ratio: median over rounds of time / time of the first row of
+the same input; MiB: peak on top of weights and input; GFLOPs: multiply-adds, as papers count (first rows only)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command line of this benchmark."""
+    add_common_arguments(parser, size="800x1066", variant="deformable_detr_R_50_two_stage")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        default=["eager"],
+        choices=["eager", "compiled"],
+        help="compiled: the transformer of our model",
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        default=[TRANSFORMERS, TORCHVISION[0]],
+        choices=[TRANSFORMERS, *TORCHVISION],
+        help="transformers has the same weights; torchvision's detectors have random ones",
+    )
+    parser.set_defaults(run=run)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, *, size: str, variant: str) -> None:
+    """Arguments of the benchmarks of whole models."""
+    parser.add_argument("--variants", nargs="+", default=[variant], help=f"of {', '.join(model_zoo.list_models())}")
+    parser.add_argument("--sizes", nargs="+", default=[_parse_size(size)], type=_parse_size, metavar="HxW")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(_DTYPES), help="16 bits: autocast")
+    parser.add_argument("--devices", nargs="+", default=["cuda" if torch.cuda.is_available() else "cpu"])
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions; every implementation runs in each")
+    parser.add_argument("--warmup", type=int, default=1, help="untimed calls of each before the rounds")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="processor: for a busy machine, one thread")
+    parser.add_argument("--no-memory", action="store_true", help="its profile takes longer than the call on the CPU")
+    parser.add_argument("--opts", nargs="+", default=[], help="overrides of the config")
+    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure every combination, print a table and write the JSON file."""
+    torch.set_num_threads(args.threads)
+    rows = []
+    for combination in itertools.product(args.devices, args.variants, args.sizes, args.batches):
+        rows += measure(*combination, args)
+    print_and_save(rows, args, NOTES)
+
+
+def print_and_save(rows: list[dict], args: argparse.Namespace, notes: str) -> None:
+    """Print the table, and write it with the machine to ``--json``."""
+    machine = describe_machine(args.devices, args.threads)
+    print(machine)
+    print(tabulate(rows, headers="keys", floatfmt=".4g"))
+    print(notes)
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine, "results": rows}, indent=1), encoding="utf-8")
+
+
+def measure(
+    device: str, variant: str, size: tuple[int, int], batch_size: int, args: argparse.Namespace
+) -> list[dict[str, object]]:
+    """Rows of the table for one input: every implementation, dtype and mode."""
+    batch = make_batch(*size, size=batch_size, device=device)
+    models = {}
+    for name in [OURS, *find_peers(args.peers)]:
+        for mode in args.modes if name == OURS else ["eager"]:
+            models[name, mode] = build(name, variant, batch, opts=args.opts)
+            if mode == "compiled":
+                models[name, mode].model.transformer.compile()
+    calls = {
+        (name, mode, dtype): make_inference(model, batch, dtype=dtype)
+        for (name, mode), model in models.items()
+        for dtype in args.dtypes
+    }
+    times = time_in_turns(calls, rounds=args.rounds, warmup=args.warmup, device=device, clock=args.clock)
+    flops = count_flops(build(OURS, variant, batch, opts=args.opts).model, batch)
+    first = next(iter(times.values()))
+    rows = []
+    for (name, mode, dtype), samples in times.items():
+        numbers = summarise(samples, first)
+        rows.append(
+            {
+                "variant": variant,
+                "device": device,
+                "size": "x".join(map(str, size)),
+                "N": batch_size,
+                "implementation": name,
+                "dtype": dtype,
+                "mode": mode,
+                **numbers,
+                "images/s": 1e3 * batch_size / numbers["ms"],
+                "MiB": None if args.no_memory else peak_memory(calls[name, mode, dtype], device),
+                "M params": sum(p.numel() for p in models[name, mode].parameters()) / 1e6,
+                "GFLOPs": flops if name in (OURS, TRANSFORMERS) else None,
+            }
+        )
+    return rows
+
+
+def make_inference(model: nn.Module, batch: Batch, *, dtype: str) -> Callable[[], object]:
+    """A call that detects in ``batch``."""
+
+    def call() -> object:
+        with torch.inference_mode(), autocast(batch, dtype):
+            return model(batch)
+
+    return call
+
+
+def autocast(batch: Batch, dtype: str) -> contextlib.AbstractContextManager:
+    """What runs a model in 16 bits; nothing for float32."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(batch.images[0].device.type, _DTYPES[dtype])
+
+
+def count_flops(model: DeformableDETR, batch: Batch) -> float:
+    """Billions of multiply-adds of our model for one image."""
+    pixels = model.preprocess_image([{"image": batch.images[0]}]).tensor
+    analysis = FlopCountAnalysis(_Predict(model), pixels)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    analysis.set_op_handle("deformable_detr::ms_deform_attn", _count_op)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _count_attention)
+    return analysis.total() / 1e9
+
+
+class _Predict(nn.Module):
+    """Pixels to predictions: the tracer that counts takes tensors alone."""
+
+    def __init__(self, model: DeformableDETR) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        return self.model.predict_padded(pixels, torch.tensor([pixels.shape[2:]], device=pixels.device))
+
+
+def _count_op(inputs: list, outputs: list) -> int:
+    """Four corners of every sampling point, D channels each."""
+    value, weights = inputs[0].type().sizes(), inputs[3].type().sizes()
+    return 4 * value[3] * torch.Size(weights).numel()
+
+
+def _count_attention(inputs: list, outputs: list) -> int:
+    """Two products of every query (..., Lq, D) with every key (..., Lk, D)."""
+    query, key = inputs[0].type().sizes(), inputs[1].type().sizes()
+    return 2 * torch.Size(query).numel() * key[-2]
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return int(height), int(width)
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

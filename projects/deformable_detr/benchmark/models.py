@@ -1,0 +1,139 @@
+"""Our models and their peers, behind one interface: images in, predictions or losses out."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torchvision
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from ..checkpoint import export
+from ..loading import load_model
+from ..modeling import DeformableDETR
+
+TORCHVISION = ("fasterrcnn_resnet50_fpn_v2", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn")
+OURS, TRANSFORMERS = "deformable_detr", "transformers"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N images of noise (3, H, W) uint8 and their objects: xyxy pixels (n, 4) and classes (n,)."""
+
+    images: list[Tensor]
+    boxes: list[Tensor]
+    labels: list[Tensor]
+
+
+def make_batch(height: int, width: int, *, size: int, device: str, num_objects: int = 7) -> Batch:
+    """Random images; seven objects are the average of COCO."""
+    generator = torch.Generator().manual_seed(0)
+    images, boxes, labels = [], [], []
+    for _ in range(size):
+        images.append(torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8).to(device))
+        corners = torch.rand(num_objects, 2, 2, generator=generator) * 0.8
+        boxes.append(torch.cat((corners.amin(1), corners.amax(1) + 0.1), 1) * torch.tensor([width, height] * 2))
+        labels.append(torch.randint(0, 80, (num_objects,), generator=generator))
+    return Batch(images, [b.to(device) for b in boxes], [x.to(device) for x in labels])
+
+
+class Ours(nn.Module):
+    """Our model on a :class:`Batch`: detections in evaluation mode, the sum of the losses in training mode."""
+
+    def __init__(self, model: DeformableDETR) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> list | Tensor:
+        if not self.training:
+            return self.model([{"image": image} for image in batch.images])
+        inputs = []
+        for image, boxes, labels in zip(batch.images, batch.boxes, batch.labels, strict=True):
+            instances = Instances(tuple(image.shape[1:]), gt_boxes=Boxes(boxes), gt_classes=labels)
+            inputs.append({"image": image, "instances": instances})
+        return sum(self.model(inputs).values())
+
+
+class Transformers(nn.Module):
+    """transformers' DeformableDetrForObjectDetection with the weights of our model, and its own loss."""
+
+    def __init__(self, model: DeformableDETR) -> None:
+        super().__init__()
+        transformers = importlib.import_module("transformers")
+        config = transformers.DeformableDetrConfig(
+            num_labels=model.num_classes,
+            num_queries=model.num_queries,
+            num_feature_levels=len(model.transformer.level_embed),
+            dilation=_is_dilated(model),
+            with_box_refine=model.transformer.with_box_refine,
+            two_stage=model.transformer.two_stage,
+            two_stage_num_proposals=model.num_queries,
+            backbone="resnet50",
+            use_timm_backbone=True,
+            use_pretrained_backbone=False,
+            disable_custom_kernels=True,
+            auxiliary_loss=True,
+        )
+        self.model = transformers.DeformableDetrForObjectDetection(config).to(model.device)
+        self.model.load_state_dict(export(model, to="transformers"), strict=True)
+        # Plain attributes: they must not count as this peer's parameters.
+        self.mean, self.std = model.pixel_mean, model.pixel_std
+
+    def forward(self, batch: Batch) -> object:
+        pixels = torch.stack([(image - self.mean) / self.std for image in batch.images])
+        mask = torch.ones(pixels.shape[0], *pixels.shape[2:], dtype=torch.long, device=pixels.device)
+        if not self.training:
+            outputs = self.model(pixel_values=pixels, pixel_mask=mask)
+            return outputs.logits.sigmoid().flatten(1).topk(100)
+        scale = torch.tensor(pixels.shape[:1:-1] * 2, device=pixels.device)
+        labels = [
+            {"class_labels": labels, "boxes": box_convert(boxes / scale, "xyxy", "cxcywh")}
+            for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
+        ]
+        return self.model(pixel_values=pixels, pixel_mask=mask, labels=labels).loss
+
+
+class Torchvision(nn.Module):
+    """A detector of torchvision with random weights, on the images as they are: no resizing inside."""
+
+    def __init__(self, name: str, batch: Batch) -> None:
+        super().__init__()
+        sides = batch.images[0].shape[1:]
+        build = getattr(torchvision.models.detection, name)
+        self.model = build(weights=None, weights_backbone=None, min_size=min(sides), max_size=max(sides))
+
+    def forward(self, batch: Batch) -> list:
+        return self.model([image / 255 for image in batch.images])
+
+
+def find_peers(names: Sequence[str]) -> list[str]:
+    """Those of ``names`` that are installed."""
+    installed = importlib.util.find_spec("transformers") and importlib.util.find_spec("timm")
+    return [name for name in names if name != TRANSFORMERS or installed]
+
+
+def build(name: str, variant: str, batch: Batch, *, opts: Sequence[str] = ()) -> nn.Module:
+    """Build a detector with random weights; our model and transformers' of one variant have the same.
+
+    Args:
+        name: "deformable_detr", "transformers", or one of torchvision's.
+        variant: name of the model zoo, config or output folder.
+        batch: tells the device, and torchvision's detectors the size.
+        opts: overrides of the config.
+    """
+    device = batch.images[0].device
+    torch.manual_seed(0)
+    if name in TORCHVISION:
+        return Torchvision(name, batch).to(device).eval()
+    model = load_model(variant, "", device=device, opts=opts).model
+    return (Ours(model) if name == OURS else Transformers(model)).eval()
+
+
+def _is_dilated(model: DeformableDETR) -> bool:
+    strides = [shape.stride for shape in model.backbone.output_shape().values()]
+    return len(strides) == 1 and strides[0] == 16

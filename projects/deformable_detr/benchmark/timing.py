@@ -1,0 +1,98 @@
+"""What the benchmarks share: timing in turns, peak memory, description of the machine."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+
+import torch
+
+from ..layers import _ops
+
+Call = Callable[[], object]
+
+
+# Processor time, with one thread, does not count what else a busy machine does meanwhile.
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+def time_call(call: Call, device: str, *, clock: str = "wall") -> float:
+    """Milliseconds of one call; ``clock`` is for the CPU."""
+    if not device.startswith("cuda"):
+        read = CLOCKS[clock]
+        start = read()
+        call()
+        return 1e3 * (read() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def time_in_turns(
+    calls: Mapping[Hashable, Call], *, rounds: int, warmup: int, device: str, clock: str = "wall"
+) -> dict[Hashable, list[float]]:
+    """Milliseconds of every call in every round. In turns, so that a busy machine slows all of them alike."""
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    times: dict[Hashable, list[float]] = {key: [] for key in calls}
+    for _ in range(rounds):
+        for key, call in calls.items():
+            times[key].append(time_call(call, device, clock=clock))
+    return times
+
+
+def summarise(samples: list[float], reference: list[float]) -> dict[str, float]:
+    """Median, quartile range / median, and the median over rounds of time / the reference's time."""
+    median = statistics.median(samples)
+    low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (median,) * 3
+    ratio = statistics.median(a / b for a, b in zip(samples, reference, strict=True))
+    return {"ms": median, "spread": (high - low) / median, "ratio": ratio}
+
+
+def peak_memory(call: Call, device: str) -> float:
+    """MiB that a call allocates at its peak, on top of what exists before (weights, inputs).
+
+    On CUDA from the caching allocator. On the CPU from the profiler's record of the tensor allocator, which repeats
+    to the byte; the resident size of the process depends on what malloc happens to keep. Scratch memory that oneDNN
+    and MKL take by themselves is not in it.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+    live = peak = 0
+    for _, size in changes:
+        live += size
+        peak = max(peak, live)
+    return peak / 2**20
+
+
+def describe_machine(devices: list[str], threads: int) -> str:
+    """Processors, torch, threads, and which implementation of the op runs."""
+    kernels = ", ".join(f"{device}: {'kernel' if _ops.has_kernel(device) else 'twin'}" for device in devices)
+    names = [torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name() for device in devices]
+    return f"{', '.join(names)}; torch {torch.__version__}; {threads} threads; {kernels}"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -1,0 +1,89 @@
+"""Time and peak memory of one training step: forward, losses, backward, optimizer."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .model import add_common_arguments, autocast, print_and_save
+from .models import OURS, TRANSFORMERS, Batch, build, find_peers, make_batch
+from .timing import peak_memory, summarise, time_in_turns
+
+NOTES = """\
+ms: median of the rounds; spread: quartile range / median; ratio: median over rounds of time / time of the first row of
+the same input; MiB: peak on top of weights and optimizer state, gradients included. All have the same weights, images,
+objects and AdamW; transformers has no loss for the encoder's proposals."""
+OPTIONS = ("default", "checkpoint")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command line of this benchmark."""
+    add_common_arguments(parser, size="480x640", variant="deformable_detr_R_50_two_stage")
+    parser.add_argument("--options", nargs="+", default=OPTIONS, choices=OPTIONS, help="of our model")
+    parser.add_argument("--peers", nargs="*", default=[TRANSFORMERS], choices=[TRANSFORMERS])
+    parser.add_argument("--memory-only", action="store_true", help="one step each, untimed")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure every combination, print a table and write the JSON file."""
+    torch.set_num_threads(args.threads)
+    rows = []
+    for combination in itertools.product(args.devices, args.variants, args.sizes, args.batches):
+        rows += measure(*combination, args)
+    print_and_save(rows, args, NOTES)
+
+
+def measure(
+    device: str, variant: str, size: tuple[int, int], batch_size: int, args: argparse.Namespace
+) -> list[dict[str, object]]:
+    """Rows of the table for one input: every implementation, option and dtype."""
+    batch = make_batch(*size, size=batch_size, device=device)
+    calls = {}
+    for name in [OURS, *find_peers(args.peers)]:
+        for option in args.options if name == OURS else ["default"]:
+            model = build(name, variant, batch, opts=args.opts)
+            if option == "checkpoint":
+                transformer = model.model.transformer
+                transformer.encoder.activation_checkpoint = transformer.decoder.activation_checkpoint = True
+            calls |= {(name, option, dtype): make_step(model, batch, dtype=dtype) for dtype in args.dtypes}
+    times = {}
+    if not args.memory_only:
+        times = time_in_turns(calls, rounds=args.rounds, warmup=args.warmup, device=device, clock=args.clock)
+    rows = []
+    for (name, option, dtype), call in calls.items():
+        if not args.no_memory and not times:
+            call()  # The optimizer makes its state in its first step.
+        row = {
+            "variant": variant,
+            "device": device,
+            "size": "x".join(map(str, size)),
+            "N": batch_size,
+            "implementation": name,
+            "option": option,
+            "dtype": dtype,
+        }
+        if times:
+            row |= summarise(times[name, option, dtype], next(iter(times.values())))
+        rows.append(row | {"MiB": None if args.no_memory else peak_memory(call, device)})
+    return rows
+
+
+def make_step(model: nn.Module, batch: Batch, *, dtype: str) -> Callable[[], float]:
+    """A call that makes one step and returns the loss."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def call() -> float:
+        with autocast(batch, dtype):
+            loss = model(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return call

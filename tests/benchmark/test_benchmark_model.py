@@ -1,0 +1,100 @@
+"""`python -m deformable_detr.benchmark model|train` on small images."""
+
+import json
+
+import pytest
+import torch
+
+from deformable_detr.benchmark.__main__ import main
+from deformable_detr.benchmark.model import count_flops
+from deformable_detr.benchmark.models import build, make_batch
+from deformable_detr.benchmark.timing import peak_memory, summarise
+
+VARIANT = "deformable_detr_R_50_two_stage"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path, tiny_yaml):
+    """Run a benchmark of a tiny two-stage model by command line; returns the rows of its JSON file."""
+
+    def main_with(command, *arguments, opts=()):
+        _, config, *tiny = tiny_yaml("_two_stage")
+        path = tmp_path / "out.json"
+        arguments = [
+            command,
+            "--variants",
+            config,
+            "--rounds",
+            "1",
+            "--json",
+            str(path),
+            *arguments,
+            "--opts",
+            *tiny,
+            *opts,
+        ]
+        monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
+        main()
+        assert "implementation" in capsys.readouterr().out
+        return json.loads(path.read_text())["results"]
+
+    return main_with
+
+
+def test_ratio_is_the_median_over_rounds_of_time_per_reference_time():
+    numbers = summarise([2.0, 6.0, 4.0], [1.0, 2.0, 4.0])
+    assert numbers["ms"] == 4.0 and numbers["ratio"] == 2.0
+    assert numbers["spread"] == pytest.approx((6 - 2) / 4)
+
+
+def test_peak_memory_counts_what_lives_at_the_same_time():
+    def call():
+        a = torch.ones(1 << 18)  # 1 MiB
+        b = a + 1
+        del a
+        return b * 2
+
+    # a and b, then b and the product: never three.
+    assert peak_memory(call, "cpu") == pytest.approx(2, abs=0.01)
+
+
+def test_flops_count_what_a_hand_adds_up():
+    """In multiply-adds: a ResNet-50 has 4.09 G for 224 x 224; 64 x 96 pixels give 128 cells, and as many queries."""
+    batch = make_batch(64, 96, size=1, device="cpu")
+    flops = count_flops(build("deformable_detr", VARIANT, batch).model, batch)
+    resnet = 4.09e9 * (64 * 96) / 224**2
+    S = Lq = 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2
+    feed_forward, samples = 2 * 256 * 1024, 8 * 4 * 4 * 4 * 32
+    encoder = 6 * S * (256 * (256 + 256 + 128 + 256) + samples + feed_forward)
+    self_attention, heads = 4 * 256 * 256 + 2 * Lq * 256, 2 * 256 * 256 + 4 * 256 + 80 * 256
+    cross_attention = 256 * (256 + 128 + 256) + samples
+    decoder = 6 * Lq * (self_attention + cross_attention + feed_forward + heads) + 6 * S * 256 * 256
+    # The rest: projections of levels and proposals, normalisation.
+    assert resnet + encoder + decoder < 1e9 * flops < 1.1 * (resnet + encoder + decoder)
+
+
+def test_transformers_gets_the_same_weights():
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    batch = make_batch(128, 160, size=1, device="cpu")
+    with torch.inference_mode():
+        detections = build("deformable_detr", VARIANT, batch)(batch)[0]["instances"]
+        scores, _ = build("transformers", VARIANT, batch)(batch)
+    torch.testing.assert_close(detections.scores, scores[0])
+
+
+def test_model_benchmark_has_a_row_for_every_combination(run):
+    rows = run("model", "--sizes", "64x96", "--batches", "1", "2", "--peers", "--dtypes", "float32", "bfloat16")
+    assert [(row["N"], row["dtype"]) for row in rows] == [
+        (1, "float32"), (1, "bfloat16"), (2, "float32"), (2, "bfloat16"),
+    ]  # fmt: skip
+    assert rows[0]["ratio"] == 1 and all(row["ms"] > 0 and row["MiB"] > 0 for row in rows)
+    assert rows[2]["MiB"] > rows[0]["MiB"] and rows[2]["GFLOPs"] == rows[0]["GFLOPs"]
+
+
+def test_train_benchmark_shows_what_checkpointing_saves(run):
+    # So wide that the peak is in the transformer.
+    opts = ["MODEL.DEFORMABLE_DETR.ENC_LAYERS", "4", "MODEL.DEFORMABLE_DETR.DIM_FEEDFORWARD", "4096"]
+    default, checkpointed = run("train", "--sizes", "256x256", "--memory-only", "--peers", opts=opts)
+    assert (default["option"], checkpointed["option"]) == ("default", "checkpoint")
+    assert checkpointed["MiB"] < default["MiB"]
