@@ -72,7 +72,9 @@ def load_model(
         FileNotFoundError: if there is no such config or checkpoint.
         KeyError: if ``model`` is neither a file or folder nor a name of the model zoo.
         CheckpointError: if the weights cannot be read, or leave a part of the model as initialised.
+        ValueError: if ``device`` is none that PyTorch has here, or ``opts`` do not fit the config.
     """
+    _check_device(device)
     cfg = _read_config(model, opts)
     if weights is None:
         weights = _default_weights(model, cfg)
@@ -100,12 +102,27 @@ def build_model(cfg: CfgNode | DictConfig, device: str | torch.device = "cpu") -
     return build_yaml_model(cfg)
 
 
+def _check_device(device: str | torch.device) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(
+            f'device must be one of PyTorch\'s, such as "cpu", "cuda" or "cuda:1", got {device!r}'
+        ) from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} needs a GPU, and PyTorch {torch.__version__} sees none here")
+
+
 def _read_config(model: str, opts: Sequence[str]) -> CfgNode | DictConfig:
-    if os.path.isdir(model):
-        return load_config(os.path.join(model, "config.yaml"), opts)
-    if model.endswith((".yaml", ".yml", ".py")):
-        return load_config(model, opts)
-    return model_zoo.get_config(model, trained=True, opts=opts)
+    try:
+        if os.path.isdir(model):
+            return load_config(os.path.join(model, "config.yaml"), opts)
+        if model.endswith((".yaml", ".yml", ".py")):
+            return load_config(model, opts)
+        return model_zoo.get_config(model, trained=True, opts=opts)
+    except AssertionError as error:
+        # What yacs raises on overrides of an unknown key, or without a value.
+        raise ValueError(f"opts {' '.join(opts)} do not fit the config of {model}: {error}") from error
 
 
 def _default_weights(model: str, cfg: CfgNode | DictConfig) -> str:

@@ -1,0 +1,111 @@
+"""What arguments name, and where results go."""
+
+import functools
+import http.server
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from deformable_detr.detect.sources import (
+    Source,
+    SourceError,
+    find_sources,
+    local_file,
+    name_outputs,
+    without_repetitions,
+)
+
+OUT = Path("out")
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def images(*paths: str) -> list[Source]:
+    return [Source(path, os.path.basename(path), False) for path in paths]
+
+
+def test_a_folder_gives_its_images_and_videos_with_those_of_all_folders_below(tmp_path):
+    touch(tmp_path, "b.JPG", "a.png", "sub/deep/c.tiff", "sub/d.mp4", "notes.txt", ".hidden.jpg", ".cache/e.jpg")
+    found = find_sources(str(tmp_path), output=OUT)
+    assert [(source.name, source.is_video) for source in found] == [
+        ("a.png", False),
+        ("b.JPG", False),
+        ("sub/d.mp4", True),
+        ("sub/deep/c.tiff", False),
+    ]
+    assert found[0].path == str(tmp_path / "a.png")
+
+
+def test_annotated_pictures_of_the_last_run_are_not_looked_at_again(tmp_path):
+    touch(tmp_path, "a.png", "out/a.png")
+    assert [source.name for source in find_sources(str(tmp_path), output=tmp_path / "out")] == ["a.png"]
+
+
+def test_a_folder_without_images_is_named_with_what_was_looked_for(tmp_path):
+    touch(tmp_path, "notes.txt")
+    with pytest.raises(SourceError, match=rf"{tmp_path} holds no image .* \.jpg .* \.mp4"):
+        find_sources(str(tmp_path), output=OUT)
+
+
+@pytest.mark.parametrize(
+    "argument, name, is_video",
+    [
+        ("a/b/photo", "photo", False),
+        ("a/b/CLIP.MOV", "CLIP.MOV", True),
+        ("http://host/a/my%20clip.mp4?size=large#t=1", "my clip.mp4", True),
+        ("http://host/", "image", False),
+    ],
+)
+def test_a_file_is_an_image_unless_it_has_the_suffix_of_a_video(argument, name, is_video):
+    assert find_sources(argument, output=OUT) == [Source(argument, name, is_video)]
+
+
+def test_a_file_that_is_named_twice_is_looked_at_once(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    a, b, other_path = str(tmp_path / "a.png"), str(tmp_path / "b.png"), f"{tmp_path}/../{tmp_path.name}/a.png"
+    assert [source.path for source in without_repetitions(images(b, a, other_path, b))] == [b, a]
+
+
+def test_outputs_of_equal_names_do_not_overwrite_each_other():
+    names = ["a/x.jpg", "b/x.jpg", "a/x.tif", "a/x.png", "c/X.JPG", "a/x_2.png", "y.jpe"]
+    expected = ["x.jpg", "x_2.jpg", "x.png", "x_2.png", "X_3.JPG", "x_2_2.png", "y.jpe"]
+    assert name_outputs(images(*names), OUT) == [OUT / name for name in expected]
+
+
+def test_folders_are_kept_and_videos_become_mp4():
+    sources = [Source("in/a/x.jpg", "a/x.jpg", False), Source("in/b/x.jpg", "b/x.jpg", False)]
+    sources += [Source("in/v.webm", "v.webm", True), Source("in/v.avi", "v.avi", True)]
+    expected = ["a/x.jpg", "b/x.jpg", "v.mp4", "v_2.mp4"]
+    assert name_outputs(sources, OUT) == [OUT / name for name in expected]
+
+
+def test_no_input_is_written_over(tmp_path):
+    touch(tmp_path, "x.jpg")
+    with pytest.raises(SourceError, match="x.jpg would be written over an input"):
+        name_outputs(images(str(tmp_path / "x.jpg")), tmp_path)
+
+
+def test_an_address_of_a_file_is_that_file(tmp_path):
+    path = touch(tmp_path, "my photo.jpg") / "my photo.jpg"
+    with local_file(path.as_uri()) as local:
+        assert "%20" in path.as_uri() and local == str(path)
+
+
+def test_a_download_is_not_kept(tmp_path):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/a.jpg"
+        for content in (b"first", b"second"):
+            (tmp_path / "a.jpg").write_bytes(content)
+            with local_file(address) as local:
+                assert Path(local).read_bytes() == content
+            assert not os.path.exists(local)
+        server.shutdown()
