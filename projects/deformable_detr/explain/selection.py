@@ -1,0 +1,82 @@
+"""Which queries to explain: by rank, by a pixel, by class."""
+
+import difflib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .recorder import Recording
+
+
+class Detection(NamedTuple):
+    """A query read as a class.
+
+    Attributes:
+        query: index into the Lq queries.
+        label: class index.
+        score: probability in [0, 1].
+        box: xyxy in pixels of the original image.
+    """
+
+    query: int
+    label: int
+    score: float
+    box: tuple[float, float, float, float]
+
+    def distance(self, x: float, y: float) -> tuple[float, float]:
+        """Squared pixels from (x, y) to the box, 0 inside, and then to its centre: nearest boxes compare lowest."""
+        x0, y0, x1, y1 = self.box
+        outside = max(x0 - x, 0, x - x1), max(y0 - y, 0, y - y1)
+        return sum(d * d for d in outside), ((x0 + x1) / 2 - x) ** 2 + ((y0 + y1) / 2 - y) ** 2
+
+
+def rank_detections(recording: Recording, limit: int) -> list[Detection]:
+    """The model's detections with their queries, best first, as ``DeformableDETR.inference`` selects them.
+
+    Args:
+        limit: how many, ``model.test_topk_per_image``.
+    """
+    scores = recording.pred_logits[-1].sigmoid()
+    best, index = scores.flatten().topk(min(limit, scores.numel()))
+    queries = torch.div(index, scores.shape[1], rounding_mode="floor").tolist()
+    labels = (index % scores.shape[1]).tolist()
+    return [make_detection(recording, *found) for found in zip(queries, labels, best.tolist(), strict=True)]
+
+
+def make_detection(recording: Recording, query: int, label: int, score: float) -> Detection:
+    return Detection(query, label, score, tuple(recording.boxes[-1, query].tolist()))
+
+
+def above_score(detections: Sequence[Detection], score: float, what: str = "detection") -> list[Detection]:
+    """Those of at least ``score``.
+
+    Raises:
+        ValueError: there is none; names the best score.
+    """
+    found = [detection for detection in detections if detection.score >= score]
+    if not found:
+        best = f"the best has {detections[0].score:.3f}" if detections else "the model returned none"
+        raise ValueError(f"no {what} has a score of at least {score}: {best}")
+    return found
+
+
+def check_point(x: float, y: float, size: tuple[int, int]) -> None:
+    """Refuse a pixel outside of an image of ``size`` (height, width) with a ValueError."""
+    height, width = size
+    if not (0 <= x < width and 0 <= y < height):
+        raise ValueError(f"point must be in the image, 0 <= x < {width} and 0 <= y < {height}, got ({x:g}, {y:g})")
+
+
+def class_index(name: str, class_names: Sequence[str]) -> int:
+    """The index of a class of the model.
+
+    Raises:
+        ValueError: the model has no such class; names close ones, or all.
+    """
+    if name in class_names:
+        return list(class_names).index(name)
+    close = difflib.get_close_matches(name, class_names, cutoff=0.75)
+    hint = f"did you mean {' or '.join(close)}" if close else f"it knows {', '.join(class_names[:20])}"
+    more = f" and {len(class_names) - 20} more" if not close and len(class_names) > 20 else ""
+    raise ValueError(f"class {name!r} is not one of the model's {len(class_names)} classes: {hint}{more}")

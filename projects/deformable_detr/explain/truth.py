@@ -1,0 +1,76 @@
+"""Ground truth of one image from a COCO file, matched with the model's own matcher."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from detectron2.structures import BoxMode
+from torchvision.ops import box_convert, box_iou
+
+from ..modeling import HungarianMatcher
+from .recorder import Recording
+from .selection import class_index
+
+
+class Truth(NamedTuple):
+    """An object that is in the image.
+
+    Attributes:
+        label: class index of the model.
+        box: xyxy in pixels of the original image.
+        query: the query that the matcher gives it to; None where there are more objects than queries.
+        iou: of that query's last box with this one.
+    """
+
+    label: int
+    box: tuple[float, float, float, float]
+    query: int | None = None
+    iou: float = 0.0
+
+
+def read_truth(json_path: str | Path, name: str, size: tuple[int, int], class_names: Sequence[str]) -> list[Truth]:
+    """Objects of one image, without crowd regions; images are found by their file name, classes by their names.
+
+    Args:
+        json_path: annotations in COCO's format.
+        name: the image's file name, without folders.
+        size: (height, width) of the image as it was read.
+
+    Raises:
+        ValueError: the file does not have this image once, has it in another size, or has a class unknown to the model.
+    """
+    content = json.loads(Path(json_path).read_text(encoding="utf-8"))
+    entries = [entry for entry in content["images"] if Path(entry["file_name"]).name == name]
+    if len(entries) != 1:
+        raise ValueError(f"{json_path} must have one image of file name {name}, it has {len(entries)}")
+    entry = entries[0]
+    if (entry["height"], entry["width"]) != tuple(size):
+        stated, found = f"{entry['width']}x{entry['height']}", f"{size[1]}x{size[0]}"
+        raise ValueError(f"{json_path} says that {name} is {stated} pixels, but the image is {found}")
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    truths = []
+    for annotation in content["annotations"]:
+        if annotation["image_id"] == entry["id"] and not annotation.get("iscrowd", 0):
+            box = BoxMode.convert(annotation["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+            truths.append(Truth(class_index(names[annotation["category_id"]], class_names), tuple(map(float, box))))
+    return truths
+
+
+def match_truth(recording: Recording, truths: Sequence[Truth], matcher: HungarianMatcher) -> list[Truth]:
+    """Give every object the query that training would give it after the last decoder layer."""
+    if not truths:
+        return []
+    boxes = torch.tensor([truth.box for truth in truths])
+    scale = torch.tensor([recording.width, recording.height] * 2)
+    target = {
+        "labels": torch.tensor([truth.label for truth in truths]),
+        "boxes": box_convert(boxes / scale, "xyxy", "cxcywh"),
+    }
+    ((queries, objects),) = matcher(recording.pred_logits[-1:], recording.pred_boxes[-1:], [target])
+    matched = list(truths)
+    for query, index in zip(queries.tolist(), objects.tolist(), strict=True):
+        iou = box_iou(recording.boxes[-1, query][None], boxes[index][None]).item()
+        matched[index] = truths[index]._replace(query=query, iou=iou)
+    return matched
