@@ -154,7 +154,10 @@ setup(
     # A wheel carries the configurations along, for model_zoo to find; in a checkout they are at the top.
     packages=[*find_packages("projects"), "deformable_detr.model_zoo.configs"],
     package_dir={"": "projects", "deformable_detr.model_zoo.configs": "configs"},
-    package_data={"deformable_detr.model_zoo.configs": ["*/*.yaml", "*/*.py"]},
+    package_data={
+        "deformable_detr.model_zoo.configs": ["*/*.yaml", "*/*.py"],
+        "deformable_detr.explain": ["page.html"],
+    },
     install_requires=[
         "detectron2",
         "torch>=2.4",
@@ -166,10 +169,14 @@ setup(
         "scipy",
         "opencv-python",
         "numpy",
+        "matplotlib",
+        "pillow",
         "safetensors",
         "tabulate",
+        "tqdm",
     ],
     extras_require={
+        "onnx": ["onnx", "onnxruntime", "onnxscript"],
         "test": [
             "pytest",
             "pytest-timeout",
@@ -178,7 +185,9 @@ setup(
             "timm",
             "ruff",
             "clang-format",
-            "matplotlib",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
             "tensorboard",
         ]
     },

@@ -1,0 +1,104 @@
+"""Exports a model as a program: ``python -m deformable_detr.export`` (see ``--help``)."""
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+from detectron2.data.detection_utils import read_image
+
+from ..loading import add_model_arguments, load_model
+from .agreement import TOLERANCE, DisagreementError
+from .exporter import FORMATS, export_model
+from .onnx_format import DEFAULT_OPSET, NEWEST_OPSET, OLDEST_OPSET
+from .program import InputShape
+
+DESCRIPTION = """Exports a model as a program that runs without this package.
+
+input   images       (N, 3, H, W) uint8, RGB, resized, each in the top left corner of the canvas
+        image_sizes  (N, 2) int64, height and width of each image without its padding
+output  boxes        (N, k, 4) float32, xyxy in [0, 1] of each image without its padding
+        scores       (N, k) float32, best first
+        labels       (N, k) int64
+The file holds the class names and the sizes to resize to. It gets its name after it has agreed with the model."""
+EPILOG = """examples:
+  python -m deformable_detr.export --model output/demo --format onnx --output model.onnx
+  python tools/run_onnx.py photo.jpg --model model.onnx
+  python -m deformable_detr.export --model output/demo --format onnx --fixed-size 800 1333 --batch 1
+
+formats:
+  onnx          batch and image size are dynamic. --op custom leaves nodes deformable_detr::MSDeformAttn in it, for
+                runtimes to which you have added that op.
+  torch_export  for torch.export.load and AOTInductor; batch and image size are dynamic. --op custom leaves
+                deformable_detr::ms_deform_attn in it: import deformable_detr.layers before loading.
+  torchscript   for torch.jit.load and LibTorch; sizes are fixed, by default batch 1 and the config's test size as
+                height and width. PyTorch has deprecated TorchScript: prefer torch_export where you can choose."""
+
+
+def parse_args(args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m deformable_detr.export",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument("--output", type=Path, help="file to write (default: model with the suffix of the format)")
+    parser.add_argument(
+        "--opset", type=int, help=f"of ONNX, {OLDEST_OPSET} to {NEWEST_OPSET} (default: {DEFAULT_OPSET})"
+    )
+    parser.add_argument("--fixed-size", type=int, nargs=2, metavar=("H", "W"), help="constant height and width, pixels")
+    parser.add_argument("--batch", type=int, metavar="N", help="constant number of images")
+    parser.add_argument(
+        "--op",
+        choices=("decomposed", "custom"),
+        default="decomposed",
+        help="ms_deform_attn as grid_sample, which every runtime has (default), or as a node of its own",
+    )
+    parser.add_argument(
+        "--check", nargs="+", default=[], metavar="IMAGE", help="images to compare on (default: two that are drawn)"
+    )
+    return parser.parse_args(args)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit status: 1 for a program that disagrees with the model, 2 for input that cannot work."""
+    start = time.perf_counter()
+    path = args.output or Path("model").with_suffix(FORMATS[args.format].suffix)
+    size = None if args.fixed_size is None else tuple(args.fixed_size)
+    shape = InputShape(args.batch, size) if args.batch is not None or size is not None else None
+    try:
+        pictures = [read_image(image, "RGB") for image in args.check]
+        loaded = load_model(args.model, args.weights, device=args.device, opts=args.opts)
+        differences = export_model(
+            loaded,
+            path,
+            format_name=args.format,
+            shape=shape,
+            decompose=args.op == "decomposed",
+            opset=args.opset,
+            pictures=pictures,
+        )
+    except DisagreementError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (OSError, KeyError, ValueError, ModuleNotFoundError) as error:
+        # A KeyError's text would come in quotes.
+        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 2
+    boxes, scores = max(d.boxes for d in differences), max(d.scores for d in differences)
+    print(
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - start:.0f} s. Largest difference to the "
+        f"model in {len(differences)} batches: boxes {boxes:.1e}, scores {scores:.1e} (at most {TOLERANCE:g})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("deformable_detr.export").setLevel(logging.INFO)
+    # It warns of every constant that it leaves alone.
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    sys.exit(main(parse_args()))

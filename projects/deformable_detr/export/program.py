@@ -1,0 +1,129 @@
+"""The model as one function of tensors, and its capture by torch.export: where every exported format starts.
+
+Shapes: N images on a canvas of (H, W) pixels, Lq queries, K classes, k detections.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
+from torchvision.ops import box_convert
+
+from ..layers import ms_deform_attn_pytorch
+from ..modeling import DeformableDETR
+
+# The longest side, in pixels, that a program of dynamic size accepts; torch.export asks for a limit.
+MAX_SIDE = 2**14
+# Images in the example that a dynamic batch is captured with. Not 1, which would be taken for a constant, nor 2:
+# some decompositions compare strides, and 2 * C is both two images and the position and content of one query.
+EXAMPLE_BATCH = 3
+
+
+class DetectionProgram(nn.Module):
+    """What an exported file computes: images in, the best detections out, post-processing included.
+
+    The input is RGB whatever channel order the model was trained in. What stands in the padding does not matter.
+    """
+
+    def __init__(self, model: DeformableDETR) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Detect.
+
+        Args:
+            images: (N, 3, H, W) uint8, RGB, resized for the model, each in the top left corner of the canvas.
+            image_sizes: (N, 2) int64, height and width of each image in pixels, without its padding.
+
+        Returns:
+            Boxes (N, k, 4) float32, xyxy in [0, 1] of each image without its padding (times its original width and
+            height they are pixels of the original); scores (N, k) float32, best first; labels (N, k) int64. A query
+            may appear with several classes; k is ``test_topk_per_image``, less for very small images.
+        """
+        outputs = self.predict(images, image_sizes)
+        return self.model.select_detections(outputs["pred_logits"][-1], outputs["pred_boxes"][-1])
+
+    def predict(self, images: Tensor, image_sizes: Tensor) -> dict[str, Tensor]:
+        """What the model predicts before the best are selected; see ``DeformableDETR.predict_raw``."""
+        if self.model.input_format == "BGR":
+            images = images.flip(1)
+        normalised = (images - self.model.pixel_mean) / self.model.pixel_std
+        inside = _inside(images, image_sizes)
+        return self.model.predict_padded(normalised * inside, image_sizes, all_proposals=False)
+
+    def scores_and_boxes(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (N, Lq, K) of all classes and boxes (N, Lq, 4) xyxy in [0, 1] of all queries."""
+        outputs = self.predict(images, image_sizes)
+        return outputs["pred_logits"][-1].float().sigmoid(), box_convert(outputs["pred_boxes"][-1], "cxcywh", "xyxy")
+
+
+def _inside(images: Tensor, image_sizes: Tensor) -> Tensor:
+    """(N, 1, H, W) bool, False at padding."""
+    height, width = images.shape[-2:]
+    rows = torch.arange(height, device=images.device) < image_sizes[:, :1]
+    columns = torch.arange(width, device=images.device) < image_sizes[:, 1:]
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """Which input sizes are constants of a program; None is dynamic.
+
+    Attributes:
+        batch: N.
+        size: (H, W) of the canvas in pixels.
+    """
+
+    batch: int | None = None
+    size: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        height, width = self.size or ("height", "width")
+        return f"{self.batch or 'batch'} x 3 x {height} x {width}"
+
+
+def capture(program: DetectionProgram, shape: InputShape, *, decompose: bool) -> ExportedProgram:
+    """Record the program with torch.export.
+
+    Args:
+        shape: the sizes to keep dynamic.
+        decompose: write ms_deform_attn out as grid_sample, which every runtime has; otherwise it stays the op
+            ``deformable_detr::ms_deform_attn``, which the runtime must know.
+    """
+    stride = coarsest_stride(program.model)
+    height, width = shape.size or (3 * stride + 8, 4 * stride + 8)
+    batch = shape.batch or EXAMPLE_BATCH
+    device = program.model.device
+    images = torch.zeros(batch, 3, height, width, dtype=torch.uint8, device=device)
+    image_sizes = torch.tensor([[height, width]] * batch, device=device)
+    dims = {}
+    if shape.batch is None:
+        dims[0] = Dim("batch", max=MAX_SIDE)
+    of_images = dict(dims)
+    if shape.size is None:
+        # A level of one row or column would be captured as a constant: broadcasting treats size 1 specially.
+        of_images |= {2: Dim("height", min=stride + 1, max=MAX_SIDE), 3: Dim("width", min=stride + 1, max=MAX_SIDE)}
+    mode = _Decompose() if decompose else contextlib.nullcontext()
+    with torch.no_grad(), mode:
+        return torch.export.export(program, (images, image_sizes), dynamic_shapes=(of_images, dims))
+
+
+def coarsest_stride(model: DeformableDETR) -> int:
+    """Stride in pixels of the coarsest feature level."""
+    return max(shape.stride for shape in model.backbone.output_shape().values())
+
+
+class _Decompose(TorchFunctionMode):
+    """While active, calls of the op run its grid_sample twin, so that tracing records that one."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        op = torch.ops.deformable_detr.ms_deform_attn
+        if func not in (op, op.default):
+            return func(*args, **(kwargs or {}))
+        value, shapes, locations, weights = args
+        pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
+        return ms_deform_attn_pytorch(value, pairs, locations, weights)

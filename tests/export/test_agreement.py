@@ -1,0 +1,72 @@
+"""Exact comparison of detections whose order is free where scores are equal."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from deformable_detr.export.agreement import compare_detections, draw_pictures, pad_images, prepare_images
+
+# One image, three queries, two classes.
+SCORES = torch.tensor([[[0.9, 0.1], [0.5, 0.2], [0.3, 0.5]]])
+BOXES = torch.tensor([[[0.1, 0.1, 0.4, 0.4], [0.2, 0.2, 0.6, 0.6], [0.5, 0.5, 0.9, 0.9]]])
+
+
+def detections(*chosen):
+    """The given (query, class) pairs as a program would return them."""
+    queries, classes = (torch.tensor(indices) for indices in zip(*chosen, strict=True))
+    return BOXES[:, queries].clone(), SCORES[:, queries, classes].clone(), classes[None]
+
+
+@pytest.mark.parametrize("chosen", [((0, 0), (1, 0), (2, 1)), ((0, 0), (2, 1), (1, 0)), ((0, 0), (2, 1)), ((0, 0),)])
+def test_equal_scores_may_come_in_any_order_and_either_may_be_the_last(chosen):
+    difference = compare_detections(detections(*chosen), (SCORES, BOXES))
+    assert difference.boxes == difference.scores == 0
+
+
+def test_the_largest_deviation_of_boxes_and_of_scores_is_told():
+    boxes, scores, labels = detections((0, 0), (1, 0), (2, 1))
+    boxes[0, 1, 3] += 0.02
+    boxes[0, 2, 0] -= 0.05
+    scores[0, 0] += 0.03
+    difference = compare_detections((boxes, scores, labels), (SCORES, BOXES))
+    assert difference.boxes == pytest.approx(0.05) and difference.scores == pytest.approx(0.03)
+
+
+def test_a_detection_that_is_given_twice_is_no_agreement():
+    boxes, scores, labels = detections((0, 0), (1, 0), (1, 0))
+    assert compare_detections((boxes, scores, labels), (SCORES, BOXES)).boxes == math.inf
+
+
+def test_a_wrong_class_is_no_agreement():
+    boxes, scores, labels = detections((0, 0), (1, 0))
+    assert compare_detections((boxes, scores, 1 - labels), (SCORES, BOXES)).boxes == math.inf
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_nan_is_no_agreement(part):
+    result = detections((0, 0), (1, 0))
+    result[part].flatten()[0] = math.nan
+    assert not compare_detections(result, (SCORES, BOXES)).boxes <= 1
+
+
+def test_a_missed_best_detection_is_a_difference_of_scores():
+    difference = compare_detections(detections((1, 0), (2, 1)), (SCORES, BOXES))
+    assert difference.scores == pytest.approx(0.4)
+
+
+def test_images_stand_in_the_top_left_corner_of_their_canvas():
+    images = [np.full((2, 3, 3), 7, np.uint8), np.full((3, 1, 3), 9, np.uint8)]
+    batch, image_sizes = pad_images(images, (3, 4))
+    assert image_sizes.tolist() == [[2, 3], [3, 1]]
+    assert batch[0, 0].tolist() == [[7, 7, 7, 0], [7, 7, 7, 0], [0, 0, 0, 0]]
+    assert batch[1, 2].tolist() == [[9, 0, 0, 0]] * 3
+
+
+def test_pictures_fit_a_fixed_canvas_and_are_of_two_sizes(tiny_model):
+    resize = tiny_model().resize
+    assert [image.shape[:2] for image in prepare_images(draw_pictures(), resize, None)] == [(64, 85), (96, 64)]
+    for pictures in (draw_pictures(), draw_pictures()[:1]):
+        first, second = (image.shape[:2] for image in prepare_images(pictures, resize, (64, 70)))
+        assert first == (52, 70) and second != first and max(second) <= 64

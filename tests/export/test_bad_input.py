@@ -1,0 +1,70 @@
+"""Arguments of the command line that cannot work are named before anything takes long."""
+
+import pytest
+
+from deformable_detr.export import onnx_format
+from deformable_detr.export.__main__ import main, parse_args
+
+
+@pytest.fixture
+def fails(tiny_yaml, tmp_path, capsys, monkeypatch):
+    """A function that runs the command with flags, and returns its error message and leaves no file."""
+
+    def run(*flags, output="model.onnx"):
+        monkeypatch.chdir(tmp_path)
+        _, path, *opts = tiny_yaml()
+        required = ["--model", path, "--weights", "", "--device", "cpu"]
+        target = [] if output is None else ["--output", str(tmp_path / output)]
+        before = sorted(tmp_path.rglob("*"))
+        assert main(parse_args([*required, *target, *flags, "--opts", *opts])) == 2
+        assert sorted(tmp_path.rglob("*")) == before
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("opset", [15, 24])
+def test_opset_out_of_range(opset, fails):
+    assert f"opset must be from 18 to 23, got {opset}" in fails("--format", "onnx", "--opset", str(opset))
+
+
+def test_opset_of_another_format(fails):
+    message = fails("--format", "torch_export", "--opset", "20", output="model.pt2")
+    assert "opset 20 was given, but only ONNX has opsets" in message
+
+
+def test_suffix_of_another_format(fails):
+    message = fails("--format", "torchscript")
+    assert "the output must end in .pt, got " in message and "model.onnx" in message
+
+
+def test_missing_output_folder(fails):
+    assert "missing" in fails("--format", "onnx", output="missing/model.onnx")
+
+
+def test_output_folder_that_is_a_file(fails, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in fails("--format", "onnx", output="file/model.onnx")
+
+
+def test_size_below_the_coarsest_stride(fails):
+    message = fails("--format", "onnx", "--fixed-size", "32", "800")
+    assert "height and width must be at least 64 pixels, the stride of the coarsest level, got 32 800" in message
+
+
+def test_batch_without_images(fails):
+    assert "batch must be at least 1, got 0" in fails("--format", "onnx", "--batch", "0")
+
+
+def test_missing_package(fails, monkeypatch):
+    monkeypatch.setattr(onnx_format, "_PACKAGES", ("onnx", "no_such_package"))
+    assert "ONNX needs no_such_package: pip install no_such_package" in fails("--format", "onnx")
+
+
+def test_missing_image(fails, tmp_path):
+    assert "no.jpg" in fails("--format", "onnx", "--check", "no.jpg")
+
+
+def test_unknown_model(capsys):
+    assert main(parse_args(["--model", "deformable_detr_R_51", "--format", "onnx"])) == 2
+    assert "deformable_detr_R_50_two_stage" in capsys.readouterr().err

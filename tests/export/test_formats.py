@@ -1,0 +1,141 @@
+"""Files of every format, written, read again and compared, through the command line."""
+
+import ast
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from deformable_detr.data import ResizeShortestEdge
+from deformable_detr.export import DisagreementError, InputShape, export_model, exporter
+from deformable_detr.export.agreement import draw_pictures
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+RUN_ONNX = Path(__file__).parents[2] / "tools" / "run_onnx.py"
+
+
+def sizes(values):
+    return {value.name: value.shape for value in values}
+
+
+def test_onnx_has_dynamic_sizes_and_detects_without_torch_what_the_model_detects(tiny_model, tmp_path):
+    # Without refinement all decoder layers share their references, on which onnxscript's optimiser stumbles.
+    loaded, path = tiny_model("_single_scale"), tmp_path / "model.onnx"
+    differences = export_model(loaded, path, format_name="onnx")
+    assert len(differences) == 3 and max(d.boxes for d in differences) < 1e-4
+
+    session = onnxruntime.InferenceSession(path)
+    assert sizes(session.get_inputs()) == {"images": ["batch", 3, "height", "width"], "image_sizes": ["batch", 2]}
+    assert sizes(session.get_outputs())["boxes"] == ["batch", 100, 4]
+
+    picture = draw_pictures()[1]
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    command = [sys.executable, RUN_ONNX, "picture.png", "--model", path, "--score", "0", "--output", "found.png"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    lines = [line.split() for line in done.stdout.splitlines()[:-1]]
+
+    resized = loaded.resize.augs[0].get_transform(picture).apply_image(picture)
+    inputs = {"image": torch.from_numpy(resized.transpose(2, 0, 1).copy()), "height": 600, "width": 400}
+    with torch.no_grad():
+        expected = loaded.model([inputs])[0]["instances"]
+    boxes = [[float(number) for number in line[-4:]] for line in lines]
+    np.testing.assert_allclose(boxes, expected.pred_boxes.tensor.numpy(), atol=0.2)
+    np.testing.assert_allclose([float(line[0]) for line in lines], expected.scores.numpy(), atol=1e-3)
+    names = [loaded.class_names[label] for label in expected.pred_classes]
+    assert [" ".join(line[1:-4]) for line in lines] == names
+    assert Image.open(tmp_path / "found.png").size == (400, 600)
+
+
+def test_onnx_of_a_fixed_size_and_an_older_opset(tiny_model, tmp_path):
+    path = tmp_path / "model.onnx"
+    export_model(tiny_model("_two_stage"), path, format_name="onnx", shape=InputShape(1, (64, 96)), opset=18)
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    assert [opset.version for opset in model.opset_import if not opset.domain] == [18]
+    assert sizes(onnxruntime.InferenceSession(path).get_inputs())["images"] == [1, 3, 64, 96]
+
+
+def test_onnx_with_the_op_as_a_node(tiny_model, tmp_path):
+    path = tmp_path / "model.onnx"
+    shape = InputShape(2, (64, 96))
+    export_model(tiny_model("_single_scale_dc5"), path, format_name="onnx", shape=shape, decompose=False)
+    nodes = [node for node in onnx.load(path).graph.node if node.domain == "deformable_detr"]
+    assert [node.op_type for node in nodes] == ["MSDeformAttn"] * 3
+    assert [len(node.input) for node in nodes] == [4] * 3
+
+
+LOAD_WITHOUT_THIS_PACKAGE = """
+    import sys, torch
+    extra = dict.fromkeys(("class_names", "min_size", "max_size"), "")
+    if sys.argv[1].endswith(".pt2"):
+        run = torch.export.load(sys.argv[1], extra_files=extra).module()
+    else:
+        run = torch.jit.load(sys.argv[1], _extra_files=extra)
+    boxes, scores, labels = run(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), torch.tensor([[64, 80]]))
+    assert boxes.shape == (1, 100, 4) and scores.shape == labels.shape == (1, 100)
+    assert "deformable_detr" not in sys.modules
+    text = extra["max_size"]
+    print(text if isinstance(text, str) else text.decode())
+"""
+
+
+@pytest.mark.parametrize("format_name", ["torch_export", "torchscript"])
+def test_formats_of_pytorch_load_without_this_package(format_name, tiny_model, tmp_path):
+    path = tmp_path / f"model{exporter.FORMATS[format_name].suffix}"
+    loaded = tiny_model("_single_scale")
+    shape = None if format_name == "torchscript" else InputShape(1, (64, 96))
+    differences = export_model(loaded, path, format_name=format_name, shape=shape)
+    assert len(differences) == 2
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(LOAD_WITHOUT_THIS_PACKAGE), path]
+    assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == 96
+
+
+def test_torchscript_keeps_the_op_on_demand(tiny_model, tmp_path):
+    shape = InputShape(2, (64, 96))
+    loaded, path = tiny_model("_two_stage"), tmp_path / "model.pt"
+    differences = export_model(loaded, path, format_name="torchscript", shape=shape, decompose=False)
+    assert differences[0].boxes < 1e-5
+
+
+def test_a_program_that_disagrees_is_an_error_and_leaves_no_file(tiny_model, tmp_path, monkeypatch):
+    kind = exporter.FORMATS["torchscript"]
+
+    def load_wrongly(path):
+        run = kind.load(path)
+        return lambda *arguments: (run(*arguments)[0] + 0.002, *run(*arguments)[1:])
+
+    monkeypatch.setitem(exporter.FORMATS, "torchscript", exporter.Format(".pt", kind.write, load_wrongly, False))
+    with pytest.raises(DisagreementError, match="differs from the model for 64x85 on a canvas of 64x96: boxes 2.0e-03"):
+        export_model(tiny_model("_single_scale"), tmp_path / "model.pt", format_name="torchscript")
+    assert list(tmp_path.glob("*.pt")) == []
+
+
+def load_run_onnx():
+    namespace = {"__name__": "run_onnx"}
+    exec(compile(RUN_ONNX.read_text(encoding="utf-8"), RUN_ONNX, "exec"), namespace)
+    return namespace
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 1000), st.integers(1, 1500))
+def test_the_example_resizes_as_the_evaluation_does(width, height, min_size, max_size):
+    resized_size = load_run_onnx()["resized_size"]
+    rows, columns = ResizeShortestEdge.get_output_shape(height, width, min_size, max_size)
+    assert resized_size(width, height, min_size=min_size, max_size=max_size) == (columns, rows)
+
+
+def test_the_example_needs_neither_torch_nor_detectron2():
+    tree = ast.parse(RUN_ONNX.read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in imports}
+    assert {name for name in modules if name not in sys.stdlib_module_names} == {"numpy", "onnxruntime", "PIL"}

@@ -1,0 +1,117 @@
+"""Detects with a file of ``python -m deformable_detr.export --format onnx``, and draws what it finds.
+
+Needs onnxruntime, NumPy and Pillow only; copy it into your own program.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageDraw, ImageOps
+
+
+class Detection(NamedTuple):
+    """One object: its class, score and box (x0, y0, x1, y1) in pixels of the original image."""
+
+    name: str
+    score: float
+    box: tuple[float, ...]
+
+
+def resized_size(width: int, height: int, *, min_size: int, max_size: int) -> tuple[int, int]:
+    """(width, height) with a short side of ``min_size``, or a long side of ``max_size`` where that is smaller.
+
+    Rounded as in the evaluation of the model. ``min_size`` 0 keeps the size.
+    """
+    if min_size == 0:
+        return width, height
+    short, long = sorted((width, height))
+    if long / short * min_size > max_size:
+        min_size = round(max_size * short / long)
+    short, long = max(1, min_size), max(1, int(min_size * long / short))
+    return (short, long) if width <= height else (long, short)
+
+
+def prepare(image: Image.Image, canvas: list[int | str], metadata: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Resize, and pad where the model has a fixed canvas.
+
+    Args:
+        image: RGB.
+        canvas: shape of the model's input "images", (N, 3, H, W); names stand for dynamic sizes.
+        metadata: "min_size" and "max_size" in pixels.
+
+    Returns:
+        images (1, 3, H, W) uint8 and image_sizes (1, 2) int64.
+    """
+    width, height = resized_size(*image.size, min_size=metadata["min_size"], max_size=metadata["max_size"])
+    rows, columns = (
+        own if isinstance(size, str) else size for own, size in zip((height, width), canvas[2:], strict=True)
+    )
+    scale = min(1.0, rows / height, columns / width)
+    width, height = max(1, int(width * scale)), max(1, int(height * scale))
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    images = np.zeros((1, 3, rows, columns), dtype=np.uint8)
+    images[0, :, :height, :width] = pixels.transpose(2, 0, 1)
+    return images, np.array([[height, width]])
+
+
+def detect(session: onnxruntime.InferenceSession, image: Image.Image, *, min_score: float) -> list[Detection]:
+    """Objects in an RGB image, best first.
+
+    Raises:
+        ValueError: if the model takes batches of a fixed size above 1.
+    """
+    stored = session.get_modelmeta().custom_metadata_map
+    metadata = {key: json.loads(stored[key]) for key in ("class_names", "min_size", "max_size")}
+    shape = session.get_inputs()[0].shape
+    if shape[0] not in (1, "batch"):
+        raise ValueError(f"the model takes {shape[0]} images at a time, this program one: export it with --batch 1")
+    images, image_sizes = prepare(image, shape, metadata)
+    boxes, scores, labels = session.run(None, {"images": images, "image_sizes": image_sizes})
+    # Boxes are relative to the image: times its original size they are pixels of it.
+    boxes = boxes[0] * np.array([image.width, image.height] * 2)
+    found = zip(labels[0], scores[0], boxes, strict=True)
+    names = metadata["class_names"]
+    return [
+        Detection(names[label], float(score), tuple(box.tolist())) for label, score, box in found if score >= min_score
+    ]
+
+
+def draw(image: Image.Image, detections: list[Detection]) -> Image.Image:
+    """A copy of the image with boxes, names and scores."""
+    image = image.copy()
+    canvas = ImageDraw.Draw(image)
+    for name, score, (x0, y0, x1, y1) in reversed(detections):
+        # Boxes may reach beyond the image, and have no area, but never a negative one.
+        canvas.rectangle((x0, y0, x1, y1), outline=(255, 64, 0), width=2)
+        text, corner = f"{name} {score:.2f}", (max(x0, 0), max(y0, 0))
+        canvas.rectangle(canvas.textbbox(corner, text), fill=(255, 64, 0))
+        canvas.text(corner, text, fill=(255, 255, 255))
+    return image
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("image", type=Path)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--score", type=float, default=0.5, help="lowest score to show (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("detections.jpg"), help="default: %(default)s")
+    args = parser.parse_args()
+    for path in (args.image, args.model):
+        if not path.is_file():
+            sys.exit(f"error: there is no file {path}")
+    image = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
+    session = onnxruntime.InferenceSession(args.model, providers=onnxruntime.get_available_providers())
+    detections = detect(session, image, min_score=args.score)
+    for name, score, box in detections:
+        print(f"{score:.3f} {name:20} " + " ".join(f"{value:7.1f}" for value in box))
+    draw(image, detections).save(args.output)
+    print(f"{len(detections)} detections with a score of at least {args.score:g}: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
