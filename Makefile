@@ -8,11 +8,12 @@ ENVIRONMENT := $(VENV)/.environment
 OPERATOR := $(VENV)/.operator
 CSRC := $(wildcard $(foreach suffix,h cuh cpp cu,csrc/*.$(suffix) csrc/*/*.$(suffix)))
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test stress lint format clean
 
 help:
 	@echo "make demo     train a small Deformable DETR on generated data, evaluate it, draw its detections"
 	@echo "make test     lint and run every test"
+	@echo "make stress   reliability figures: fuzzing, kills, memory, broken data (about an hour)"
 	@echo "make setup    only create $(VENV), install PyTorch and Detectron2, build the operator"
 	@echo "make lint     check the style of Python, C++ and CUDA;  make format applies it"
 	@echo "make clean    remove what was built and drawn (not $(VENV): remove that to start afresh)"
@@ -25,6 +26,10 @@ demo: $(OPERATOR)
 
 test: lint $(OPERATOR)
 	$(BIN)/python -m pytest
+
+# Not part of `make test`, which runs the same tests at a small size.
+stress: $(OPERATOR)
+	$(BIN)/python -m pytest tests/stress --stress --timeout 3600
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check
