@@ -2,18 +2,19 @@
 runs.
 
 Everything goes through the same commands that a user types: ``tools/make_shapes_dataset.py``,
-``train_net.py`` and ``python -m deformable_detr.visualization``. Interrupted and called again, it goes on
-from the last checkpoint; ``--fresh`` starts over.
+``train_net.py`` and ``python -m deformable_detr.report``. Interrupted and called again, it goes on from the
+last checkpoint; ``--fresh`` starts over.
 """
 
 import argparse
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from deformable_detr.visualization import read_metrics
+from deformable_detr.report.metrics import read_metrics, training_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/quick_schedules/shapes_two_stage.yaml"
@@ -25,10 +26,14 @@ def run(command: list[str]) -> None:
     """Runs a Python command line in the repository root, its output passed on as it comes.
 
     Raises:
-        SystemExit: the command failed; with its exit status.
+        SystemExit: the command failed, with its exit status; or Ctrl-C was pressed, with 130.
     """
     print("$ python " + shlex.join(command), flush=True)
-    status = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+    try:
+        status = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+    except KeyboardInterrupt:
+        print("\nInterrupted. Called again, the demo goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     if status:
         # A process ended by a signal has a negative status, which a shell writes as 128 + signal.
         sys.exit(status if status > 0 else 128 - status)
@@ -37,13 +42,6 @@ def run(command: list[str]) -> None:
 def train_command(data_flags: list[str], output_dir: str | Path, *extra: str) -> list[str]:
     """Returns the arguments to Python that train and evaluate the demo's model on COCO-format data."""
     return ["train_net.py", "--config-file", CONFIG, *data_flags, *extra, "OUTPUT_DIR", str(output_dir)]
-
-
-def training_seconds(metrics: dict[int, dict[str, float]]) -> float:
-    """Returns the time that all iterations took, those of interrupted calls included."""
-    timed = [(iteration, row["time"]) for iteration, row in metrics.items() if "time" in row]
-    starts = [-1] + [iteration for iteration, _ in timed]
-    return sum(seconds * (end - start) for start, (end, seconds) in zip(starts, timed, strict=False))
 
 
 def summarize(output: Path) -> str:
@@ -63,8 +61,8 @@ def summarize(output: Path) -> str:
             "",
             f"Held-out images: AP {final['bbox/AP']:.1f}, AP50 {final['bbox/AP50']:.1f}",
             f"Training took {training_seconds(metrics):.0f} s. Checkpoint: {output / 'model_final.pth'}",
-            f"Curves:     {output / 'training_curves.png'}",
-            f"Detections: {output / 'detections.png'}",
+            f"Report, open it in a browser: {output / 'report.html'}",
+            f"Detections on one sheet: {output / 'detections.png'}",
             "The same on COCO-format data of your own:",
             f"  {shlex.join(['python', *own])}",
         ]
@@ -85,7 +83,7 @@ def main() -> None:
     data_flags = ["--train-json", f"{dataset}/train.json", "--train-images", f"{dataset}/train", *val_flags]
     resume = ["--resume"] if (output / "last_checkpoint").exists() else []
     run(train_command(data_flags, args.output, *resume))
-    run(["-m", "deformable_detr.visualization", str(args.output), *val_flags])
+    run(["-m", "deformable_detr.report", str(args.output), "--sheet", str(args.output / "detections.png")])
     print(summarize(args.output))
 
 

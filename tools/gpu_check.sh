@@ -17,13 +17,14 @@
 # Needs nvcc and a Python (PYTHON, default python3) with torch, pytest, setuptools and tabulate. LIMIT: seconds for a
 # stage (570). DEVICE=cpu tries the stages without a GPU, as far as they go; ITERATIONS and ROUNDS make them shorter.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+script=$(realpath "$0")
 stages="install build tests sanitize benchmark amp train"
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
-if [ $# -eq 0 ]; then sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
+if [ $# -eq 0 ]; then sed -n '2,/^set/s/^# \{0,1\}//p' "$script" >&2; exit 2; fi
 out=$(realpath -m "$1")
 shift
+cd "$(dirname "$script")/.."
 
 # The operator needs torch alone: a package without the __init__ that imports Detectron2 lets it run everywhere.
 stage_operator() {
@@ -153,7 +154,7 @@ if [ "$device" = cuda ]; then nvidia-smi > "$out/nvidia-smi.txt"; fi
 failed=0
 for stage in "$@"; do
     start=$SECONDS status=0
-    timeout --kill-after 10 "${LIMIT:-570}" bash "$0" "$out" --run "$stage" > "$out/$stage.txt" 2>&1 || status=$?
+    timeout --kill-after 10 "${LIMIT:-570}" bash "$script" "$out" --run "$stage" > "$out/$stage.txt" 2>&1 || status=$?
     case $status in
         0) result=passed ;;
         77) result=skipped ;;

@@ -19,8 +19,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+VERSION = 2  # of the pictures: one seed gives others than in version 1, so what that left is drawn again
 CATEGORIES = {"circle": 1, "square": 3, "triangle": 7}
-IMAGE_SIDES = (144, 232)  # px, both sides are drawn from this range
+# px. Scaled to a short side of 96, as the demo does, these become 96, 128 and 160: multiples of the coarsest stride.
+# Padding masks are sampled at the nearest pixel, as in the official code, and count a cell that is partly image as a
+# whole one: with other sides that visibly shifts all boxes, as a map here has three to five cells.
+SHORT_SIDE = 144
+LONG_SIDES = (144, 192, 240)
 MIN_RADIUS = 13.0  # px
 MAX_RADIUS = 0.32  # of the shorter image side
 NUM_OBJECTS = (2, 7)  # tried; one that hides too much of others is left out
@@ -106,7 +111,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[dict]]:
         the uint8 RGB image (height, width, 3), and per object a dict with COCO's ``category_id``, ``bbox``
         (x, y, width, height of the visible part, in pixels), ``area`` (visible pixels) and ``iscrowd``.
     """
-    height, width = rng.integers(IMAGE_SIDES[0], IMAGE_SIDES[1] + 1, size=2)
+    height, width = rng.permutation([SHORT_SIDE, rng.choice(LONG_SIDES)])
     image = draw_background(rng, height, width)
     num_objects = 0 if rng.random() < EMPTY_FRACTION else rng.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1)
     names, areas, visible = [], [], []
@@ -148,7 +153,7 @@ def write_split(output: Path, name: str, num_images: int, *, seed: int, split: i
         False where exactly this split was there already and nothing had to be done.
     """
     annotation_file = output / f"{name}.json"
-    info = {"description": "coloured shapes", "split": name, "num_images": num_images, "seed": seed}
+    info = {"description": "coloured shapes", "version": VERSION, "split": name, "num_images": num_images, "seed": seed}
     if annotation_file.exists() and json.loads(annotation_file.read_text())["info"] == info:
         return False
     (output / name).mkdir(parents=True, exist_ok=True)

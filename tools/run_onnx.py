@@ -32,7 +32,8 @@ def resized_size(width: int, height: int, *, min_size: int, max_size: int) -> tu
     short, long = sorted((width, height))
     if long / short * min_size > max_size:
         min_size = round(max_size * short / long)
-    short, long = max(1, min_size), max(1, int(min_size * long / short))
+    # Of an image that is one line, the short side is rounded to nothing.
+    short, long = (min_size, int(min_size * long / short)) if min_size else (1, max_size)
     return (short, long) if width <= height else (long, short)
 
 
@@ -104,12 +105,15 @@ def main() -> None:
     for path in (args.image, args.model):
         if not path.is_file():
             sys.exit(f"error: there is no file {path}")
-    image = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
     session = onnxruntime.InferenceSession(args.model, providers=onnxruntime.get_available_providers())
-    detections = detect(session, image, min_score=args.score)
-    for name, score, box in detections:
-        print(f"{score:.3f} {name:20} " + " ".join(f"{value:7.1f}" for value in box))
-    draw(image, detections).save(args.output)
+    try:
+        image = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
+        detections = detect(session, image, min_score=args.score)
+        for name, score, box in detections:
+            print(f"{score:.3f} {name:20} " + " ".join(f"{value:7.1f}" for value in box))
+        draw(image, detections).save(args.output)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     print(f"{len(detections)} detections with a score of at least {args.score:g}: {args.output}")
 
 

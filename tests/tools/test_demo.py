@@ -15,17 +15,13 @@ def write_metrics(folder, *rows):
     (folder / "metrics.json").write_text("\n".join(json.dumps(row) for row in rows))
 
 
-def test_training_time_counts_every_iteration_at_its_logged_speed():
-    metrics = {9: {"time": 0.5}, 29: {"time": 0.25}, 30: {"bbox/AP": 1.0}}
-    assert demo.training_seconds(metrics) == 10 * 0.5 + 20 * 0.25
-
-
 def test_summary_reports_the_last_evaluation(tmp_path):
     first, last = {"bbox/AP": 10.0, "bbox/AP50": 20.0}, {"bbox/AP": 50.04, "bbox/AP50": 80.06}
     write_metrics(tmp_path, {"iteration": 9, "time": 2.0, **first}, {"iteration": 10, **last})
     summary = demo.summarize(tmp_path)
     assert "AP 50.0, AP50 80.1" in summary
     assert "took 20 s" in summary
+    assert str(tmp_path / "report.html") in summary
 
 
 def test_run_without_an_ap50_fails(tmp_path):
@@ -43,6 +39,14 @@ def test_failing_command_ends_the_demo_with_its_status(code, status):
     assert failure.value.code == status
 
 
+def test_interrupt_ends_the_demo_with_one_sentence(capfd):
+    code = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
+    with pytest.raises(SystemExit) as ended:
+        demo.run(["-c", code])
+    assert ended.value.code == 130
+    assert capfd.readouterr().err == "\nInterrupted. Called again, the demo goes on from the last checkpoint.\n"
+
+
 def test_every_command_of_the_demo_runs_in_order_and_resumes_where_a_checkpoint_is(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(demo, "run", commands.append)
@@ -51,6 +55,7 @@ def test_every_command_of_the_demo_runs_in_order_and_resumes_where_a_checkpoint_
     demo.main()
     assert [command[0] for command in commands] == ["tools/make_shapes_dataset.py", "train_net.py", "-m"]
     assert "--resume" not in commands[1]
+    assert commands[2] == ["-m", "deformable_detr.report", str(tmp_path), "--sheet", str(tmp_path / "detections.png")]
     (tmp_path / "last_checkpoint").write_text("model_0000499.pth")
     demo.main()
     assert "--resume" in commands[4]

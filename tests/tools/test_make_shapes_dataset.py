@@ -5,8 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from detectron2.data.transforms import AugInput, AugmentationList
 from PIL import Image
 from pycocotools.coco import COCO
+
+from deformable_detr import load_config
+from deformable_detr.data import augmentation_from_config
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_shapes_dataset.py"
 _spec = importlib.util.spec_from_file_location("make_shapes_dataset", TOOL)
@@ -42,12 +46,24 @@ def test_every_box_lies_inside_its_image_and_holds_its_area(dataset):
         assert 0 < annotation["area"] <= width * height
 
 
-def test_every_file_exists_with_the_size_of_its_entry_and_sizes_vary(dataset):
+def test_every_file_exists_with_the_size_of_its_entry_and_every_size_occurs(dataset):
     entries = read(dataset, "train")["images"]
     for entry in entries:
         with Image.open(dataset / "train" / entry["file_name"]) as image:
             assert image.size == (entry["width"], entry["height"])
-    assert len({(entry["width"], entry["height"]) for entry in entries}) > NUM_TRAIN // 2
+    sizes = {(entry["width"], entry["height"]) for entry in entries}
+    assert sizes == {(144, 144), (144, 192), (192, 144), (144, 240), (240, 144)}
+
+
+def test_the_demo_scales_every_image_to_multiples_of_the_coarsest_stride():
+    cfg = load_config(str(TOOL.parents[1] / "configs" / "quick_schedules" / "shapes_two_stage.yaml"))
+    coarsest = 32
+    assert (cfg.MODEL.RESNETS.OUT_FEATURES[-1], cfg.MODEL.DEFORMABLE_DETR.NUM_FEATURE_LEVELS) == ("res4", 3)
+    for augmentation in (augmentation_from_config(cfg, is_train=is_train) for is_train in (True, False)):
+        for long_side in shapes.LONG_SIDES:
+            image = AugInput(np.zeros((shapes.SHORT_SIDE, long_side, 3), dtype=np.uint8))
+            AugmentationList(augmentation)(image)
+            assert [side % coarsest for side in image.image.shape[:2]] == [0, 0]
 
 
 def test_every_class_and_an_image_without_objects_are_present(dataset):
@@ -89,6 +105,13 @@ def test_a_complete_split_is_kept_and_another_request_replaces_it(tmp_path):
     assert shapes.write_split(tmp_path, "val", 2, seed=0, split=1)
     assert not shapes.write_split(tmp_path, "val", 2, seed=0, split=1)
     assert shapes.write_split(tmp_path, "val", 2, seed=5, split=1)
+
+
+def test_a_split_of_an_earlier_version_is_drawn_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr(shapes, "VERSION", 1)
+        shapes.write_split(tmp_path, "val", 2, seed=0, split=1)
+    assert shapes.write_split(tmp_path, "val", 2, seed=0, split=1)
 
 
 def test_pycocotools_reads_the_annotations(dataset):

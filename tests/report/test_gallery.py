@@ -1,14 +1,10 @@
-import json
-
 import numpy as np
 import pytest
-import torch
 from detectron2.data import Metadata
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import BoxMode
 from PIL import Image
 
-from deformable_detr.visualization import draw_gallery, load_coco_predictions
-from deformable_detr.visualization.gallery import PANEL_SIZE
+from deformable_detr.report.gallery import PANEL_SIZE, draw_pair, draw_sheet, group_coco_detections
 
 GRAY = (90, 90, 90)
 
@@ -32,23 +28,10 @@ def dataset_dicts(tmp_path):
     return dicts
 
 
-@pytest.fixture
-def results_file(tmp_path):
-    def write(*detections):
-        path = tmp_path / "coco_instances_results.json"
-        path.write_text(json.dumps(detections))
-        return path
-
-    return write
-
-
-def detections(*boxes, score=0.9):
-    """Detections of class 1 with boxes (xyxy) on a 100 x 50 image."""
-    instances = Instances((50, 100))
-    instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
-    instances.scores = torch.full((len(boxes),), score)
-    instances.pred_classes = torch.ones(len(boxes), dtype=torch.int64)
-    return instances
+def detection(*box, image_id=11, score=0.9, category_id=7):
+    """A detection in the COCO results format with a box given as xyxy; category 7 is class 1."""
+    x1, y1, x2, y2 = box
+    return {"image_id": image_id, "category_id": category_id, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
 
 
 def pixels_of(png):
@@ -56,28 +39,27 @@ def pixels_of(png):
         return np.asarray(picture.convert("RGB")).astype(int)
 
 
-def test_coco_results_become_instances_with_contiguous_classes(dataset_dicts, metadata, results_file):
-    path = results_file(
+def test_coco_results_become_instances_with_contiguous_classes(dataset_dicts, metadata):
+    found = [
         {"image_id": 12, "category_id": 7, "bbox": [10.0, 20.0, 30.0, 5.0], "score": 0.5},
         {"image_id": 12, "category_id": 3, "bbox": [0.0, 0.0, 1.0, 1.0], "score": 0.25},
-    )
-    predictions = load_coco_predictions(path, dataset_dicts, metadata)
+    ]
+    predictions = group_coco_detections(found, dataset_dicts, metadata)
     assert [len(predictions[image_id]) for image_id in (11, 12, 13)] == [0, 2, 0]
     assert predictions[12].pred_boxes.tensor[0].tolist() == [10, 20, 40, 25]
     assert predictions[12].pred_classes.tolist() == [1, 0]
     assert predictions[12].scores.tolist() == [0.5, 0.25]
 
 
-def test_unknown_category_id_is_an_error_that_names_it(dataset_dicts, metadata, results_file):
-    path = results_file({"image_id": 12, "category_id": 5, "bbox": [0, 0, 1, 1], "score": 0.5})
-    with pytest.raises(ValueError, match="category_id 5 .*two_classes"):
-        load_coco_predictions(path, dataset_dicts, metadata)
+def test_unknown_category_id_is_an_error_that_names_it(dataset_dicts, metadata):
+    with pytest.raises(ValueError, match="category_id 5,.*two_classes"):
+        group_coco_detections([detection(0, 0, 1, 1, category_id=5)], dataset_dicts, metadata)
 
 
 def test_boxes_are_drawn_where_they_are(dataset_dicts, metadata, tmp_path):
     """The true box shows on the left only, the detected one on the right only, the crowd region nowhere."""
-    detected = detections((60, 25, 90, 45))
-    pixels = pixels_of(draw_gallery(dataset_dicts[:1], metadata, {11: detected}, tmp_path / "sheet.png"))
+    detected = [detection(60, 25, 90, 45)]
+    pixels = pixels_of(draw_sheet(dataset_dicts[:1], metadata, detected, tmp_path / "sheet.png"))
     is_panel_row = (np.abs(pixels - 255).max(axis=2) > 0).mean(axis=1) > 0.9
     truth, found = np.split(pixels[is_panel_row], 2, axis=1)
     assert is_panel_row.sum() == PANEL_SIZE // 2  # the image is twice as wide as high
@@ -93,27 +75,45 @@ def test_boxes_are_drawn_where_they_are(dataset_dicts, metadata, tmp_path):
 
 
 def test_detections_below_the_threshold_are_not_drawn(dataset_dicts, metadata, tmp_path):
-    weak = detections((60, 25, 90, 45), score=0.2)
-    with_weak = draw_gallery(dataset_dicts[:1], metadata, {11: weak}, tmp_path / "weak.png", score_threshold=0.3)
-    without = draw_gallery(dataset_dicts[:1], metadata, {11: detections()}, tmp_path / "none.png")
+    weak = [detection(60, 25, 90, 45, score=0.2)]
+    with_weak = draw_sheet(dataset_dicts[:1], metadata, weak, tmp_path / "weak.png", score_threshold=0.3)
+    without = draw_sheet(dataset_dicts[:1], metadata, [], tmp_path / "none.png")
     assert np.array_equal(pixels_of(with_weak), pixels_of(without))
 
 
 @pytest.mark.parametrize("num_images, columns, rows", [(1, 2, 1), (2, 4, 1), (3, 4, 2), (9, 4, 2)])
 def test_sheet_grows_with_the_number_of_images(dataset_dicts, metadata, tmp_path, num_images, columns, rows):
-    predictions = {image["image_id"]: detections() for image in dataset_dicts}
-    png = draw_gallery(dataset_dicts, metadata, predictions, tmp_path / "sheet.png", num_images=num_images)
+    png = draw_sheet(dataset_dicts, metadata, [], tmp_path / "sheet.png", num_images=num_images)
     with Image.open(png) as picture:
         assert picture.size == (columns * (PANEL_SIZE + 12) + 12, 96 + rows * (PANEL_SIZE // 2 + 12))
-
-
-def test_image_without_predictions_is_an_error_that_names_it(dataset_dicts, metadata, tmp_path):
-    with pytest.raises(ValueError, match="image_id 11"):
-        draw_gallery(dataset_dicts, metadata, {}, tmp_path / "sheet.png")
 
 
 @pytest.mark.parametrize("dicts, num_images", [([], 4), (None, 0)])
 def test_nothing_to_draw_is_an_error(dataset_dicts, metadata, tmp_path, dicts, num_images):
     chosen = dataset_dicts if dicts is None else dicts
     with pytest.raises(ValueError, match="num_images|empty"):
-        draw_gallery(chosen, metadata, {}, tmp_path / "sheet.png", num_images=num_images)
+        draw_sheet(chosen, metadata, [], tmp_path / "sheet.png", num_images=num_images)
+
+
+def test_dollar_signs_in_a_name_are_letters_and_not_a_formula(dataset_dicts, metadata, tmp_path):
+    metadata = Metadata(**{**metadata.as_dict(), "thing_classes": ["cat", r"$\nothing$"]})
+    png = draw_sheet(dataset_dicts[:1], metadata, [detection(60, 25, 90, 45)], tmp_path / "sheet.png")
+    assert png.is_file()
+
+
+def test_pair_has_two_pictures_of_the_image_that_differ_by_their_boxes_only(dataset_dicts, metadata):
+    truth, found = draw_pair(dataset_dicts[0], metadata, group_coco_detections([], dataset_dicts, metadata)[11])
+    assert truth.shape == found.shape == (PANEL_SIZE // 2, PANEL_SIZE, 3)
+    assert (found == GRAY[0]).all()
+    assert (truth != GRAY[0]).any()
+
+
+def test_label_of_a_box_that_begins_outside_is_whole(dataset_dicts, metadata):
+    """Wherever it begins, the left end of its label is at the border."""
+    labels = []
+    for left in (0, -8):
+        found = group_coco_detections([detection(left, 25, 30, 45)], dataset_dicts, metadata)[11]
+        _, panel = draw_pair(dataset_dicts[0], metadata, found)
+        labels.append((panel < 60).all(axis=2)[: PANEL_SIZE // 4])
+    assert labels[0].sum() > 100
+    assert (labels[0] == labels[1]).all()

@@ -1,11 +1,8 @@
 import json
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from deformable_detr.visualization import plot_training_curves, read_metrics
-from deformable_detr.visualization.training_curves import series
+from deformable_detr.report.metrics import read_metrics, series, training_seconds
 
 
 def row(iteration, **values):
@@ -49,24 +46,15 @@ def test_file_without_a_complete_line_is_an_error_that_names_it(metrics_file):
         read_metrics(metrics_file("{"))
 
 
+@pytest.mark.parametrize("line", ['{"total_loss": 1.0}', "[1, 2]", '{"iteration": null}'])
+def test_line_without_an_iteration_is_an_error_that_names_it(metrics_file, line):
+    with pytest.raises(ValueError, match="metrics.json, line 2 must be a JSON object with an iteration"):
+        read_metrics(metrics_file(row(19, total_loss=5.0), line))
+
+
+def test_training_time_counts_every_iteration_at_its_logged_speed():
+    assert training_seconds({9: {"time": 0.5}, 29: {"time": 0.25}, 30: {"bbox/AP": 1.0}}) == 10 * 0.5 + 20 * 0.25
+
+
 def test_series_skips_iterations_without_the_metric():
     assert series({1: {"a": 1.0}, 2: {"b": 5.0}, 3: {"a": 2.0}}, "a") == ([1, 3], [1.0, 2.0])
-
-
-@pytest.mark.parametrize("evaluated", [True, False])
-def test_curves_are_drawn_with_and_without_an_evaluation(metrics_file, tmp_path, evaluated):
-    lines = [row(i, total_loss=9 / i, lr=1e-4, loss_ce=2 / i, loss_ce_0=9.0, loss_ce_enc=9.0) for i in range(1, 50)]
-    if evaluated:
-        lines.append(row(50, **{"bbox/AP": 40.0, "bbox/AP50": 71.0}))
-    png = plot_training_curves(metrics_file(*lines), tmp_path / "curves.png")
-    with Image.open(png) as picture:
-        assert picture.size == (1200, 750)
-        pixels = np.asarray(picture.convert("RGB"))
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
-
-
-def test_only_the_last_decoder_layers_losses_are_main_terms():
-    from deformable_detr.visualization.training_curves import _MAIN_LOSS
-
-    names = ["loss_ce", "loss_bbox", "loss_giou", "loss_ce_0", "loss_giou_12", "loss_ce_enc", "total_loss"]
-    assert [name for name in names if _MAIN_LOSS.fullmatch(name)] == ["loss_ce", "loss_bbox", "loss_giou"]

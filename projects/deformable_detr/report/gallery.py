@@ -1,8 +1,7 @@
-"""A sheet of test images: on the left of each pair the ground truth, on the right what the model detects."""
+"""Test images in pairs: on the left the ground truth, on the right what the model detects."""
 
-import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +25,15 @@ _MAX_LEGEND_CLASSES = 12
 _DPI = 100
 
 
-def load_coco_predictions(
-    path: str | Path, dataset_dicts: Sequence[dict], metadata: Metadata
+def group_coco_detections(
+    detections: Iterable[Mapping], dataset_dicts: Sequence[dict], metadata: Metadata
 ) -> dict[int | str, Instances]:
-    """Reads detections in the COCO results format, as ``COCOEvaluator`` writes them.
+    """Turns detections in the COCO results format into ``Instances``, image by image.
 
     Args:
-        path: ``coco_instances_results.json``: ``bbox`` is (x, y, width, height) in absolute pixels,
+        detections: of these and maybe of other images: ``bbox`` is (x, y, width, height) in absolute pixels,
             ``category_id`` is the dataset's own id.
-        dataset_dicts: the images the detections belong to, in Detectron2's format.
+        dataset_dicts: the images that are wanted, in Detectron2's format.
         metadata: of the same dataset; its ``thing_dataset_id_to_contiguous_id`` maps the category ids.
 
     Returns:
@@ -44,45 +43,46 @@ def load_coco_predictions(
     Raises:
         ValueError: a detection names a category that the dataset does not have.
     """
-    detections = defaultdict(list)
-    for detection in json.loads(Path(path).read_text()):
-        detections[detection["image_id"]].append(detection)
+    by_image = defaultdict(list)
+    for detection in detections:
+        by_image[detection["image_id"]].append(detection)
     predictions = {}
     for image in dataset_dicts:
-        found = detections[image["image_id"]]
+        found = by_image[image["image_id"]]
         instances = Instances((image["height"], image["width"]))
         boxes = torch.tensor([detection["bbox"] for detection in found], dtype=torch.float32).reshape(-1, 4)
         instances.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
         instances.scores = torch.tensor([detection["score"] for detection in found])
-        classes = [_contiguous_id(detection["category_id"], metadata, path) for detection in found]
+        classes = [_contiguous_id(detection["category_id"], metadata) for detection in found]
         instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
         predictions[image["image_id"]] = instances
     return predictions
 
 
-def _contiguous_id(category_id: int, metadata: Metadata, path: str | Path) -> int:
+def _contiguous_id(category_id: int, metadata: Metadata) -> int:
     id_map = metadata.thing_dataset_id_to_contiguous_id
     if category_id not in id_map:
-        raise ValueError(f"{path}: category_id {category_id} is not one of dataset {metadata.name}: {sorted(id_map)}")
+        raise ValueError(
+            f"a detection has category_id {category_id}, which is not one of dataset {metadata.name}: {sorted(id_map)}"
+        )
     return id_map[category_id]
 
 
-def draw_gallery(
+def draw_sheet(
     dataset_dicts: Sequence[dict],
     metadata: Metadata,
-    predictions: Mapping[int | str, Instances],
+    detections: Iterable[Mapping],
     png_path: str | Path,
     *,
     num_images: int = 8,
     score_threshold: float = 0.3,
 ) -> Path:
-    """Draws images of a dataset in pairs: ground truth on the left, predictions on the right.
+    """Draws images of a dataset on one sheet, each as the pair of :func:`draw_pair`.
 
     Args:
         dataset_dicts: images in Detectron2's format; ``num_images`` of them are taken, evenly spaced.
         metadata: of the same dataset; ``thing_classes`` names the classes.
-        predictions: image id -> ``Instances`` with ``pred_boxes`` (xyxy pixels of the original image),
-            ``scores`` and ``pred_classes``, from ``load_coco_predictions`` or straight from a model.
+        detections: in the COCO results format, as :func:`group_coco_detections` takes them.
         png_path: the picture to write.
         num_images: at most so many images.
         score_threshold: detections below this score are not drawn.
@@ -91,38 +91,68 @@ def draw_gallery(
         ``png_path`` as a ``Path``.
 
     Raises:
-        ValueError: the dataset is empty, ``num_images`` is below 1, or an image has no entry in
-            ``predictions``.
+        ValueError: the dataset is empty, or ``num_images`` is below 1.
+        OSError: an image cannot be read, or the picture not be written.
     """
-    chosen = _evenly_spaced(dataset_dicts, num_images)
+    chosen = evenly_spaced(dataset_dicts, num_images)
+    predictions = group_coco_detections(detections, chosen, metadata)
     pairs, shown_classes = [], set()
     for image in chosen:
-        if image["image_id"] not in predictions:
-            raise ValueError(f"there are no predictions for image_id {image['image_id']} of dataset {metadata.name}")
-        found = predictions[image["image_id"]].to("cpu")
-        found = found[found.scores >= score_threshold]
-        annotations = [entry for entry in image["annotations"] if not entry.get("iscrowd", 0)]
-        true_boxes = [BoxMode.convert(entry["bbox"], entry["bbox_mode"], BoxMode.XYXY_ABS) for entry in annotations]
-        true_classes = [entry["category_id"] for entry in annotations]
-        found_classes = found.pred_classes.tolist()
-        pixels = read_image(image["file_name"], "RGB")
-        truth = _draw_panel(pixels, true_boxes, true_classes, metadata)
-        detected = _draw_panel(pixels, found.pred_boxes.tensor.tolist(), found_classes, metadata, found.scores.tolist())
-        pairs.append((truth, detected))
-        shown_classes.update(true_classes, found_classes)
+        found = predictions[image["image_id"]]
+        pairs.append(draw_pair(image, metadata, found, score_threshold=score_threshold))
+        shown_classes.update(entry["category_id"] for entry in _objects(image))
+        shown_classes.update(found.pred_classes[found.scores >= score_threshold].tolist())
     title = f"{metadata.name}: {len(chosen)} of {len(dataset_dicts)} images, scores from {score_threshold:.0%}"
-    figure = _arrange(pairs, title=title, legend={metadata.thing_classes[i]: _colour(i) for i in sorted(shown_classes)})
+    legend = {metadata.thing_classes[index]: _colour(index) for index in sorted(shown_classes)}
+    figure = _arrange(pairs, title=title, legend=legend)
     FigureCanvasAgg(figure).print_png(str(png_path))
     return Path(png_path)
 
 
-def _evenly_spaced(dataset_dicts: Sequence[dict], num_images: int) -> list[dict]:
+def draw_pair(
+    image: dict, metadata: Metadata, predictions: Instances, *, score_threshold: float = 0.3
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws an image twice: with its ground truth (no crowd regions), and with its detections.
+
+    Args:
+        image: one entry of a dataset in Detectron2's format.
+        metadata: of the same dataset.
+        predictions: ``pred_boxes`` (xyxy pixels of the original image), ``scores`` and ``pred_classes``.
+        score_threshold: detections below this score are not drawn.
+
+    Returns:
+        Two RGB pictures (H, W, 3) uint8, the longer side ``PANEL_SIZE`` pixels.
+
+    Raises:
+        OSError: the image cannot be read.
+    """
+    found = predictions.to("cpu")
+    found = found[found.scores >= score_threshold]
+    pixels = read_image(image["file_name"], "RGB")
+    objects = _objects(image)
+    boxes = [BoxMode.convert(entry["bbox"], entry["bbox_mode"], BoxMode.XYXY_ABS) for entry in objects]
+    truth = _draw_panel(pixels, boxes, [entry["category_id"] for entry in objects], metadata)
+    scores = found.scores.tolist()
+    return truth, _draw_panel(pixels, found.pred_boxes.tensor.tolist(), found.pred_classes.tolist(), metadata, scores)
+
+
+def _objects(image: dict) -> list[dict]:
+    return [entry for entry in image["annotations"] if not entry.get("iscrowd", 0)]
+
+
+def evenly_spaced(dataset_dicts: Sequence[dict], num_images: int) -> list[dict]:
+    """Picks at most ``num_images`` images, as far from each other in the dataset as can be."""
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
     if not dataset_dicts:
         raise ValueError("there is no image to draw: the dataset is empty")
     count = min(num_images, len(dataset_dicts))
     return [dataset_dicts[index * len(dataset_dicts) // count] for index in range(count)]
+
+
+def as_text(name: str) -> str:
+    """A name as matplotlib must be given it: between two dollar signs it would read a formula."""
+    return name.replace("$", r"\$")
 
 
 def _colour(class_index: int) -> tuple[float, float, float]:
@@ -151,9 +181,10 @@ def _draw_panel(
         box = [value * scale for value in boxes[index]]
         visualizer.draw_box(box, edge_color=colour, alpha=1.0)
         label_top = box[1] - _LABEL_HEIGHT if box[1] >= _LABEL_HEIGHT else min(box[3], size[1] - _LABEL_HEIGHT)
-        label_left = min(box[0], size[0] - 8 * len(texts[index]))
+        # Boxes are not clipped: those of objects at the border often begin outside.
+        label_left = max(0, min(box[0], size[0] - 8 * len(texts[index])))
         visualizer.draw_text(
-            texts[index], (label_left, label_top), font_size=9, color="white", horizontal_alignment="left"
+            as_text(texts[index]), (label_left, label_top), font_size=9, color="white", horizontal_alignment="left"
         )
     return visualizer.get_output().get_image()
 
@@ -172,7 +203,7 @@ def _arrange(
     width, height = num_columns * cell_width + _GAP, _HEADER + sum(row_heights)
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
     figure.text(_GAP / width, 1 - 16 / height, title, va="center", fontsize=13, fontweight="bold")
-    patches = [Patch(color=colour, label=name) for name, colour in list(legend.items())[:_MAX_LEGEND_CLASSES]]
+    patches = [Patch(color=colour, label=as_text(name)) for name, colour in list(legend.items())[:_MAX_LEGEND_CLASSES]]
     if patches:
         figure.legend(
             handles=patches,

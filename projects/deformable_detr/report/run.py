@@ -1,0 +1,168 @@
+"""What train_net.py leaves in its output folder: metrics.json, config.yaml, log.txt, inference/."""
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from detectron2.config import LazyConfig
+from omegaconf import DictConfig
+
+from ..data import register_coco_data
+from .metrics import Metrics, read_metrics
+
+RESULTS = Path("inference") / "coco_instances_results.json"
+
+# Detectron2 writes a line every 20 iterations, and during an evaluation every five seconds. A run that has been silent
+# for three times as long, or for this many seconds if that is more, is taken to have stopped.
+_LOG_PERIOD = 20
+_SILENCE = 120
+
+_ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_TIMESTAMP = re.compile(r"^\[(\d\d/\d\d \d\d:\d\d:\d\d)\]", re.MULTILINE)
+
+
+class NoData(Exception):
+    """Why a part of the report is left empty: one sentence for the reader of the page."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        done: iterations finished.
+        total: iterations planned; None where the configuration does not say.
+        state: "finished", "running" or "stopped".
+    """
+
+    done: int
+    total: int | None
+    state: str
+
+    def __str__(self) -> str:
+        return f"iteration {self.done:,} of {'?' if self.total is None else f'{self.total:,}'}, {self.state}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """An output folder, read once.
+
+    Attributes:
+        metrics: iteration -> name -> value.
+        config: of either kind, as plain data; None where the folder has no config.yaml.
+        log: text of log.txt without colours; empty where there is none.
+        changed: seconds since the epoch at which the newest of metrics.json and log.txt was written.
+    """
+
+    folder: Path
+    metrics: Metrics
+    config: DictConfig | None
+    log: str
+    changed: float
+
+    def setting(self, yaml_key: str, lazy_key: str) -> object | None:
+        """Value of a configuration key, under its name in either kind of configuration; None where it is absent."""
+        if self.config is None:
+            return None
+        value = self.config
+        for part in (yaml_key if "MODEL" in self.config else lazy_key).split("."):
+            value = value.get(part) if isinstance(value, DictConfig) else None
+        return value
+
+    def progress(self, now: float | None = None) -> Progress:
+        """Says whether the run has come to its end, and otherwise whether it still writes.
+
+        Args:
+            now: seconds since the epoch; default: the clock.
+        """
+        # A line of training carries the number of an iteration counted from 0; an evaluation that of the next one.
+        trained = [iteration + 1 for iteration, row in self.metrics.items() if "total_loss" in row]
+        done = max(trained, default=max(self.metrics))
+        total = self.setting("SOLVER.MAX_ITER", "train.max_iter")
+        seconds = [row["time"] for row in self.metrics.values() if "time" in row]
+        allowed = max(_SILENCE, 3 * _LOG_PERIOD * seconds[-1]) if seconds else _SILENCE
+        silent = (time.time() if now is None else now) - self.changed > allowed
+        if total is not None and done >= total and (silent or max(self.metrics) >= total):
+            return Progress(done, total, "finished")
+        return Progress(done, total, "stopped" if silent else "running")
+
+    def log_times(self) -> tuple[str, str] | None:
+        """First and last time stamp of log.txt, as "MM/DD HH:MM:SS" of the training machine's clock."""
+        stamps = _TIMESTAMP.findall(self.log)
+        return (stamps[0], stamps[-1]) if stamps else None
+
+    def environment(self) -> str:
+        """Versions and devices, as Detectron2's collect_env wrote them at the last start.
+
+        Raises:
+            NoData: log.txt is missing or holds none.
+        """
+        blocks = self.log.split("Environment info:\n")[1:]
+        if not blocks:
+            raise NoData(
+                f"The versions are not known: there is no log.txt with an “Environment info” in {self.folder}."
+            )
+        lines = blocks[-1].split("PyTorch built with")[0].splitlines()
+        return "\n".join(line for line in lines if line.strip() and not line.startswith("---"))
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read an output folder of train_net.py, also while the run still writes to it.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no metrics.json in it.
+        ValueError: metrics.json has no complete line, or lines that are not of its format.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; expected the OUTPUT_DIR of train_net.py")
+    metrics, config, log = (folder / name for name in ("metrics.json", "config.yaml", "log.txt"))
+    if not metrics.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no metrics.json; expected the OUTPUT_DIR of a training with train_net.py, which writes it "
+            f"every {_LOG_PERIOD} iterations"
+        )
+    return Run(
+        folder=folder,
+        metrics=read_metrics(metrics),
+        config=LazyConfig.load(str(config)) if config.is_file() else None,
+        log=_ANSI_COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else "",
+        changed=max(path.stat().st_mtime for path in (metrics, log) if path.is_file()),
+    )
+
+
+def find_dataset(run: Run) -> str:
+    """Name of the registered dataset that the run's last evaluation was on.
+
+    The user's own data is registered again, from the files that the run's command line in log.txt names.
+
+    Raises:
+        NoData: the configuration names no test dataset, or the user's files are not known.
+    """
+    if run.config is None:
+        raise NoData(f"The test data is not known: there is no config.yaml in {run.folder}; give --val-json.")
+    names = run.setting("DATASETS.TEST", "dataloader.test.dataset.names")
+    if not names:
+        raise NoData("The configuration names no dataset to evaluate on.")
+    # Every evaluation of a yaml run writes the same file: the last dataset's detections are the ones that stay.
+    name = names if isinstance(names, str) else names[-1]
+    if name == "user_val":
+        register_coco_data(name, *_user_files(run))
+    return name
+
+
+def _user_files(run: Run) -> tuple[Path, Path]:
+    """Annotation file and image folder of ``--val-json`` and ``--val-images`` in the run's last command line."""
+    command = run.log.rpartition("Command line arguments: Namespace(")[2].partition("\n")[0]
+    found = [re.search(rf"\bval_{name}='([^']*)'", command) for name in ("json", "images")]
+    if not all(found):
+        raise NoData("The run was evaluated on data of your own that log.txt does not name; give --val-json.")
+    json_file, images = (Path(match[1]) for match in found)
+    repaired = run.folder / "val_repaired.json"
+    if "repair=True" in command and repaired.is_file():
+        json_file = repaired
+    for path in (json_file, images):
+        if not path.exists():
+            raise NoData(f"The test data has moved: there is no {path}, which the run was started with.")
+    return json_file, images

@@ -1,0 +1,376 @@
+"""What a report shows, part by part: from a run's numbers to paragraphs, tables and figures."""
+
+import math
+import re
+from collections.abc import Callable
+from datetime import timedelta
+
+import numpy as np
+
+from . import figures, html
+from .evaluation import Evaluation, precision_recall
+from .gallery import draw_pair, evenly_spaced, group_coco_detections
+from .metrics import series, training_seconds
+from .run import NoData, Run
+
+_TERM = re.compile(r"(loss_[a-z_]*?[a-z])(?:_(\d+|enc))?$")
+# "bbox/AP", with several test datasets "coco_2017_val/bbox/AP"; "AP-cat" for a category.
+_AP = re.compile(r"(?:(?P<dataset>.+)/)?bbox/(?P<name>AP(?P<size>[sml])?(?:50|75)?|AP-(?P<category>.*))$")
+_SIZES = {
+    "s": "small (under 32² pixels)",
+    "m": "medium (32² to 96² pixels)",
+    "l": "large (over 96² pixels)",
+}
+_TIMES = {"time": "iteration", "data_time": "waiting for data", "rank_data_time": "waiting for data, by process"}
+# Small precision-recall curves, rows in the table of confusions.
+_MAX_CLASSES, _MAX_CONFUSIONS = 20, 10
+
+
+def build_section(title: str, build: Callable[[], list[str]]) -> html.Section:
+    """A section; where there is no data for it, the sentence that says why."""
+    try:
+        return html.Section(title, build())
+    except NoData as reason:
+        return html.Section(title, [html.nothing(str(reason))])
+
+
+def metric_names(run: Run) -> list[str]:
+    """All names in metrics.json, sorted."""
+    return sorted({name for row in run.metrics.values() for name in row})
+
+
+def summary(run: Run) -> list[str]:
+    """The run in a table of few lines."""
+    progress = run.progress()
+    rows: list[tuple[str, object]] = [("Progress", str(progress))]
+    iterations, losses = series(run.metrics, "total_loss")
+    if losses:
+        rows.append(("Total loss", f"{losses[-1]:.3f} at iteration {iterations[-1]:,}"))
+    for name in metric_names(run):
+        match = _AP.match(name)
+        if match and match["name"] == "AP":
+            where = f" on {match['dataset']}" if match["dataset"] else ""
+            rows.append((f"Box AP{where}", _last_and_best(*series(run.metrics, name))))
+    seconds = training_seconds(run.metrics)
+    if seconds:
+        rows.append(("Time of the iterations", str(timedelta(seconds=round(seconds)))))
+    if run.log_times():
+        first, last = run.log_times()
+        starts = run.log.count("Command line arguments:")
+        rows.append(("Log", f"{first} to {last} (month/day), {starts} start{'s' if starts > 1 else ''}"))
+    keys = {
+        "Images per iteration": ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size"),
+        "Learning rate": ("SOLVER.BASE_LR", "optimizer.lr"),
+        "Started from": ("MODEL.WEIGHTS", "train.init_checkpoint"),
+        "Trained on": ("DATASETS.TRAIN", "dataloader.train.dataset.names"),
+        "Evaluated on": ("DATASETS.TEST", "dataloader.test.dataset.names"),
+    }
+    for label, (yaml_key, lazy_key) in keys.items():
+        value = run.setting(yaml_key, lazy_key)
+        if value:
+            rows.append((label, value if isinstance(value, str | int | float) else ", ".join(value)))
+    return [html.table([(label, str(value)) for label, value in rows]), *_not_finite(run)]
+
+
+def _last_and_best(iterations: list[int], values: list[float]) -> str:
+    last = f"{values[-1]:.1f} at iteration {iterations[-1]:,}"
+    finite = [(value, iteration) for iteration, value in zip(iterations, values, strict=True) if math.isfinite(value)]
+    if not finite:
+        return last
+    best, iteration = max(finite)
+    return f"{last}; best {best:.1f} at iteration {iteration:,}"
+
+
+def _not_finite(run: Run) -> list[str]:
+    notes = []
+    for name in metric_names(run):
+        if name != "total_loss" and not _TERM.match(name):
+            continue
+        points = zip(*series(run.metrics, name), strict=True)
+        bad = [iteration for iteration, value in points if not math.isfinite(value)]
+        if bad:
+            notes.append(html.paragraph(f"{name} is not finite in {len(bad)} lines, first at iteration {bad[0]:,}."))
+    return notes
+
+
+def losses(run: Run) -> list[str]:
+    """Total loss, and the terms of the last decoder layer."""
+    names = metric_names(run)
+    if "total_loss" not in names:
+        raise NoData("metrics.json holds no total_loss: no line of training has been written yet.")
+    iterations, values = series(run.metrics, "total_loss")
+    drawn = [
+        html.figure(
+            figures.curves(run.metrics, {"total_loss": "total"}),
+            alt=f"Total loss from {values[0]:.3g} to {values[-1]:.3g} over {iterations[-1] + 1} iterations",
+            caption="Total loss: the weighted sum over all layers.",
+        )
+    ]
+    main = [name for name in names if (match := _TERM.match(name)) and match[2] is None]
+    if main:
+        drawn.append(
+            html.figure(
+                figures.curves(run.metrics, {name: name for name in main}),
+                alt=f"{', '.join(main)} of the last decoder layer over the iterations",
+                caption="Terms of the last decoder layer, weighted.",
+            )
+        )
+    return [html.grid(drawn)]
+
+
+def layers(run: Run) -> list[str]:
+    """Every loss term by decoder layer."""
+    terms: dict[str, dict[str, str]] = {}
+    for name in metric_names(run):
+        match = _TERM.match(name)
+        if match:
+            terms.setdefault(match[1], {})[match[2] or "last"] = name
+    drawn = []
+    for term, by_layer in terms.items():
+        if len(by_layer) < 2:
+            continue
+        numbers = sorted(int(layer) for layer in by_layer if layer.isdigit())
+        labels = {by_layer["enc"]: "encoder"} if "enc" in by_layer else {}
+        labels |= {by_layer[str(number)]: f"decoder {number + 1}" for number in numbers}
+        if "last" in by_layer:
+            labels[by_layer["last"]] = f"decoder {len(numbers) + 1}"
+        alt = f"{term} of {', '.join(labels.values())} over the iterations"
+        drawn.append(html.figure(figures.curves(run.metrics, labels), alt=alt, caption=term))
+    if not drawn:
+        raise NoData("Only the last decoder layer has losses: the model is trained without auxiliary losses.")
+    return [html.grid(drawn)]
+
+
+def schedule(run: Run) -> list[str]:
+    """Learning rate, times, memory, and whatever else was logged."""
+    names = metric_names(run)
+    drawn = []
+    if "lr" in names:
+        alt = f"Learning rate, at last {series(run.metrics, 'lr')[1][-1]:.2g}"
+        drawn.append(html.figure(figures.curves(run.metrics, {"lr": "lr"}), alt=alt, caption="Learning rate."))
+    times = {name: label for name, label in _TIMES.items() if name in names}
+    if times:
+        shown = figures.curves(run.metrics, times, ylabel="seconds")
+        last = ", ".join(f"{label} {series(run.metrics, name)[1][-1]:.3f} s" for name, label in times.items())
+        drawn.append(html.figure(shown, alt=f"Seconds per iteration; at last: {last}", caption=f"At last: {last}."))
+    others = [
+        name
+        for name in names
+        if name not in {"total_loss", "lr", "eta_seconds", *_TIMES} and not _TERM.match(name) and not _AP.match(name)
+    ]
+    for name in others:
+        values = series(run.metrics, name)[1]
+        alt = f"{name} over the iterations, at last {values[-1]:.4g}"
+        drawn.append(html.figure(figures.curves(run.metrics, {name: name}), alt=alt, caption=name))
+    memory = re.findall(r"max_mem: (\d+)M", run.log)
+    note = (
+        f"Most GPU memory in use: {max(map(int, memory)):,} MiB."
+        if memory
+        else "GPU memory is not in log.txt: Detectron2 writes it when it trains on a GPU."
+    )
+    return [html.grid(drawn), html.paragraph(note)]
+
+
+def average_precision(run: Run) -> list[str]:
+    """AP over the iterations: overall, by size of the objects, by category."""
+    by_dataset: dict[str, dict[str, re.Match]] = {}
+    for name in metric_names(run):
+        match = _AP.match(name)
+        if match:
+            by_dataset.setdefault(match["dataset"] or "", {})[name] = match
+    if not by_dataset:
+        raise NoData("No evaluation yet: metrics.json holds no bbox/AP.")
+    parts = []
+    for dataset, matches in by_dataset.items():
+        if dataset:
+            parts.append(f"<h3>{html.escape(dataset)}</h3>")
+        overall = {n: m["name"] for n, m in matches.items() if not m["size"] and m["category"] is None}
+        sizes = {n: label for size, label in _SIZES.items() for n, m in matches.items() if m["size"] == size}
+        drawn = []
+        for labels, caption in ((overall, "AP on the test images (%)."), (sizes, "AP by the size of objects (%).")):
+            finite = {name: label for name, label in labels.items() if _has_finite(run, name)}
+            if finite:
+                last = ", ".join(f"{label} {series(run.metrics, name)[1][-1]:.1f}" for name, label in finite.items())
+                shown = figures.curves(run.metrics, finite, ylabel="AP (%)", marker="o")
+                drawn.append(
+                    html.figure(shown, alt=f"{caption} At last: {last}", caption=f"{caption} At last: {last}.")
+                )
+        without = [label for name, label in sizes.items() if not _has_finite(run, name)]
+        parts.append(html.grid([*drawn, *_categories(run, matches)]))
+        if without:
+            parts.append(html.paragraph(f"The test images have no object that is {', or '.join(without)}."))
+    return parts
+
+
+def _has_finite(run: Run, name: str) -> bool:
+    return any(math.isfinite(value) for value in series(run.metrics, name)[1])
+
+
+def _categories(run: Run, matches: dict[str, re.Match]) -> list[str]:
+    points = {m["category"]: series(run.metrics, n)[1] for n, m in matches.items() if m["category"] is not None}
+    last = {category: values[-1] for category, values in points.items() if math.isfinite(values[-1])}
+    if not last:
+        return [html.nothing("AP per category is not in metrics.json: Detectron2 leaves it out for a single category.")]
+    earlier = {category: values[-2] for category, values in points.items() if len(values) > 1}
+    best, worst = max(last, key=last.get), min(last, key=last.get)
+    alt = f"AP of {len(last)} categories, from {worst} ({last[worst]:.1f}) to {best} ({last[best]:.1f})"
+    absent = len(points) - len(last)
+    caption = "AP per category at the last evaluation; rings: at the one before."
+    if absent:
+        caption += f" {absent} categories have no object in the test images."
+    return [html.figure(figures.bars(last, earlier), alt=alt, caption=caption)]
+
+
+def precision_recall_curves(evaluation: Evaluation) -> list[str]:
+    """Overall, and for the categories with the most objects."""
+    result = precision_recall(evaluation)
+    overall = result.curves()
+    last = ", ".join(f"AP {100 * values.mean():.1f} at {label}" for label, values in overall.items())
+    parts = [
+        html.grid(
+            [
+                html.figure(
+                    figures.precision_recall(result.recall, overall),
+                    alt=f"Precision over recall, mean of all categories: {last}",
+                    caption="Mean over the categories, by COCO's rules: at most 100 detections an image.",
+                )
+            ]
+        )
+    ]
+    counts, ap = evaluation.objects_per_class(), result.ap_per_class()
+    present = [index for index in np.argsort(-counts, kind="stable") if not np.isnan(ap[index])]
+    drawn = []
+    for index in present[:_MAX_CLASSES]:
+        name = evaluation.class_names[index]
+        shown = figures.precision_recall(result.recall, result.curves(index), small=True)
+        caption = f"{name}: AP {ap[index]:.1f}, objects: {counts[index]:,}"
+        drawn.append(html.figure(shown, alt=f"Precision over recall of {caption}", caption=caption))
+    if len(present) > _MAX_CLASSES:
+        parts.append(html.paragraph(f"The {_MAX_CLASSES} categories with the most objects, of {len(present)}:"))
+    return [*parts, html.grid(drawn, small=True)]
+
+
+def confusion(evaluation: Evaluation, score: float) -> list[str]:
+    """Which category is taken for which."""
+    counts = evaluation.matches.confusion(score)
+    used = np.flatnonzero((counts.sum(axis=0) + counts.sum(axis=1))[:-1])
+    if not len(used):
+        raise NoData(f"There is no object, and no detection with a score from {score:g}.")
+    index = [*used, len(counts) - 1]
+    names = [evaluation.class_names[i] for i in used]
+    right, total = np.trace(counts), counts[:-1].sum()
+    text = (
+        f"Detections with a score from {score:g}, the surest first, each given the free object that it overlaps most, "
+        "with an IoU of at least 0.5, whatever its category. Rows are what is there, the last one the background; "
+        "columns what was detected, the last one objects that were missed. Shades: share of the row."
+    )
+    alt = f"Confusion of {len(names)} categories: {right} of {total} objects detected as what they are"
+    shown = figures.confusion(counts[np.ix_(index, index)], [*names, "background"], [*names, "missed"])
+    parts = [html.paragraph(text), html.figure(shown, alt=alt, caption=f"{alt}.")]
+    wrong = counts.copy()
+    wrong[-1] = wrong[:, -1] = 0
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_MAX_CONFUSIONS]
+    pairs = [divmod(int(cell), len(counts)) for cell in order if wrong.flat[cell]]
+    if pairs:
+        rows = [(evaluation.class_names[i], evaluation.class_names[j], int(wrong[i, j])) for i, j in pairs]
+        parts.append(html.table(rows, ("is", "detected as", "times")))
+    return parts
+
+
+def scores(evaluation: Evaluation, score: float) -> list[str]:
+    """How sure the right and the wrong detections are."""
+    found, correct = evaluation.matches.found, evaluation.matches.is_correct()
+    if not len(found.scores):
+        raise NoData("The last evaluation detected nothing at all.")
+    share = f"{correct[found.scores >= score].mean():.0%}" if (found.scores >= score).any() else "none"
+    alt = f"Scores of {len(correct):,} detections; of those from {score:g} (dotted), {share} are right"
+    return [
+        html.paragraph("Right: the detection has an object of its category to itself, with an IoU of at least 0.5."),
+        html.grid(
+            [
+                html.figure(figures.scores(found.scores, correct, score), alt=alt, caption=f"{alt}."),
+                html.figure(
+                    figures.calibration(found.scores, correct),
+                    alt="Share of right detections by score, in tenths",
+                    caption="Share of right detections by score. On the dotted line a score is a probability.",
+                ),
+            ]
+        ),
+    ]
+
+
+def most_wrong(evaluation: Evaluation, score: float, num_images: int) -> list[str]:
+    """The images with the most errors, drawn."""
+    missed, false = evaluation.matches.errors(score)
+    order = np.argsort(-(missed + false), kind="stable")[:num_images]
+    chosen = [index for index in order if missed[index] + false[index]]
+    text = (
+        f"Most errors first. Errors are objects without a detection of their category (IoU from 0.5, score from "
+        f"{score:g}), and such detections without an object of theirs; one with a wrong category counts as both. "
+        f"{int(((missed + false) == 0).sum()):,} of {len(missed):,} images have none."
+    )
+    captions = [f"{missed[index]} missed, {false[index]} false" for index in chosen]
+    pairs = _pairs(evaluation, [evaluation.dicts[index] for index in chosen], captions, score)
+    return [html.paragraph(text), html.grid(pairs)]
+
+
+def examples(evaluation: Evaluation, score: float, num_images: int) -> list[str]:
+    """Images as they come."""
+    if not evaluation.dicts:
+        raise NoData(f"The dataset {evaluation.name} has no image.")
+    chosen = evenly_spaced(evaluation.dicts, num_images)
+    text = (
+        f"{len(chosen)} of {len(evaluation.dicts):,} images of {evaluation.name}, evenly spaced; scores from {score:g}."
+    )
+    return [html.paragraph(text), html.grid(_pairs(evaluation, chosen, [""] * len(chosen), score))]
+
+
+def _pairs(evaluation: Evaluation, images: list[dict], captions: list[str], score: float) -> list[str]:
+    """Ground truth and detections of images; a sentence in place of one that cannot be read."""
+    predictions = group_coco_detections(evaluation.detections, images, evaluation.metadata)
+    drawn = []
+    for image, caption in zip(images, captions, strict=True):
+        name = image["file_name"].rpartition("/")[2]
+        try:
+            left, right = draw_pair(image, evaluation.metadata, predictions[image["image_id"]], score_threshold=score)
+        except OSError as error:
+            drawn.append(html.nothing(f"{name} cannot be read: {error}"))
+            continue
+        label = f"{name}: {caption}" if caption else name
+        drawn.append(
+            html.picture_pair(left, right, alt=label, caption=f"{label}. Left: {html.PAIR[0]}, right: detections.")
+        )
+    return drawn
+
+
+def inference_speed(run: Run) -> list[str]:
+    """What log.txt has about the time of an evaluation."""
+    found = re.findall(
+        r"Total inference (pure compute )?time: \S+(?: days?, \S+)? \(([\d.]+) s / iter per device", run.log
+    )
+    latest = {kind: float(seconds) for kind, seconds in found}
+    note = "The slowest images are not known: Detectron2 records no time for single images, only their mean."
+    if not latest:
+        raise NoData(f"{note} log.txt has none yet.")
+    labels = {"": "with loading the image and post-processing", "pure compute ": "in the model alone"}
+    rows = [(labels[kind], f"{1000 * seconds:.1f} ms") for kind, seconds in latest.items()]
+    return [html.table(rows), html.paragraph(f"Mean time of a batch in the last evaluation. {note}")]
+
+
+def environment(run: Run) -> list[str]:
+    """Configuration and versions."""
+    parts = []
+    path = run.folder / "config.yaml"
+    if path.is_file():
+        parts.append(html.preformatted("config.yaml", path.read_text(encoding="utf-8", errors="replace")))
+    else:
+        parts.append(html.nothing(f"There is no {path}, in which train_net.py leaves the configuration."))
+    commands = re.findall(r"Command line arguments: (Namespace\(.*\))", run.log)
+    if commands:
+        parts.append(html.preformatted(f"Command lines ({len(commands)})", "\n\n".join(commands)))
+    try:
+        parts.append(html.preformatted("Versions", run.environment()))
+    except NoData as reason:
+        parts.append(html.nothing(str(reason)))
+    return parts

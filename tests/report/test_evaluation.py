@@ -1,0 +1,111 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+
+from deformable_detr.report.evaluation import load_evaluation, precision_recall
+from deformable_detr.report.run import NoData, read_run
+
+CAT, DOG = 7, 3
+BOX = [10, 10, 20, 20]
+
+
+def load(run_folder):
+    return load_evaluation(read_run(run_folder.path), run_folder.register())
+
+
+def test_precision_and_recall_are_as_worked_out_by_hand(run_folder):
+    """Right, wrong, right: precision 1 up to recall 1/2, then 2/3. The other class has no object, and no say."""
+    run_folder.write_truth((1, CAT, BOX), (2, CAT, BOX))
+    run_folder.write_detections((1, CAT, BOX, 0.9), (1, CAT, [60, 60, 20, 20], 0.8), (2, CAT, BOX, 0.7))
+    result = precision_recall(load(run_folder))
+    for curve in (*result.curves().values(), *result.curves(1).values()):
+        assert curve == pytest.approx(np.where(result.recall <= 0.5, 1, 2 / 3))
+    ap = (51 + 50 * 2 / 3) / 101
+    assert result.ap_per_class() == pytest.approx([np.nan, 100 * ap], nan_ok=True)
+
+
+def test_a_loose_box_counts_at_low_thresholds_only(run_folder):
+    run_folder.write_truth((1, CAT, [0, 0, 10, 10]))
+    run_folder.write_detections((1, CAT, [0, 0, 10, 7], 0.9))  # IoU 0.7: right at .50, .55, .60, .65 and .70
+    means = {label: curve.mean() for label, curve in precision_recall(load(run_folder)).curves().items()}
+    assert means == pytest.approx({"IoU .50": 1, "IoU .75": 0, "IoU .50:.95": 0.5})
+
+
+def test_ap_per_category_equals_that_of_detectron2s_evaluator(run_folder):
+    rng = np.random.default_rng(0)
+
+    def boxes(count):
+        return np.concatenate([rng.uniform(0, 60, (count, 2)), rng.uniform(10, 40, (count, 2))], axis=1).round(2)
+
+    truth = [(int(rng.integers(1, 4)), int(rng.choice([CAT, DOG])), box.tolist()) for box in boxes(20)]
+    run_folder.write_truth(*truth, (1, CAT, [0, 0, 50, 50], 1))
+    name = run_folder.register()
+    dicts = DatasetCatalog.get(name)
+    evaluator = COCOEvaluator(name, tasks=("bbox",), distributed=False, output_dir=str(run_folder.path / "inference"))
+    evaluator.reset()
+    for image in dicts:
+        own = [(category, box) for image_id, category, box in truth if image_id == image["image_id"]]
+        shifted = np.array([box for _, box in own]) + rng.normal(0, 2, (len(own), 4))
+        xywh = torch.tensor(np.concatenate([shifted, boxes(5)]), dtype=torch.float32)
+        found = Instances((image["height"], image["width"]))
+        found.pred_boxes = Boxes(torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1))
+        found.scores = torch.tensor(rng.random(len(xywh)), dtype=torch.float32)
+        classes = [int(category == CAT) for category, _ in own] + rng.integers(0, 2, 5).tolist()
+        found.pred_classes = torch.tensor(classes)
+        evaluator.process([image], [{"instances": found}])
+    expected = evaluator.evaluate()["bbox"]
+    result = precision_recall(load(run_folder))
+    assert result.ap_per_class() == pytest.approx([expected["AP-dog"], expected["AP-cat"]])
+    overall = [100 * curve.mean() for curve in result.curves().values()]
+    assert overall == pytest.approx([expected["AP50"], expected["AP75"], expected["AP"]])
+    assert 5 < expected["AP"] < 95
+
+
+def test_detections_are_left_as_they_are_in_the_file(evaluated):
+    evaluation = load(evaluated)
+    precision_recall(evaluation)
+    assert evaluation.detections == json.loads((evaluated.path / "inference/coco_instances_results.json").read_text())
+
+
+def test_users_data_is_found_through_the_command_line_in_the_log(evaluated):
+    evaluation = load_evaluation(read_run(evaluated.path))
+    assert (evaluation.name, evaluation.class_names) == ("user_val", ["dog", "cat"])
+    assert evaluation.objects_per_class().tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (lambda folder: (folder.path / "inference/coco_instances_results.json").unlink(), "No evaluation has ended"),
+        (lambda folder: (folder.path / "inference/coco_instances_results.json").write_text('[{"ima'), "not complete"),
+        (lambda folder: folder.write_detections((99, CAT, BOX, 0.5)), "no image_id 99"),
+        (lambda folder: folder.write_detections((1, 4, BOX, 0.5)), "no category_id 4"),
+        (lambda folder: (folder.data / "val.json").rename(folder.data / "old.json"), "has moved: .*val.json"),
+        (lambda folder: (folder.path / "log.txt").unlink(), "give --val-json"),
+        (lambda folder: (folder.path / "config.yaml").unlink(), "no config.yaml"),
+    ],
+)
+def test_what_is_missing_is_named_with_the_remedy(evaluated, spoil, reason):
+    spoil(evaluated)
+    with pytest.raises(NoData, match=reason):
+        load_evaluation(read_run(evaluated.path))
+
+
+def test_ground_truth_that_is_not_here_is_named_with_the_variable_that_leads_to_it(evaluated):
+    name = evaluated.register()
+    (evaluated.data / "val.json").unlink()
+    with pytest.raises(NoData, match="val.json.*DETECTRON2_DATASETS"):
+        load_evaluation(read_run(evaluated.path), name)
+
+
+def test_a_model_that_detects_nothing_has_no_curve_but_misses_everything(evaluated):
+    evaluated.write_detections()
+    evaluation = load(evaluated)
+    with pytest.raises(NoData, match="detected nothing"):
+        precision_recall(evaluation)
+    assert evaluation.matches.confusion(0.3)[:, -1].tolist() == [2, 2, 0]
