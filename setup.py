@@ -163,6 +163,7 @@ setup(
         "torch>=2.4",
         "torchvision",
         "fvcore",
+        "hydra-core",
         "iopath",
         "omegaconf",
         "pycocotools",

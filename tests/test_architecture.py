@@ -13,7 +13,7 @@ import deformable_detr
 
 PACKAGE = Path(deformable_detr.__file__).parent
 STDLIB = sys.stdlib_module_names
-LEAVES = {"visualization", "export", "benchmark", "detect", "explain", "report"}
+LEAVES = {"benchmark", "detect", "explain", "export", "report"}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -76,7 +76,17 @@ def test_modeling_builds_on_layers(path):
 
 @pytest.mark.parametrize("path", files("config.py", "data.py", "solver.py"), ids=lambda p: p.name)
 def test_config_data_and_solver_know_no_model(path):
+    assert own_rooms(path) <= {"coco_format"}
+
+
+@pytest.mark.parametrize("path", files("coco_format.py", "launch.py"), ids=lambda p: p.name)
+def test_reading_annotations_and_launching_need_nothing_of_this_project(path):
     assert own_rooms(path) == set()
+
+
+@pytest.mark.parametrize("path", files("training/**/*.py"), ids=lambda p: p.name)
+def test_training_builds_on_the_checkpointer_alone(path):
+    assert own_rooms(path) <= {"training", "checkpoint"}
 
 
 def test_engine_builds_on_config_data_solver_and_the_checkpointer():

@@ -73,9 +73,35 @@ def test_unknown_yaml_key_is_named(tmp_path):
         load_config(str(path))
 
 
-def test_unknown_override_is_refused():
-    with pytest.raises(AssertionError, match="NUM_QUERYS"):
-        load_config(BASE, ["MODEL.DEFORMABLE_DETR.NUM_QUERYS", "3"])
+@pytest.mark.parametrize(
+    "key, near",
+    [
+        ("MODEL.DEFORMABLE_DETR.NUM_QUERYS", r"MODEL\.DEFORMABLE_DETR\.NUM_QUERIES"),
+        ("SOLVER.NUM_QUERIES", r"MODEL\.DEFORMABLE_DETR\.NUM_QUERIES"),
+        ("MODEL.DEVICE.c", r"MODEL\.DEVICE"),
+    ],
+)
+def test_unknown_override_is_refused_with_the_nearest_key(key, near):
+    with pytest.raises(KeyError, match=rf"has no key {key}; did you mean {near}\?"):
+        load_config(BASE, [key, "3"])
+
+
+@pytest.mark.parametrize(
+    "suffix, opts, message",
+    [
+        (".yaml", ["SOLVER.MAX_ITER", "3", "SEED"], "'SEED' has no value"),
+        (".yaml", ["SOLVER.MAX_ITER", "many"], r"'many' cannot be the value of SOLVER\.MAX_ITER"),
+        (".yaml", ["SEED", "{[]: 1}"], "cannot be the value of SEED"),
+        (".py", ["train.max_iter=)"], r"override 'train\.max_iter=\)' cannot be applied"),
+        (".py", ["train.max_iter"], r"override 'train\.max_iter' cannot be applied"),
+        (".py", ["train.max_iter=1,2"], r"override 'train\.max_iter=1,2' cannot be applied"),
+        (".py", ["train.amp=[1]"], r"override 'train\.amp=\[1\]' cannot be applied"),
+        (".py", ["~train.seed"], r"override '~train\.seed' cannot be applied: deletion"),
+    ],
+)
+def test_override_that_cannot_be_applied_is_named(suffix, opts, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(BASE.replace(".yaml", suffix), opts)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +158,7 @@ def test_configuration_only_gains_keys():
         "SOLVER.OPTIMIZER",
         "TEST.BEST_METRIC",
         "TEST.FIRST_EVAL",
+        "TEST.PER_LAYER_AP",
     }
 
 
@@ -189,6 +216,7 @@ OTHER_VALUES = {
     "DEC_LAYERS": 3,
     "DIM_FEEDFORWARD": 24,
     "DROPOUT": 0.3,
+    "ACTIVATION_CHECKPOINT": True,
     "ENC_N_POINTS": 2,
     "DEC_N_POINTS": 2,
     "AUX_LOSS": False,

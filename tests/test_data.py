@@ -73,8 +73,9 @@ def test_resize_gives_the_size_it_announces():
     np.testing.assert_allclose(transform.apply_coords(np.array([[64.0, 48.0]])), [[106.0, 80.0]])
 
 
-def test_extreme_images_keep_a_pixel_in_both_directions():
-    assert ResizeShortestEdge.get_output_shape(1, 5000, 800, 1333) == (1, 1)
+def test_images_of_one_line_keep_it_and_the_limit_on_the_long_side():
+    assert ResizeShortestEdge.get_output_shape(1, 5000, 800, 1333) == (1, 1333)
+    assert ResizeShortestEdge.get_output_shape(5000, 1, 800, 1333) == (1333, 1)
 
 
 def test_size_0_keeps_the_image():

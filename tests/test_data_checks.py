@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from deformable_detr import data_checks
-from deformable_detr.data_checks import DatasetError, load_coco_data
+from deformable_detr.coco_format import DatasetError, read_coco_json
+from deformable_detr.data_checks import load_coco_data
 from deformable_detr.user_data import check_user_data
 
 
@@ -94,6 +95,48 @@ def test_two_categories_of_one_id_cannot_be_repaired(spoil):
 def test_entries_without_their_fields_are_named(spoil, kind, key):
     with pytest.raises(DatasetError, match=rf"instances\.json: {kind}\[1\] has no {key}"):
         spoil(lambda content: content[kind][1].pop(key))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    (
+        ("annotations", 1.5, r"annotations\[1\] must be an object with image_id, .*, got 1\.5"),
+        ("images", {"file_name": None}, r"images\[1\]: file_name must be text, got null"),
+        ("images", {"width": [80]}, r"images\[1\]: width must be a number, got \[80\]"),
+        ("images", {"height": float("inf")}, r"images\[1\]: height must be a number, got Infinity"),
+        ("images", {"id": float("nan")}, r"images\[1\]: id must be a whole number or text, got NaN"),
+        ("annotations", {"id": {}}, r"annotations\[1\]: id must be a whole number or null, got \{\}"),
+        ("annotations", {"category_id": "cat"}, r'annotations\[1\]: category_id must be a whole number, got "cat"'),
+        ("annotations", {"image_id": True}, r"annotations\[1\]: image_id must be a whole number or text, got true"),
+        ("annotations", {"iscrowd": 2}, r"annotations\[1\]: iscrowd must be 0 or 1, got 2"),
+        ("annotations", {"segmentation": 3}, r"annotations\[1\]: segmentation must be a list, .*, got 3"),
+        ("categories", {"name": 7}, r"categories\[1\]: name must be text, got 7"),
+    ),
+)
+def test_entries_of_another_form_are_named_with_rule_and_value(spoil, kind, change, message):
+    def replace(content: dict) -> None:
+        content[kind][1] = {**content[kind][1], **change} if isinstance(change, dict) else change
+
+    with pytest.raises(DatasetError, match=rf"instances\.json: {message}"):
+        spoil(replace)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    (
+        (b'{"images": "\xff"}', "must be JSON in COCO format: .*utf-8"),
+        (b"[" * 100_000, "must be JSON in COCO format"),
+        (b"[]", r"must be in COCO format .* no \['images', 'annotations', 'categories'\]"),
+        (b'{"images": [], "annotations": {}, "categories": []}', r"annotations must be a list, got \{\}"),
+        (b'{"images": [], "annotations": [], "categories": []}', "must list at least one category"),
+    ),
+    ids=["not UTF-8", "too deep", "not an object", "not a list", "no category"],
+)
+def test_files_of_another_format_are_named(tmp_path, content, message):
+    path = tmp_path / "broken.json"
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=rf"broken\.json:? ?{message}"):
+        read_coco_json(str(path))
 
 
 @pytest.mark.parametrize("content", (None, b"", b"not an image"))

@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode
 
 from deformable_detr import load_config
-from deformable_detr.data_checks import DatasetError
+from deformable_detr.coco_format import DatasetError
 from deformable_detr.engine import argument_parser, main
 from deformable_detr.schedule import FINETUNE_EPOCHS, apply_schedule, plan_schedule
 from deformable_detr.user_data import apply_user_data

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.utils.registry import locate
+from hydra.errors import HydraException
 from iopath.common.file_io import g_pathmgr
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 
 def add_deformable_detr_config(cfg: CfgNode) -> None:
@@ -71,6 +73,8 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     cfg.TEST.setdefault("FIRST_EVAL", 0)
     # Metric whose best checkpoint is kept as model_best.pth, such as "bbox/AP"; "" for none.
     cfg.TEST.setdefault("BEST_METRIC", "")
+    # Also evaluate the predictions of every decoder layer.
+    cfg.TEST.setdefault("PER_LAYER_AP", False)
 
 
 def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode | DictConfig:
@@ -84,7 +88,7 @@ def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode | DictConfig:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: on another suffix.
+        ValueError: on another suffix, and on an override that cannot be read or whose value its key cannot take.
         KeyError: on a yaml key that does not exist, on a LazyConfig key that nothing takes.
     """
     if not path.endswith((".yaml", ".yml", ".py")):
@@ -94,12 +98,12 @@ def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode | DictConfig:
     if path.endswith(".py") or _is_saved_lazy_config(path):
         cfg = LazyConfig.load(path)
         for opt in opts:
-            _check_lazy_key(cfg, opt.partition("=")[0])
-        return LazyConfig.apply_overrides(cfg, list(opts))
+            _override_lazy(cfg, opt)
+        return cfg
     cfg = get_cfg()
     add_deformable_detr_config(cfg)
     cfg.merge_from_file(path)
-    cfg.merge_from_list(list(opts))
+    _override_yaml(cfg, opts)
     return cfg
 
 
@@ -107,6 +111,29 @@ def _is_saved_lazy_config(path: str) -> bool:
     """Whether a yaml file is a LazyConfig: only such a file names what to call, right below its top level."""
     with g_pathmgr.open(path) as file:
         return any(line.startswith("  _target_:") for line in file)
+
+
+def _override_yaml(cfg: CfgNode, opts: Sequence[str]) -> None:
+    if len(opts) % 2:
+        raise ValueError(f"overrides of a yaml configuration are pairs KEY VALUE; {opts[-1]!r} has no value")
+    known = list(_keys(cfg))
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        # Detectron2 tells of an unknown key by an assertion.
+        if key not in known:
+            raise KeyError(f"the configuration has no key {key}{_suggest(key, known)}")
+        try:
+            cfg.merge_from_list([key, value])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{value!r} cannot be the value of {key}: {error}") from error
+
+
+def _override_lazy(cfg: DictConfig, opt: str) -> None:
+    key = opt.partition("=")[0]
+    _check_lazy_key(cfg, key)
+    try:
+        LazyConfig.apply_overrides(cfg, [opt])
+    except (HydraException, OmegaConfBaseException, NotImplementedError, ValueError) as error:
+        raise ValueError(f"the override {opt!r} cannot be applied: {error}") from error
 
 
 def _check_lazy_key(cfg: DictConfig, key: str) -> None:
@@ -118,11 +145,15 @@ def _check_lazy_key(cfg: DictConfig, key: str) -> None:
     parent = OmegaConf.select(cfg, parent_key) if parent_key else cfg
     if OmegaConf.is_list(parent) or (OmegaConf.is_dict(parent) and (name in parent or _takes(parent, name))):
         return
-    known = list(_lazy_keys(cfg))
+    raise KeyError(f"the LazyConfig has no key {key}{_suggest(key, list(_keys(cfg)))} (+{key}=... adds it)")
+
+
+def _suggest(key: str, known: Sequence[str]) -> str:
+    """The known keys that an unknown one may have been meant for, as the end of a sentence."""
     # Names are unique enough to be looked for first: a misplaced key is as common as a misspelt one.
+    name = key.rpartition(".")[2]
     near = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near[:3])}?" if near else ""
-    raise KeyError(f"the LazyConfig has no key {key}{hint} (+{key}=... adds it)")
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
 
 
 def _takes(call: DictConfig, name: str) -> bool:
@@ -134,9 +165,14 @@ def _takes(call: DictConfig, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _lazy_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+def _keys(node: CfgNode | DictConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of a configuration of either kind, with its way there: "train.amp.enabled"."""
     for name in node:
         yield f"{prefix}{name}"
         # An interpolation is a key like any other, without what it points to.
-        if not OmegaConf.is_interpolation(node, name) and OmegaConf.is_dict(node[name]):
-            yield from _lazy_keys(node[name], f"{prefix}{name}.")
+        if isinstance(node, CfgNode):
+            is_inner = isinstance(node[name], CfgNode)
+        else:
+            is_inner = not OmegaConf.is_interpolation(node, name) and OmegaConf.is_dict(node[name])
+        if is_inner:
+            yield from _keys(node[name], f"{prefix}{name}.")

@@ -1,6 +1,5 @@
 """Data for DETR training: augmentation, checked datasets, and the user's own COCO-format files."""
 
-import json
 import logging
 import math
 import os
@@ -20,6 +19,8 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from fvcore.transforms.transform import NoOpTransform, Transform
 from omegaconf import DictConfig
+
+from .coco_format import read_coco_json
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +53,9 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         size = short_edge_length
         if long / short * size > max_size:
             size = round(max_size * short / long)
-        scaled_long = int(size * long / short)
-        new_h, new_w = (size, scaled_long) if oldh < oldw else (scaled_long, size)
-        return max(new_h, 1), max(new_w, 1)
+        # Of an image that is one line, the short side is rounded to nothing.
+        size, scaled_long = (size, int(size * long / short)) if size else (1, max_size)
+        return (size, scaled_long) if oldh < oldw else (scaled_long, size)
 
 
 def build_detr_augmentation(
@@ -206,29 +207,6 @@ def check_annotations(dicts: Sequence[dict], *, num_classes: int) -> None:
         )
 
 
-def read_coco_json(json_file: str) -> dict:
-    """Read annotations in COCO's "instances" format.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is not in COCO's format.
-    """
-    if not os.path.isfile(json_file):
-        raise FileNotFoundError(f"there is no annotation file {json_file!r}")
-    with open(json_file, encoding="utf-8") as f:
-        try:
-            content = json.load(f)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{json_file} must be JSON in COCO format: {error}") from error
-    keys = content if isinstance(content, dict) else ()
-    absent = [key for key in ("images", "annotations", "categories") if key not in keys]
-    if absent:
-        raise ValueError(f"{json_file} must be in COCO format with images, annotations and categories; no {absent}")
-    if not content["categories"]:
-        raise ValueError(f"{json_file} must list at least one category")
-    return content
-
-
 def register_coco_data(name: str, json_file: str, image_root: str, *, content: dict | None = None) -> list[str]:
     """Register the user's COCO-format detection data, replacing an earlier registration of the same name.
 
@@ -236,14 +214,14 @@ def register_coco_data(name: str, json_file: str, image_root: str, *, content: d
         name: the dataset name for ``DATASETS``.
         json_file: annotations in COCO's "instances" format.
         image_root: folder of the images.
-        content: of the file, where it has been read already.
+        content: of the file, where :func:`read_coco_json` has read it already.
 
     Returns:
         Class names, in the order of the model's outputs (ascending COCO category id).
 
     Raises:
         FileNotFoundError: if the file or the folder does not exist.
-        ValueError: if the file is not in COCO's format.
+        DatasetError: if the file is not in COCO's format.
     """
     content = read_coco_json(json_file) if content is None else content
     if not os.path.isdir(image_root):

@@ -1,7 +1,6 @@
 """Looks through COCO-format files before the first step: what is wrong is counted, shown, and can be left out."""
 
 import hashlib
-import json
 import math
 import os
 from collections import defaultdict
@@ -12,6 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from .coco_format import DatasetError, read_coco_json
+
 # Reading the header of an image takes about 0.2 ms where the disk is fast. Of larger datasets an evenly spaced sample
 # of this size is opened; that the files exist is checked for all.
 MAX_OPENED_IMAGES = 20_000
@@ -21,15 +22,6 @@ _MAX_EXAMPLES = 3
 _EXIF_ORIENTATION = 0x0112
 # Detectron2 turns images upright as it reads them. Formats whose header tells how; a PNG would have to be decoded.
 _FORMATS_WITH_ORIENTATION = ("JPEG", "MPO", "WEBP", "TIFF")
-_REQUIRED = {
-    "images": {"id", "file_name", "width", "height"},
-    "annotations": {"image_id", "category_id"},
-    "categories": {"id", "name"},
-}
-
-
-class DatasetError(ValueError):
-    """Data that cannot be trained on as it is; the message counts what is wrong and shows the first cases."""
 
 
 @dataclass
@@ -84,20 +76,15 @@ def load_coco_data(
     Args:
         json_file: in COCO's "instances" format, with images, annotations and categories.
         image_root: folder of the images.
-        content: of the file, where it has been read already.
+        content: of the file, where :func:`read_coco_json` has read it already.
         for_evaluation: also require of every object what COCO's evaluation reads, its area and whether it is a crowd.
 
     Raises:
-        DatasetError: on what cannot be repaired: entries without their necessary fields, two categories of one id.
+        FileNotFoundError: if there is no such file.
+        DatasetError: on what cannot be repaired: a file of another format, two categories of one id.
     """
-    if content is None:
-        with open(json_file, encoding="utf-8") as file:
-            content = json.load(file)
+    content = read_coco_json(json_file) if content is None else content
     data = CocoData(json_file, image_root, dict(content), Problems(json_file))
-    for kind, keys in _REQUIRED.items():
-        for index, entry in enumerate(content[kind]):
-            if absent := sorted(keys - entry.keys()):
-                raise DatasetError(f"{json_file}: {kind}[{index}] has no {' and no '.join(absent)}")
     twice = {key for key, group in _group(content["categories"], "id").items() if len(group) > 1}
     if twice:
         raise DatasetError(f"{json_file}: more than one category has the id {min(twice)}")

@@ -70,9 +70,10 @@ def load_model(
 
     Raises:
         FileNotFoundError: if there is no such config or checkpoint.
-        KeyError: if ``model`` is neither a file or folder nor a name of the model zoo.
+        KeyError: if ``model`` is neither a file or folder nor a name of the model zoo; if ``opts`` name no key of the
+            config.
         CheckpointError: if the weights cannot be read, or leave a part of the model as initialised.
-        ValueError: if ``device`` is none that PyTorch has here, or ``opts`` do not fit the config.
+        ValueError: if ``device`` is none that PyTorch has here, or ``opts`` are values that their keys cannot take.
     """
     _check_device(device)
     cfg = _read_config(model, opts)
@@ -114,15 +115,11 @@ def _check_device(device: str | torch.device) -> None:
 
 
 def _read_config(model: str, opts: Sequence[str]) -> CfgNode | DictConfig:
-    try:
-        if os.path.isdir(model):
-            return load_config(os.path.join(model, "config.yaml"), opts)
-        if model.endswith((".yaml", ".yml", ".py")):
-            return load_config(model, opts)
-        return model_zoo.get_config(model, trained=True, opts=opts)
-    except AssertionError as error:
-        # What yacs raises on overrides of an unknown key, or without a value.
-        raise ValueError(f"opts {' '.join(opts)} do not fit the config of {model}: {error}") from error
+    if os.path.isdir(model):
+        return load_config(os.path.join(model, "config.yaml"), opts)
+    if model.endswith((".yaml", ".yml", ".py")):
+        return load_config(model, opts)
+    return model_zoo.get_config(model, trained=True, opts=opts)
 
 
 def _default_weights(model: str, cfg: CfgNode | DictConfig) -> str:

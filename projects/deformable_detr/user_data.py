@@ -9,9 +9,10 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
+from .coco_format import DatasetError, read_coco_json
 from .config import load_config
-from .data import read_coco_json, register_coco_data
-from .data_checks import DatasetError, Problems, drop_overlap, load_coco_data
+from .data import register_coco_data
+from .data_checks import Problems, drop_overlap, load_coco_data
 from .schedule import FINETUNE_EPOCHS, apply_schedule
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def check_user_data(
 
     Args:
         files: split -> annotation file and image folder.
-        contents: split -> content of its annotation file, where that has been read already.
+        contents: split -> content of its annotation file, where :func:`read_coco_json` has read it already.
         repair: write annotation files without what is wrong into ``output_dir``.
 
     Returns:

@@ -1,11 +1,14 @@
 """Damaged checkpoints and configurations: each is understood completely, or refused by name."""
 
+import copy
 import random
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from detectron2.config import LazyConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -84,7 +87,10 @@ def keys_of(node: dict, prefix: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".py"])
-def test_overrides_are_taken_or_refused_by_name(suffix, outcomes):
+def test_overrides_are_taken_or_refused_by_name(suffix, outcomes, monkeypatch):
+    # Two thirds of the time would go into reading the same few files.
+    read = lru_cache(LazyConfig.load)
+    monkeypatch.setattr(LazyConfig, "load", lambda path: copy.deepcopy(read(path)))
     files = [str(path) for path in CONFIGS if path.suffix == suffix]
     if suffix == ".yaml":
         known = keys_of(yaml.safe_load(load_config(files[0]).dump()))
@@ -102,9 +108,8 @@ def test_overrides_are_taken_or_refused_by_name(suffix, outcomes):
         opts = [key, value] if suffix == ".yaml" else [f"{key}={value}"]
         try:
             cfg = load_config(file, opts)
-        except (KeyError, ValueError, AssertionError) as error:
-            # yacs reports unknown keys by assertions.
-            assert key in known or key.rpartition(".")[2] in str(error) or key in str(error)
+        except (KeyError, ValueError) as error:
+            assert key in str(error)
             outcomes["refused by name"] += 1
         else:
             assert cfg is not None and key in known

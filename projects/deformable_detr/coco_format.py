@@ -1,0 +1,113 @@
+"""COCO's "instances" format: what a file must look like before anything else reads it."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class DatasetError(ValueError):
+    """Data that cannot be trained on as it is; the message names the file and what is wrong with it."""
+
+
+class _Rule(NamedTuple):
+    words: str
+    holds: Callable[[Any], bool]
+    is_required: bool = True
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_image_id(value: Any) -> bool:
+    # COCO's own are whole numbers; its evaluation takes text as well, which other tools write.
+    return _is_id(value) or isinstance(value, str)
+
+
+# Boxes and missing or repeated ids of objects are not here: data_checks counts and repairs them.
+_RULES = {
+    "images": {
+        "id": _Rule("a whole number or text", _is_image_id),
+        "file_name": _Rule("text", lambda value: isinstance(value, str)),
+        "width": _Rule("a number", _is_number),
+        "height": _Rule("a number", _is_number),
+    },
+    "annotations": {
+        "image_id": _Rule("a whole number or text", _is_image_id),
+        "category_id": _Rule("a whole number", _is_id),
+        "id": _Rule("a whole number or null", lambda value: value is None or _is_id(value), is_required=False),
+        "area": _Rule("a number", _is_number, is_required=False),
+        "iscrowd": _Rule("0 or 1", lambda value: isinstance(value, int) and value in (0, 1), is_required=False),
+        "segmentation": _Rule(
+            "a list, an object or null",
+            lambda value: value is None or isinstance(value, list | dict),
+            is_required=False,
+        ),
+    },
+    "categories": {
+        "id": _Rule("a whole number", _is_id),
+        "name": _Rule("text", lambda value: isinstance(value, str)),
+    },
+}
+
+
+def read_coco_json(json_file: str) -> dict[str, Any]:
+    """Read annotations in COCO's "instances" format.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        DatasetError: if the file is not in COCO's format; see :func:`check_coco_format`.
+    """
+    if not os.path.isfile(json_file):
+        raise FileNotFoundError(f"there is no annotation file {json_file!r}")
+    with open(json_file, encoding="utf-8") as file:
+        try:
+            content = json.load(file)
+        # ValueError is also that of bytes that are no UTF-8.
+        except (ValueError, RecursionError) as error:
+            raise DatasetError(f"{json_file} must be JSON in COCO format: {error}") from error
+    check_coco_format(content, json_file)
+    return content
+
+
+def check_coco_format(content: Any, json_file: str) -> None:
+    """Check that images, annotations and categories have their fields, and these their types.
+
+    Args:
+        content: of the file.
+        json_file: its name, for the message.
+
+    Raises:
+        DatasetError: on the first entry of another form, naming its place, the rule and the value.
+    """
+    keys = content if isinstance(content, dict) else ()
+    if absent := [kind for kind in _RULES if kind not in keys]:
+        raise DatasetError(f"{json_file} must be in COCO format with images, annotations and categories; no {absent}")
+    for kind, rules in _RULES.items():
+        if not isinstance(content[kind], list):
+            raise DatasetError(f"{json_file}: {kind} must be a list, got {_shorten(content[kind])}")
+        for index, entry in enumerate(content[kind]):
+            _check_entry(entry, rules, place=f"{json_file}: {kind}[{index}]")
+    if not content["categories"]:
+        raise DatasetError(f"{json_file} must list at least one category")
+
+
+def _check_entry(entry: Any, rules: dict[str, _Rule], *, place: str) -> None:
+    if not isinstance(entry, dict):
+        raise DatasetError(f"{place} must be an object with {', '.join(rules)}, got {_shorten(entry)}")
+    if absent := [field for field, rule in rules.items() if rule.is_required and field not in entry]:
+        raise DatasetError(f"{place} has no {' and no '.join(absent)}")
+    for field, rule in rules.items():
+        if field in entry and not rule.holds(entry[field]):
+            raise DatasetError(f"{place}: {field} must be {rule.words}, got {_shorten(entry[field])}")
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
