@@ -130,6 +130,7 @@ train = dict(
     checkpointer=dict(period=3696, max_to_keep=100),
     eval_period=18480,
     first_eval=0,
+    per_layer_ap=False,
     best_metric="",
     log_period=20,
     device="cuda",

@@ -39,6 +39,8 @@ from .checkpoint.checkpointer import DeformableDETRCheckpointer
 from .config import load_config
 from .data import NamedErrorsMapper, augmentation_from_config, get_class_names, get_train_dicts
 from .training import (
+    EveryLayer,
+    LayerEvaluators,
     Precision,
     TrainingLoop,
     TrainingSettings,
@@ -186,7 +188,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
-        with Precision.of(TrainingSettings.from_config(cfg), model).autocast():
+        settings = TrainingSettings.from_config(cfg)
+        precision = Precision.of(settings, model)
+        if settings.per_layer_ap and evaluators is None:
+            model = EveryLayer(model)
+            evaluators = [
+                LayerEvaluators([cls.build_evaluator(cfg, name) for _ in range(model.num_layers)])
+                for name in cfg.DATASETS.TEST
+            ]
+        with precision.autocast():
             return super().test(cfg, model, evaluators)
 
     def build_hooks(self) -> list[HookBase]:
@@ -286,8 +296,14 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict | None:
     """Evaluate a model on the LazyConfig's ``dataloader.test``; None where there is no ``dataloader.evaluator``."""
     if "evaluator" not in cfg.dataloader:
         return None
-    evaluator = instantiate(cfg.dataloader.evaluator)
-    with Precision.of(TrainingSettings.from_config(cfg), model).autocast():
+    settings = TrainingSettings.from_config(cfg)
+    precision = Precision.of(settings, model)
+    if settings.per_layer_ap:
+        model = EveryLayer(model)
+        evaluator = LayerEvaluators([instantiate(cfg.dataloader.evaluator) for _ in range(model.num_layers)])
+    else:
+        evaluator = instantiate(cfg.dataloader.evaluator)
+    with precision.autocast():
         results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
     if comm.is_main_process():
         print_csv_format(results)

@@ -4,9 +4,11 @@ import re
 
 import pytest
 import torch
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 
 from deformable_detr.modeling import DeformableDETR, SetCriterion
-from deformable_detr.training import NonFiniteError, Precision, Step
+from deformable_detr.training import NonFiniteError, Precision, Step, TrainingLoop, TrainingSettings
 from deformable_detr.training.failure import find_cause
 
 from .conftest import losses_of, read_checkpoint
@@ -124,17 +126,48 @@ def test_steps_are_skipped_up_to_a_limit(run_yaml, monkeypatch, tmp_path):
         return {name: loss * (float("nan") if len(calls) in (2, 4) else 1) for name, loss in result.items()}
 
     monkeypatch.setattr(DeformableDETR, "forward", forward_and_break)
-    run_yaml(tmp_path / "two", max_skipped=2, max_iter=5)
-    final = read_checkpoint(tmp_path / "two")
-    assert final["trainer"]["_trainer"]["skipped_steps"] == 2
-    steps = {float(state["step"]) for state in final["trainer"]["_trainer"]["optimizer"]["state"].values()}
-    assert steps == {3.0}
-    assert all(value.isfinite().all() for value in final["model"].values())
-    assert losses_of(tmp_path / "two")[3]["skipped_steps"] == 2
-    calls.clear()
     with pytest.raises(NonFiniteError, match="Iteration 3: "):
-        run_yaml(tmp_path / "one", max_skipped=1, max_iter=5)
-    assert "Skipped, 1 of at most 1 steps" in (tmp_path / "one" / "log.txt").read_text()
+        run_yaml(tmp_path / "run", max_skipped=1, max_iter=5)
+    halfway = read_checkpoint(tmp_path / "run", "model_0000001")
+    assert halfway["trainer"]["_trainer"]["skipped_steps"] == 1
+    steps = {float(state["step"]) for state in halfway["trainer"]["_trainer"]["optimizer"]["state"].values()}
+    assert steps == {1.0}
+    assert all(value.isfinite().all() for value in halfway["model"].values())
+    assert losses_of(tmp_path / "run")[1]["skipped_steps"] == 1
+    assert "Skipped, 1 of at most 1 steps" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_process_that_fails_alone_among_several_ends_and_does_not_skip(
+    model_and_batch, processes, monkeypatch, tmp_path
+):
+    """The others know nothing of its error: they would wait for the gradients of a step that it has left out."""
+
+    def refuse(*_):
+        raise FloatingPointError("matching costs must be finite")
+
+    model, batch = model_and_batch
+    settings = TrainingSettings(output_dir=str(tmp_path), seed=1, max_skipped_steps=5)
+    loop = TrainingLoop(model, [batch], torch.optim.SGD(model.parameters(), lr=0.1), settings)
+    monkeypatch.setattr(model.criterion, "forward", refuse)
+    monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+    with EventStorage():
+        if processes == 1:
+            loop.run_step()
+        else:
+            with pytest.raises(NonFiniteError, match="Iteration 0: matching costs must be finite"):
+                loop.run_step()
+    assert loop.skipped_steps == (processes == 1)
+
+
+def test_gradient_norm_of_any_optimiser_is_logged(model_and_batch, tmp_path):
+    model, batch = model_and_batch
+    settings = TrainingSettings(output_dir=str(tmp_path), seed=1)
+    loop = TrainingLoop(model, [batch], torch.optim.SGD(model.parameters(), lr=0.0), settings)
+    with EventStorage() as storage:
+        loop.run_step()
+    squares = sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None)
+    assert storage.latest()["grad_norm"][0] == pytest.approx(squares**0.5, rel=1e-4)
 
 
 def test_prediction_that_the_matcher_refuses_is_explained(run_yaml, monkeypatch, tmp_path):

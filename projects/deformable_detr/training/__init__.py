@@ -3,6 +3,7 @@
 from .ema import ModelEMA
 from .failure import NonFiniteError, replay
 from .hooks import build_hooks
+from .layers import EveryLayer, LayerEvaluators
 from .loader import TrainLoader, sampler_from_config
 from .loop import TrainingLoop
 from .metrics import cut_metrics, read_metrics
@@ -11,6 +12,8 @@ from .settings import TrainingSettings, warn_of_unscaled_learning_rate
 from .step import Step
 
 __all__ = [
+    "EveryLayer",
+    "LayerEvaluators",
     "ModelEMA",
     "NonFiniteError",
     "Precision",

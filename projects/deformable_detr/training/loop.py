@@ -135,7 +135,7 @@ class TrainingLoop(SimpleTrainer):
         if hasattr(self.optimizer, "clip_gradients"):
             return self.optimizer.clip_gradients()
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return nn.utils.get_total_norm(gradients)
+        return torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients]).norm()
 
     def _exchange(self, losses: dict[str, Tensor], grad_norm: Tensor, data_time: float) -> Tensor:
         """(processes, losses + 2) on the CPU: losses, gradient norm and loading time of every process."""

@@ -25,6 +25,7 @@ class TrainingSettings:
         max_skipped_steps: steps with a non-finite loss or gradient that are left out before the run stops.
         ema_decay: of the averaged weights, None without them.
         first_eval: one evaluation more, early, after so many iterations; 0 for none.
+        per_layer_ap: also evaluate the predictions of every decoder layer.
         best_metric: such as "bbox/AP"; the checkpoint that is best in it is kept as ``model_best.pth``. Empty: none.
     """
 
@@ -38,6 +39,7 @@ class TrainingSettings:
     log_period: int = 20
     eval_period: int = 0
     first_eval: int = 0
+    per_layer_ap: bool = False
     checkpoint_period: int = 5000
     max_to_keep: int | None = None
     best_metric: str = ""
@@ -74,6 +76,7 @@ def _read_yaml(cfg: CfgNode) -> dict:
         "log_period": solver.LOG_PERIOD,
         "eval_period": test.EVAL_PERIOD,
         "first_eval": test.FIRST_EVAL,
+        "per_layer_ap": test.PER_LAYER_AP,
         "checkpoint_period": solver.CHECKPOINT_PERIOD,
         "best_metric": test.BEST_METRIC,
     }
@@ -97,6 +100,7 @@ def _read_lazy(cfg: DictConfig) -> dict:
         "log_period",
         "eval_period",
         "first_eval",
+        "per_layer_ap",
         "best_metric",
     )
     values = named | {name: train.get(name) for name in same_name}

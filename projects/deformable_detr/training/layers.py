@@ -1,0 +1,77 @@
+"""AP of every decoder layer, from one pass of the model per image."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.evaluation import DatasetEvaluator
+from torch import nn
+
+from .step import unwrap
+
+
+class EveryLayer(nn.Module):
+    """A detector that returns, in evaluation, the detections of every decoder layer in place of the last one's.
+
+    Args:
+        model: a :class:`DeformableDETR`, also wrapped for distributed training.
+
+    Raises:
+        TypeError: if the model has no decoder layers to tell apart.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = unwrap(model)
+        # Detectron2 puts a model back into the mode in which it was; this one has none of its own.
+        self.training = self.model.training
+        if not hasattr(self.model, "predict_padded"):
+            raise TypeError(f"TEST.PER_LAYER_AP needs a DeformableDETR, got {type(self.model).__name__}")
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.transformer.num_decoder_layers
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """Detections by layer and image, each as :meth:`DeformableDETR.inference` returns them."""
+        images = self.model.preprocess_image(batched_inputs)
+        sizes = torch.tensor(images.image_sizes, device=images.tensor.device)
+        outputs = self.model.predict_padded(images.tensor, sizes, all_proposals=False)
+        layers = zip(outputs["pred_logits"], outputs["pred_boxes"], strict=True)
+        return [self.model.inference(logits, boxes, images, batched_inputs) for logits, boxes in layers]
+
+
+class LayerEvaluators(DatasetEvaluator):
+    """One evaluator for each decoder layer; the results are those of the last one, and AP, AP50, ... of every layer.
+
+    Args:
+        evaluators: of the layers, from the first to the last. They may write the same files: the last one's stay.
+    """
+
+    def __init__(self, evaluators: Sequence[DatasetEvaluator]) -> None:
+        self._evaluators = evaluators
+
+    def reset(self) -> None:
+        for evaluator in self._evaluators:
+            evaluator.reset()
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[list[dict[str, Any]]]) -> None:
+        for evaluator, detections in zip(self._evaluators, outputs, strict=True):
+            evaluator.process(inputs, detections)
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Results by task, as "bbox" of the last layer and "bbox_layer_0", "bbox_layer_1", ... without classes."""
+        # All of them, in every process: they exchange their detections.
+        results = [evaluator.evaluate() for evaluator in self._evaluators]
+        if not results[-1]:
+            return results[-1]
+        by_layer = {
+            f"{task}_layer_{layer}": _without_classes(metrics)
+            for layer, tasks in enumerate(results)
+            for task, metrics in tasks.items()
+        }
+        return {**results[-1], **by_layer}
+
+
+def _without_classes(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith("AP-")}
