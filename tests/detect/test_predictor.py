@@ -53,6 +53,12 @@ def test_no_image_gives_no_result(tiny_model):
     assert Predictor(tiny_model)([]) == []
 
 
+@pytest.mark.parametrize("score", [-0.1, 30])
+def test_a_threshold_that_is_no_score_is_refused(score, tiny_model):
+    with pytest.raises(ValueError, match=f"score_threshold must be from 0 to 1, got {score}"):
+        Predictor(tiny_model, score_threshold=score)
+
+
 def test_only_scores_from_the_threshold_on_are_returned(tiny_model, pixels):
     everything = Predictor(tiny_model, score_threshold=0.0)(pixels)
     threshold = everything.scores[10].item()

@@ -147,6 +147,8 @@ def test_ground_truth_that_does_not_fit_is_refused(coco_file):
         read_truth(coco_file(), "noise.png", (100, 80), ["dog"])
     with pytest.raises(ValueError, match="class 'dog' is not one of the model's 1 classes"):
         read_truth(coco_file(), "noise.png", (80, 100), ["cat"])
+    with pytest.raises(ValueError, match="truth.json must list at least one category"):
+        read_truth(coco_file(categories=[]), "noise.png", (80, 100), ["dog"])
     assert match_truth(None, read_truth(coco_file(annotations=[]), "noise.png", (80, 100), []), None) == []
 
 
@@ -179,6 +181,12 @@ def test_the_command_ends_with_one_line_about_what_is_wrong(run, tmp_path):
     (tmp_path / "text.jpg").write_text("not an image")
     with pytest.raises(SystemExit, match=r"error: cannot read image .*text.jpg"):
         run(tmp_path / "text.jpg")
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(run, image_file, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(SystemExit, match="error: cannot write to output folder .*out"):
+        run(image_file)
 
 
 def test_point_and_class_exclude_each_other(run, image_file, capsys):

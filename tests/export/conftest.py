@@ -1,10 +1,11 @@
-"""Tiny models of all variants with random weights that answer to the image."""
+"""Tiny models of all variants, with random weights that answer to the image; programs that are captured once."""
 
 import logging
 
 import pytest
 import torch
 
+from deformable_detr.export import exporter
 from deformable_detr.loading import load_model
 
 # Only ResNets with bottlenecks can be dilated.
@@ -30,14 +31,47 @@ def no_trace_records(monkeypatch):
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
 
 
+@pytest.fixture(scope="session")
+def models():
+    """What ``tiny_model`` has built, by its arguments."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def programs():
+    """What ``capture`` has recorded, by model and arguments."""
+    return {}
+
+
 @pytest.fixture
-def tiny_model(tiny_yaml):
-    """A function (variant, *opts) -> LoadedModel with images of 64 to 96 pixels."""
+def tiny_model(tiny_yaml, models):
+    """A function (variant, *opts) -> LoadedModel with images of 64 to 96 pixels, the same for the same arguments."""
 
     def load(variant="", *opts):
-        _, path, *tiny = tiny_yaml(variant)
-        loaded = load_model(path, "", opts=[*tiny, *(NARROW_RESNET_50 if "dc5" in variant else ()), *opts])
-        randomise(loaded.model)
-        return loaded
+        if variant == "_two_stage":
+            # More than 64 queries, which the reference runtime's own GatherElements cannot choose from.
+            opts = "MODEL.DEFORMABLE_DETR.NUM_QUERIES", "70", *opts
+        key = (variant, *opts)
+        if key not in models:
+            _, path, *tiny = tiny_yaml(variant)
+            loaded = load_model(path, "", opts=[*tiny, *(NARROW_RESNET_50 if "dc5" in variant else ()), *opts])
+            randomise(loaded.model)
+            models[key] = loaded
+        return models[key]
 
     return load
+
+
+@pytest.fixture
+def capture(programs, monkeypatch):
+    """``export.program.capture``, of which the exporter too gets what was captured before: it is most of the time."""
+    real = exporter.capture
+
+    def capture_once(program, shape, *, decompose):
+        key = program.model, shape, decompose
+        if key not in programs:
+            programs[key] = real(program, shape, decompose=decompose)
+        return programs[key]
+
+    monkeypatch.setattr(exporter, "capture", capture_once)
+    return capture_once

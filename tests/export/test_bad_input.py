@@ -23,9 +23,9 @@ def fails(tiny_yaml, tmp_path, capsys, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("opset", [15, 24])
+@pytest.mark.parametrize("opset", [17, 21])
 def test_opset_out_of_range(opset, fails):
-    assert f"opset must be from 18 to 23, got {opset}" in fails("--format", "onnx", "--opset", str(opset))
+    assert f"opset must be from 18 to 20, got {opset}" in fails("--format", "onnx", "--opset", str(opset))
 
 
 def test_opset_of_another_format(fails):
@@ -45,6 +45,11 @@ def test_missing_output_folder(fails):
 def test_output_folder_that_is_a_file(fails, tmp_path):
     (tmp_path / "file").write_text("")
     assert "Not a directory" in fails("--format", "onnx", output="file/model.onnx")
+
+
+def test_output_that_is_a_folder(fails, tmp_path):
+    (tmp_path / "model.onnx").mkdir()
+    assert "the output must be a file, " in fails("--format", "onnx")
 
 
 def test_size_below_the_coarsest_stride(fails):

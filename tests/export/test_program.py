@@ -5,7 +5,6 @@ import torch
 
 from deformable_detr.export import DetectionProgram, InputShape
 from deformable_detr.export.agreement import pad_images
-from deformable_detr.export.program import capture
 
 VARIANTS = ("", "_box_refine", "_two_stage", "_single_scale", "_single_scale_dc5")
 SIZES = ((70, 93), (96, 64))
@@ -46,11 +45,11 @@ def test_what_stands_in_the_padding_does_not_matter(tiny_model):
 
 
 @torch.no_grad()
-def test_the_input_is_rgb_also_for_a_model_that_was_trained_on_bgr(tiny_model):
+def test_the_input_is_rgb_also_for_a_model_that_was_trained_on_bgr(tiny_model, monkeypatch):
     program = DetectionProgram(tiny_model("", "INPUT.FORMAT", "BGR").model)
     images, image_sizes = padded_batch()
     swapped = program(images.flip(1), image_sizes)
-    program.model.input_format = "RGB"
+    monkeypatch.setattr(program.model, "input_format", "RGB")
     torch.testing.assert_close(swapped, program(images, image_sizes), rtol=0, atol=0)
 
 
@@ -59,22 +58,28 @@ def targets(program):
 
 
 @torch.no_grad()
-def test_a_captured_program_takes_other_batches_and_sizes(tiny_model):
-    program = DetectionProgram(tiny_model("_box_refine").model)
-    captured = capture(program, InputShape(), decompose=False)
-    assert "deformable_detr.ms_deform_attn.default" in targets(captured)
-    run = captured.module()
+def test_a_captured_program_takes_other_batches_and_sizes(tiny_model, capture):
+    # With four levels the capture alone would take three times as long.
+    program = DetectionProgram(tiny_model("_single_scale").model)
+    run = capture(program, InputShape(), decompose=True).module()
     for canvas in ((96, 93), (131, 98), (96, 200)):
         images, image_sizes = padded_batch(canvas)
-        torch.testing.assert_close(run(images, image_sizes), program(images, image_sizes))
-        torch.testing.assert_close(run(images[:1], image_sizes[:1]), program(images[:1], image_sizes[:1]))
+        expected = program(images, image_sizes)
+        torch.testing.assert_close(run(images, image_sizes), expected, rtol=1e-5, atol=1e-5)
+        alone = program(images[:1], image_sizes[:1])
+        torch.testing.assert_close(run(images[:1], image_sizes[:1]), alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("decompose", "batch", "op"),
+    [(True, 1, "aten.grid_sampler.default"), (False, 2, "deformable_detr.ms_deform_attn.default")],
+)
 @torch.no_grad()
-def test_a_decomposed_program_needs_no_op_of_ours(tiny_model):
-    program = DetectionProgram(tiny_model("_single_scale").model)
-    captured = capture(program, InputShape(2, (96, 93)), decompose=True)
-    assert not any("deformable_detr" in target for target in targets(captured))
-    assert "aten.grid_sampler.default" in targets(captured)
-    arguments = padded_batch()
+def test_a_program_samples_by_the_op_that_was_asked_for(decompose, batch, op, tiny_model, capture):
+    program = DetectionProgram(tiny_model("_two_stage").model)
+    captured = capture(program, InputShape(batch, (64, 96)), decompose=decompose)
+    ours = {target for target in targets(captured) if "deformable_detr" in target}
+    assert op in targets(captured) and ours <= {op}
+    images = [noise(size, i).permute(1, 2, 0).numpy() for i, size in enumerate(((64, 80), (50, 96)))]
+    arguments = pad_images(images[:batch], (64, 96))
     torch.testing.assert_close(captured.module()(*arguments), program(*arguments), rtol=1e-5, atol=1e-5)

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from ..loading import add_model_arguments
 from .drawing import LARGEST_PICTURE, VideoDrawer, draw_detections
-from .images import ImageError, prepare_image, read_image, save_image, show, shrink
+from .images import ImageError, make_folder, prepare_image, read_image, save_image, show, shrink
 from .predictor import DTYPES, Predictor
 from .results import CocoResults, GroundTruthIds
 from .sources import Source, SourceError, find_sources, local_file, name_outputs, without_repetitions
@@ -166,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     sources, failed = _find_all(args.inputs, args.output)
     try:
-        _check_writable(args.output)
+        make_folder(args.output)
         tasks = list(zip(sources, name_outputs(sources, args.output), strict=True))
         ids = GroundTruthIds.load(args.ids_from) if args.ids_from else None
         predictor = _build_predictor(args) if tasks else None
@@ -211,15 +210,6 @@ def _find_all(arguments: Sequence[str], output: Path) -> tuple[list[Source], int
             failed += 1
             warn(f"error: {show(str(error))}")
     return without_repetitions(sources), failed
-
-
-def _check_writable(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write to output folder {show(output)}: {error.strerror or error}") from error
 
 
 def _build_predictor(args: argparse.Namespace) -> Predictor:

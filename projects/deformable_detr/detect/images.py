@@ -1,6 +1,7 @@
 """From any image, in a file or in memory, to what the model takes."""
 
 import os
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -81,6 +82,20 @@ def shrink(rgb: np.ndarray, longest_side: int) -> np.ndarray:
     image = Image.fromarray(rgb)
     image.thumbnail((longest_side, longest_side))
     return np.asarray(image)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder for results where it is missing, and try to write there: better known before the work.
+
+    Raises:
+        OSError: naming the folder and the reason.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to output folder {show(path)}: {error.strerror or error}") from error
 
 
 def save_image(rgb: np.ndarray, path: Path) -> None:

@@ -31,7 +31,7 @@ class Predictor:
             :func:`deformable_detr.loading.load_model`, which keeps its weights, device and config.
         weights: file or address in place of those of ``model``; "" keeps the random initialisation.
         device: where to compute; by default on the GPU if there is one.
-        score_threshold: lowest score that is returned.
+        score_threshold: lowest score that is returned, from 0 to 1.
         batch_size: images of equal size that go through the model together.
         dtype: of the computation, under autocast; the weights stay float32.
         channels_last: keep the backbone's weights in this memory layout; on a CPU its features always have it.
@@ -62,6 +62,8 @@ class Predictor:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not 0 <= score_threshold <= 1:
+            raise ValueError(f"score_threshold must be from 0 to 1, got {score_threshold:g}")
         if dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of torch.{', torch.'.join(DTYPES)}, got {dtype}")
         if isinstance(model, LoadedModel):

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoint.report import CheckpointError
+from ..detect.images import make_folder
 from ..loading import add_model_arguments, load_model
 from .drawing import draw_explanation
 from .explanation import explain
@@ -45,6 +45,7 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    make_folder(args.output)
     loaded = load_model(args.model, args.weights, device=args.device, opts=args.opts)
     explanation = explain(
         loaded,
@@ -55,7 +56,6 @@ def main(args: argparse.Namespace) -> None:
         score=args.score,
         ground_truth=args.ground_truth,
     )
-    args.output.mkdir(parents=True, exist_ok=True)
     target = args.output / f"{Path(args.image).stem}_explained"
     layers = {"layer": args.layer, "encoder_layer": args.encoder_layer}
     print(draw_explanation(explanation, f"{target}.png", **layers))
@@ -66,6 +66,6 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         main(parse_args())
-    except (CheckpointError, KeyError, OSError, ValueError) as error:
+    except (KeyError, OSError, ValueError) as error:
         # Without the quotes that str() puts around the message of a KeyError.
         raise SystemExit(f"error: {error.args[0] if isinstance(error, KeyError) else error}") from error

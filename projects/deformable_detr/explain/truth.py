@@ -1,6 +1,5 @@
 """Ground truth of one image from a COCO file, matched with the model's own matcher."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +8,7 @@ import torch
 from detectron2.structures import BoxMode
 from torchvision.ops import box_convert, box_iou
 
+from ..coco_format import read_coco_json
 from ..modeling import HungarianMatcher
 from .recorder import Recording
 from .selection import class_index
@@ -39,9 +39,11 @@ def read_truth(json_path: str | Path, name: str, size: tuple[int, int], class_na
         size: (height, width) of the image as it was read.
 
     Raises:
-        ValueError: the file does not have this image once, has it in another size, or has a class unknown to the model.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not in COCO's format, does not have this image once, has it in another size, or has a
+            class unknown to the model.
     """
-    content = json.loads(Path(json_path).read_text(encoding="utf-8"))
+    content = read_coco_json(str(json_path))
     entries = [entry for entry in content["images"] if Path(entry["file_name"]).name == name]
     if len(entries) != 1:
         raise ValueError(f"{json_path} must have one image of file name {name}, it has {len(entries)}")

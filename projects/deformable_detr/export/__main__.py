@@ -6,8 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from detectron2.data.detection_utils import read_image
-
+from ..detect import read_image
 from ..loading import add_model_arguments, load_model
 from .agreement import TOLERANCE, DisagreementError
 from .exporter import FORMATS, export_model
@@ -30,7 +29,8 @@ EPILOG = """examples:
 formats:
   onnx          batch and image size are dynamic. --op custom leaves nodes deformable_detr::MSDeformAttn in it, for
                 runtimes to which you have added that op.
-  torch_export  for torch.export.load and AOTInductor; batch and image size are dynamic. --op custom leaves
+  torch_export  for torch.export.load; batch and image size are dynamic, with sides longer than the coarsest stride
+                (64 pixels with four levels, 32 with one, 16 with DC5). --op custom leaves
                 deformable_detr::ms_deform_attn in it: import deformable_detr.layers before loading.
   torchscript   for torch.jit.load and LibTorch; sizes are fixed, by default batch 1 and the config's test size as
                 height and width. PyTorch has deprecated TorchScript: prefer torch_export where you can choose."""
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
     size = None if args.fixed_size is None else tuple(args.fixed_size)
     shape = InputShape(args.batch, size) if args.batch is not None or size is not None else None
     try:
-        pictures = [read_image(image, "RGB") for image in args.check]
+        pictures = [read_image(image) for image in args.check]
         loaded = load_model(args.model, args.weights, device=args.device, opts=args.opts)
         differences = export_model(
             loaded,

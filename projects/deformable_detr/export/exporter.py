@@ -100,6 +100,8 @@ def _check_arguments(
     """Refuse what cannot work; return the options of ``kind.write``."""
     if path.suffix != kind.suffix:
         raise ValueError(f"the output must end in {kind.suffix}, got {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"the output must be a file, {path} is a folder")
     if shape.batch is not None and shape.batch < 1:
         raise ValueError(f"batch must be at least 1, got {shape.batch}")
     least = coarsest_stride(loaded.model)
