@@ -95,6 +95,6 @@ def test_model_benchmark_has_a_row_for_every_combination(run):
 def test_train_benchmark_shows_what_checkpointing_saves(run):
     # So wide that the peak is in the transformer.
     opts = ["MODEL.DEFORMABLE_DETR.ENC_LAYERS", "4", "MODEL.DEFORMABLE_DETR.DIM_FEEDFORWARD", "4096"]
-    default, checkpointed = run("train", "--sizes", "256x256", "--memory-only", "--peers", opts=opts)
+    default, checkpointed = run("train", "--sizes", "128x128", "--memory-only", "--peers", opts=opts)
     assert (default["option"], checkpointed["option"]) == ("default", "checkpoint")
     assert checkpointed["MiB"] < default["MiB"]

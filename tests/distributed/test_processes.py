@@ -27,8 +27,9 @@ def reports(tiny_yaml, write_coco, tmp_path) -> dict[tuple[int, int], dict]:
         data = write_coco()
         configs = {variant: [*tiny_yaml(variant), *NARROW] for variant in VARIANTS}
         task = tmp_path / "task.json"
-        content = {"configs": configs, "json": data.json, "images": data.images, "output": str(tmp_path)}
-        task.write_text(json.dumps(content))
+        flags = data.flags("train") + data.flags("val")
+        content = {"configs": configs, "json": data.json, "images": data.images, "flags": flags}
+        task.write_text(json.dumps({**content, "output": str(tmp_path)}))
         # No GPU: a process that has used one cannot be forked.
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(task)]
@@ -57,6 +58,11 @@ def test_gathered_evaluation_equals_that_of_one_process(reports, size, rank):
 def test_the_number_of_objects_is_averaged_over_processes(reports, size, rank):
     mean = {2: (0.5 + 1.5) / 2, 3: (0.5 + 1.5 + 2.5) / 3}[size]
     assert reports[size, rank]["normaliser"] == pytest.approx(max(1, mean), rel=1e-5)
+
+
+@pytest.mark.parametrize(("size", "rank"), RANKS)
+def test_a_yaml_configuration_trains_and_evaluates(reports, size, rank):
+    assert 0 <= reports[size, rank]["run"] <= 100
 
 
 @pytest.mark.parametrize(("size", "rank"), RANKS)

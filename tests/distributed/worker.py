@@ -1,8 +1,8 @@
 """Runs all checks that need several processes, and reports what each process found: ``worker.py TASK.json``.
 
-The task has "configs" {variant: [--config-file, FILE, KEY, VALUE, ...]}, "json" and "images" of a COCO dataset, and
-"output", a folder. There every process leaves ``SIZE-RANK.json``: a number for each of its checks. Models, data and the
-results of a single process are made once and inherited by all processes through fork.
+The task has "configs" {variant: [--config-file, FILE, KEY, VALUE, ...]}, "json" and "images" of a COCO dataset, "flags"
+that train on it, and "output", a folder. There every process leaves ``SIZE-RANK.json``: a number for each of its
+checks. Models, data and the results of a single process are made once and inherited by all processes through fork.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from detectron2.utils import comm
 from torch import nn
 
 from deformable_detr import load_config
-from deformable_detr.engine import build_evaluator
+from deformable_detr.engine import argument_parser, build_evaluator
+from deformable_detr.engine import main as train_net
 from deformable_detr.launch import launch
 from deformable_detr.modeling import HungarianMatcher, SetCriterion
 
@@ -106,6 +107,7 @@ class Checks:
     def __init__(self, task: dict) -> None:
         self.output = Path(task["output"])
         self.config = task["configs"][""]
+        self.data_flags = task["flags"]
         register_coco_instances(DATASET, {}, task["json"], task["images"])
         self.average_precision = evaluate(self.config, self.output)["bbox"]["AP"]
         assert 0 < self.average_precision < 100, "every evaluation would give the same"
@@ -141,8 +143,9 @@ class Checks:
         self.cases[name] = (model, batch, expected)
 
     def all(self) -> dict[str, Callable[[], float]]:
-        steps = {name: lambda case=case: self.steps_differ_by(*case) for name, case in self.cases.items()}
-        return steps | {"evaluation": self.evaluated_ap, "normaliser": self.normaliser, "killed": self.stop_seconds}
+        checks = {name: lambda case=case: self.steps_differ_by(*case) for name, case in self.cases.items()}
+        checks |= {"evaluation": self.evaluated_ap, "normaliser": self.normaliser, "run": self.trained_ap}
+        return checks | {"killed": self.stop_seconds}
 
     def steps_differ_by(self, model: nn.Module, batch: list[dict], expected: dict[int, list[torch.Tensor]]) -> float:
         size, objects = comm.get_world_size(), sum(len(x["instances"]) for x in batch)
@@ -166,6 +169,17 @@ class Checks:
         with criterion.normalise_by(comm.get_rank() + 0.5):
             loss = criterion(outputs, nothing)["loss_ce"]
         return (0.75 * 0.25 * torch.tensor(2.0).log() / loss).item()
+
+    def trained_ap(self) -> float:
+        """AP at the end of a run of train_net.py, as each process finds it in the run's folder."""
+        folder, size = self.output / f"run-{comm.get_world_size()}", str(comm.get_world_size())
+        opts = ["SOLVER.IMS_PER_BATCH", size, "SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(folder)]
+        train_net(argument_parser().parse_args([*self.data_flags, *self.config, *opts]))
+        comm.synchronize()
+        # Detectron2 logs each further process into a file of its own.
+        suffix = "" if comm.is_main_process() else f".rank{comm.get_rank()}"
+        assert (folder / f"log.txt{suffix}").is_file() and (folder / "model_final.pth").is_file()
+        return json.loads((folder / "metrics.json").read_text().splitlines()[-1])["bbox/AP"]
 
     def stop_seconds(self) -> float:
         """Seconds that a process waits for one that was killed before it raises; must be the last check."""

@@ -30,6 +30,13 @@ def test_extra_levels_come_from_the_raw_last_feature(tiny_backbone):
     assert [s.stride for s in backbone.output_shape().values()] == [8, 16, 32, 64, 128]
 
 
+def test_a_backbone_other_than_a_resnet_gets_the_images_in_their_own_layout(tiny_backbone):
+    layouts = []
+    tiny_backbone.register_forward_pre_hook(lambda module, inputs: layouts.append(inputs[0].is_contiguous()))
+    MultiScaleBackbone(tiny_backbone, hidden_dim=64)(torch.randn(2, 3, 64, 96))
+    assert layouts == [True]
+
+
 def test_projection_starts_with_zero_bias_and_xavier_weights(tiny_backbone):
     backbone = MultiScaleBackbone(tiny_backbone, hidden_dim=64)
     conv = backbone.input_proj[3][0]

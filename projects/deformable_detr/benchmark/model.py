@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from fvcore.nn import FlopCountAnalysis
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from .. import model_zoo
 from ..modeling import DeformableDETR
 from .models import OURS, TORCHVISION, TRANSFORMERS, Batch, build, find_peers, make_batch
-from .timing import CLOCKS, describe_machine, peak_memory, summarise, time_in_turns
+from .timing import CLOCKS, peak_memory, print_and_save, summarise, time_in_turns
 
 NOTES = """\
 ms: median of the rounds; spread: quartile range / median; ratio: median over rounds of time / time of the first row of
@@ -62,21 +60,16 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, size: str, variant:
 
 def run(args: argparse.Namespace) -> None:
     """Measure every combination, print a table and write the JSON file."""
+    run_combinations(measure, args, NOTES)
+
+
+def run_combinations(measure: Callable[..., list[dict]], args: argparse.Namespace, notes: str) -> None:
+    """Call ``measure(device, variant, size, batch size, args)`` for every input of :func:`add_common_arguments`."""
     torch.set_num_threads(args.threads)
     rows = []
     for combination in itertools.product(args.devices, args.variants, args.sizes, args.batches):
         rows += measure(*combination, args)
-    print_and_save(rows, args, NOTES)
-
-
-def print_and_save(rows: list[dict], args: argparse.Namespace, notes: str) -> None:
-    """Print the table, and write it with the machine to ``--json``."""
-    machine = describe_machine(args.devices, args.threads)
-    print(machine)
-    print(tabulate(rows, headers="keys", floatfmt=".4g"))
-    print(notes)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "results": rows}, indent=1), encoding="utf-8")
+    print_and_save(rows, args, notes)
 
 
 def measure(

@@ -5,22 +5,22 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
-from ..layers import _ops, ms_deform_attn, ms_deform_attn_pytorch
+from ..layers import ms_deform_attn, ms_deform_attn_pytorch
 from .shapes import SHAPES, Inputs, make_inputs
+from .timing import print_and_save, summarise, time_call, time_in_turns
 
 Attend = Callable[[Inputs, Tensor, Tensor, Tensor], Tensor]
 OURS, TWIN = "deformable_detr", "twin"
+NOTES = """\
+ms: median of the rounds; spread: quartile range / median; ratio: median over rounds of time / our time;
+bound: every tensor read or written once at the measured copy speed of memory; share: bound / ms;
+GB/s: corner rows read, and in the backward pass added to, per second, which caches serve."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,25 +45,7 @@ def run(args: argparse.Namespace) -> None:
         peers = find_peers(device)
         for combination in itertools.product(args.shapes, args.batches, args.dtypes, args.distributions):
             rows += measure(*combination, device=device, rounds=args.rounds, bandwidth=bandwidth, peers=peers)
-    print(describe_machine(args))
-    print(tabulate(rows, headers="keys", floatfmt=".3g"))
-    print("ms: median of the rounds; spread: quartile range / median; ratio: median over rounds of time / our time;")
-    print("bound: every tensor read or written once at the measured copy speed of memory; share: bound / ms;")
-    print("GB/s: corner rows read, and in the backward pass added to, per second, which caches serve.")
-    if args.json:
-        args.json.write_text(json.dumps({"machine": describe_machine(args), "results": rows}, indent=1))
-
-
-def describe_machine(args: argparse.Namespace) -> str:
-    kernels = ", ".join(f"{device}: {'kernel' if _ops.has_kernel(device) else 'twin'}" for device in args.devices)
-    names = [torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name() for device in args.devices]
-    return f"{', '.join(names)}; torch {torch.__version__}; {args.threads} threads; {kernels}"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    print_and_save(rows, args, NOTES)
 
 
 def measure(
@@ -83,19 +65,13 @@ def measure(
     )
     rows = []
     for backward in (False, True):
-        times = {peer: [] for peer in peers}
         calls = {peer: _make_call(attend, inputs, backward) for peer, attend in peers.items()}
-        # In turns, so that a busy machine slows all of them; after an untimed call, which finds the caches as
-        # another implementation left them.
-        for _, peer in itertools.product(range(rounds), peers):
-            calls[peer]()
-            times[peer].append(time_call(calls[peer], device))
+        times = time_in_turns(calls, rounds=rounds, device=device, untimed=1)
         passes = (False, True) if backward else (False,)
         bound = 1e3 * sum(inputs.bytes_once(backward=b) for b in passes) / bandwidth
         gathered = sum(inputs.bytes_gathered(backward=b) for b in passes)
         for peer, samples in times.items():
-            median = statistics.median(samples)
-            low, _, high = statistics.quantiles(samples, n=4) if rounds > 1 else (median,) * 3
+            numbers = summarise(samples, times[OURS])
             rows.append(
                 {
                     "shape": name,
@@ -104,12 +80,10 @@ def measure(
                     "where": f"{device} {distribution}",
                     "pass": "fwd+bwd" if backward else "fwd",
                     "implementation": peer,
-                    "ms": median,
-                    "spread": (high - low) / median,
-                    "ratio": statistics.median(a / b for a, b in zip(samples, times[OURS], strict=True)),
+                    **numbers,
                     "bound ms": bound,
-                    "share": bound / median,
-                    "GB/s": gathered / median / 1e6,
+                    "share": bound / numbers["ms"],
+                    "GB/s": gathered / numbers["ms"] / 1e6,
                 }
             )
     return rows
@@ -130,20 +104,6 @@ def _make_call(attend: Attend, inputs: Inputs, backward: bool) -> Callable[[], N
         torch.autograd.grad(attend(inputs, *leaves), leaves, inputs.grad_output)
 
     return forward_and_backward
-
-
-def time_call(call: Callable[[], None], device: str) -> float:
-    """Milliseconds of one call."""
-    if not device.startswith("cuda"):
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def measure_bandwidth(device: str) -> float:

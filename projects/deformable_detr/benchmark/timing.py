@@ -1,7 +1,8 @@
-"""What the benchmarks share: timing in turns, peak memory, description of the machine."""
+"""What the benchmarks share: timing in turns, peak memory, description of the machine, the table."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -11,11 +12,11 @@ from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 
 import torch
+from tabulate import tabulate
 
 from ..layers import _ops
 
 Call = Callable[[], object]
-
 
 # Processor time, with one thread, does not count what else a busy machine does meanwhile.
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -37,15 +38,28 @@ def time_call(call: Call, device: str, *, clock: str = "wall") -> float:
 
 
 def time_in_turns(
-    calls: Mapping[Hashable, Call], *, rounds: int, warmup: int, device: str, clock: str = "wall"
+    calls: Mapping[Hashable, Call],
+    *,
+    rounds: int,
+    device: str,
+    warmup: int = 0,
+    untimed: int = 0,
+    clock: str = "wall",
 ) -> dict[Hashable, list[float]]:
-    """Milliseconds of every call in every round. In turns, so that a busy machine slows all of them alike."""
+    """Milliseconds of every call in every round. In turns, so that a busy machine slows all of them alike.
+
+    Args:
+        warmup: untimed calls of each before the rounds.
+        untimed: untimed calls right before every timed one; the first finds the caches as another call left them.
+    """
     for call in calls.values():
         for _ in range(warmup):
             call()
     times: dict[Hashable, list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
         for key, call in calls.items():
+            for _ in range(untimed):
+                call()
             times[key].append(time_call(call, device, clock=clock))
     return times
 
@@ -90,6 +104,16 @@ def describe_machine(devices: list[str], threads: int) -> str:
     kernels = ", ".join(f"{device}: {'kernel' if _ops.has_kernel(device) else 'twin'}" for device in devices)
     names = [torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name() for device in devices]
     return f"{', '.join(names)}; torch {torch.__version__}; {threads} threads; {kernels}"
+
+
+def print_and_save(rows: list[dict], args: argparse.Namespace, notes: str) -> None:
+    """Print the table, and write it with the machine to ``--json``."""
+    machine = describe_machine(args.devices, args.threads)
+    print(machine)
+    print(tabulate(rows, headers="keys", floatfmt=".4g"))
+    print(notes)
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine, "results": rows}, indent=1), encoding="utf-8")
 
 
 def _cpu_name() -> str:

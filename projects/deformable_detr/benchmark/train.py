@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from .model import add_common_arguments, autocast, print_and_save
+from .model import add_common_arguments, autocast, run_combinations
 from .models import OURS, TRANSFORMERS, Batch, build, find_peers, make_batch
 from .timing import peak_memory, summarise, time_in_turns
 
@@ -31,11 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure every combination, print a table and write the JSON file."""
-    torch.set_num_threads(args.threads)
-    rows = []
-    for combination in itertools.product(args.devices, args.variants, args.sizes, args.batches):
-        rows += measure(*combination, args)
-    print_and_save(rows, args, NOTES)
+    run_combinations(measure, args, NOTES)
 
 
 def measure(

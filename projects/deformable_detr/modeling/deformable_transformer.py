@@ -315,13 +315,13 @@ class DeformableTransformer(nn.Module):
         enc_logits = enc_boxes = None
         if self.two_stage:
             proposals = gen_encoder_proposals(spatial_shapes, valid_sizes, padding_mask)
-            features, enc_logits, best = self._score_proposals(memory, proposals, class_embed[-1], num_queries)
+            enc_features, enc_logits, best = self._score_proposals(memory, proposals, class_embed[-1], num_queries)
             if all_proposals:
-                enc_unact = bbox_embed[-1](features).float() + proposals
+                enc_unact = bbox_embed[-1](enc_features).float() + proposals
                 enc_boxes, chosen = enc_unact.sigmoid(), _take(enc_unact, best)
             else:
                 enc_logits = None
-                chosen = bbox_embed[-1](_take(features, best)).float() + _take(proposals, best)
+                chosen = bbox_embed[-1](_take(enc_features, best)).float() + _take(proposals, best)
             reference_points = chosen.detach().sigmoid()
             query_pos, tgt = self._embed_proposals(reference_points)
         else:

@@ -41,9 +41,10 @@ def get_valid_sizes(masks: Sequence[Tensor]) -> Tensor:
 
 def get_valid_ratios(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> Tensor:
     """Unpadded share of each level, (N, L, 2) as (w, h)."""
-    sizes = [(width, height) for height, width in spatial_shapes]
-    # Not new_tensor: torch.export would take the sizes for constants.
-    return valid_sizes / torch.tensor(sizes, dtype=valid_sizes.dtype, device=valid_sizes.device)
+    # Number by number: a tensor of the sizes would be copied to the device, which waits for it.
+    levels = zip(valid_sizes.unbind(1), spatial_shapes, strict=True)
+    ratios = [torch.stack((size[:, 0] / width, size[:, 1] / height), dim=-1) for size, (height, width) in levels]
+    return torch.stack(ratios, dim=1)
 
 
 def cell_centers(height: int, width: int, device: torch.device) -> Tensor:
