@@ -190,7 +190,7 @@ setup(
             "onnxruntime",
             "onnxscript",
             "tensorboard",
-        ]
+        ],
     },
     ext_modules=extensions,
     cmdclass=get_commands(extensions),
