@@ -1,6 +1,7 @@
 """The optimiser: its groups, its clipping, its schedule."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +165,18 @@ def test_clipping_can_be_switched_off(max_norm):
         return ClippedAdamW(parameters, max_norm=max_norm, lr=0.1, eps=0.1)
 
     torch.testing.assert_close(step(unlimited, gradients_of_norm(1.0)), step(adamw, gradients_of_norm(1.0)))
+
+
+def test_scaled_gradients_are_unscaled_before_they_are_clipped():
+    def stepped_by_a_scaler(parameters):
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        # The scaler begins to work with the first loss that it scales.
+        scaler.scale(torch.zeros(()))
+        optimizer = clipped(parameters)
+        return SimpleNamespace(step=lambda: scaler.step(optimizer))
+
+    scaled = [8.0 * gradient for gradient in gradients_of_norm(0.09)]
+    torch.testing.assert_close(step(stepped_by_a_scaler, scaled), step(clipped, gradients_of_norm(0.09)))
 
 
 def test_configuration_sets_the_limit():

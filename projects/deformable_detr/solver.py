@@ -57,10 +57,14 @@ class ClippedAdamW(torch.optim.AdamW):
 
     Args:
         max_norm: limit on the 2-norm over the gradients of all parameters; None or 0 does not clip.
+        fused: update all of a parameter in one pass over memory. PyTorch's default on the CPU takes a pass per
+            operation, which for the 41 M parameters of the R50 models is about nine times as long.
     """
 
-    def __init__(self, params, *, max_norm: float | None = 0.1, **kwargs: Any) -> None:
-        super().__init__(params, **kwargs)
+    def __init__(self, params, *, max_norm: float | None = 0.1, fused: bool = True, **kwargs: Any) -> None:
+        super().__init__(params, fused=fused, **kwargs)
+        # A fused optimiser tells GradScaler to leave unscaling to it; it would come after the clipping.
+        self._step_supports_amp_scaling = False
         self.max_norm = max_norm
         self._is_clipped = False
 

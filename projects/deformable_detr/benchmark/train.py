@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
+from ..solver import ClippedAdamW
 from .model import add_common_arguments, autocast, run_combinations
 from .models import OURS, TRANSFORMERS, Batch, build, find_peers, make_batch
 from .timing import peak_memory, summarise, time_in_turns
@@ -15,7 +15,7 @@ from .timing import peak_memory, summarise, time_in_turns
 NOTES = """\
 ms: median of the rounds; spread: quartile range / median; ratio: median over rounds of time / time of the first row of
 the same input; MiB: peak on top of weights and optimizer state, gradients included. All have the same weights, images,
-objects and AdamW; transformers has no loss for the encoder's proposals."""
+objects and ClippedAdamW; transformers has no loss for the encoder's proposals."""
 OPTIONS = ("default", "checkpoint")
 
 
@@ -71,7 +71,7 @@ def measure(
 def make_step(model: nn.Module, batch: Batch, *, dtype: str) -> Callable[[], float]:
     """A call that makes one step and returns the loss."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    optimizer = ClippedAdamW(model.parameters(), lr=1e-5)
 
     def call() -> float:
         with autocast(batch, dtype):

@@ -21,5 +21,5 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         count = x.numel()
         random = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        keep = (random.view(torch.int16)[:count] >= dropped - 2**15).view(x.shape)
-        return torch.where(keep, x, 0.0) * (2**16 / (2**16 - dropped))
+        drop = (random.view(torch.int16)[:count] < dropped - 2**15).view(x.shape)
+        return x.masked_fill(drop, 0.0).mul_(2**16 / (2**16 - dropped))
