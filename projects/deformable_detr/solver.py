@@ -61,8 +61,18 @@ class ClippedAdamW(torch.optim.AdamW):
             operation, which for the 41 M parameters of the R50 models is about nine times as long.
     """
 
-    def __init__(self, params, *, max_norm: float | None = 0.1, fused: bool = True, **kwargs: Any) -> None:
-        super().__init__(params, fused=fused, **kwargs)
+    def __init__(
+        self,
+        params,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        max_norm: float | None = 0.1,
+        fused: bool = True,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=fused)
         # A fused optimiser tells GradScaler to leave unscaling to it; it would come after the clipping.
         self._step_supports_amp_scaling = False
         self.max_norm = max_norm

@@ -70,8 +70,11 @@ def test_predictions_that_are_not_finite_never_reach_the_solver(outcomes):
             assert "image" in str(error)
             outcomes["refused, naming the image"] += 1
         else:
-            # No object looks at this value in the costs: it must show in the losses, where the trainer stops.
-            unseen = not any(len(target["labels"]) for target in targets) and poisoned is boxes
+            # No object of its image looks at this value: it is a box that nothing depends on, or shows in the losses,
+            # where the trainer stops.
+            layer_size = poisoned[0].numel()
+            image = where % poisoned.numel() % layer_size // (layer_size // case["images"])
+            unseen = poisoned is boxes and not len(targets[image]["labels"])
             infinite_logit = poisoned is logits
             assert unseen or infinite_logit or not torch.stack(list(losses.values())).isfinite().all()
             outcomes["not looked at, or seen in the loss"] += 1
@@ -88,8 +91,10 @@ def test_losses_and_gradients_are_finite(outcomes):
         logits.requires_grad_(), boxes.requires_grad_()
         losses = criterion({"pred_logits": logits, "pred_boxes": boxes}, targets)
         sum(losses.values()).backward()
+        # Sums of huge logits cancel up to rounding.
+        rounding = 1e-6 * (1 + logits.detach().abs().sum())
         for name, loss in losses.items():
-            assert loss.isfinite() and loss >= -1e-6, name
+            assert loss.isfinite() and loss >= -rounding, name
         assert logits.grad.isfinite().all() and boxes.grad.isfinite().all()
         outcomes["finite"] += 1
 

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -41,8 +42,13 @@ def test_failing_command_ends_the_demo_with_its_status(code, status):
 
 def test_interrupt_ends_the_demo_with_one_sentence(capfd):
     code = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
-    with pytest.raises(SystemExit) as ended:
-        demo.run(["-c", code])
+    # A process started in the background of a shell ignores the signal, and so would this one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            demo.run(["-c", code])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
     assert capfd.readouterr().err == "\nInterrupted. Called again, the demo goes on from the last checkpoint.\n"
 

@@ -52,7 +52,7 @@ def fit_class_heads(
     """
     for key in [key for key in tensors if key.startswith("class_embed.") and key in target]:
         tensor, initial = tensors[key], target[key].detach()
-        if tensor.shape[1:] != initial.shape[1:]:
+        if tensor.dim() != initial.dim() or tensor.shape[1:] != initial.shape[1:]:
             continue  # reported later, as a model of another width
         if is_encoder_head(key, target):
             _fit_encoder_head(key, tensors, initial, report)

@@ -236,9 +236,11 @@ def _describe_variant(
         "num_decoder_layers": count(r"transformer\.decoder\.layers\.(\d+)\."),
         "two_stage": ENCODER_OUTPUT in tensors,
     }
-    if "transformer.level_embed" in tensors:
+    # Nothing can be read off a matrix that is none.
+    matrices = {key for key, tensor in tensors.items() if tensor.dim() == 2}
+    if "transformer.level_embed" in matrices:
         facts["hidden_dim"] = tensors["transformer.level_embed"].shape[1]
-    if "query_embed.weight" in tensors:
+    if "query_embed.weight" in matrices:
         facts["num_queries"] = len(tensors["query_embed.weight"])
     second_head = {key.replace(".0.", ".1.", 1): tensors[key] for key in tensors if key.startswith("bbox_embed.0.")}
     if second_head.keys() <= tensors.keys():
