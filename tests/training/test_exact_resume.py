@@ -94,3 +94,13 @@ def test_run_without_a_seed_goes_on_as_it_would_have(run_yaml, tmp_path):
     (again / "last_checkpoint").write_text("model_0000000.pth")
     run_yaml(again, "--resume", **options)
     assert_same_run(again, whole)
+
+
+def test_run_killed_right_before_its_last_file_gets_it_when_resumed(run, tmp_path):
+    run(tmp_path / "run", max_iter=4, checkpoint_period=2)
+    whole = read_checkpoint(tmp_path / "run")
+    (tmp_path / "run" / "model_final.pth").unlink()
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000003.pth")
+    run(tmp_path / "run", "--resume", max_iter=4, checkpoint_period=2)
+    assert differences(read_checkpoint(tmp_path / "run"), whole) == []
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_final.pth"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
 
-from ..checkpoint.checkpointer import DeformableDETRCheckpointer
+from ..checkpoint.checkpointer import DeformableDETRCheckpointer, replacing
 from .settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -36,9 +37,7 @@ def build_hooks(
     """
     built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler(scheduler=scheduler), *before_saving]
     if comm.is_main_process():
-        built.append(
-            hooks.PeriodicCheckpointer(checkpointer, settings.checkpoint_period, max_to_keep=settings.max_to_keep)
-        )
+        built.append(PeriodicCheckpointer(checkpointer, settings.checkpoint_period, max_to_keep=settings.max_to_keep))
     # After the checkpoint, with which an evaluation that fails can be repeated.
     built.append(EvalHook(settings.eval_period, evaluate, first=settings.first_eval))
     if comm.is_main_process():
@@ -61,6 +60,20 @@ def build_writers(output_dir: str, max_iter: int, period: int) -> list[EventWrit
         JSONWriter(os.path.join(output_dir, "metrics.json"), window_size=window),
         TensorboardXWriter(output_dir, window_size=window),
     ]
+
+
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """Detectron2's hook, which also leaves ``model_final`` where a run was killed right before it was written."""
+
+    def before_train(self) -> None:
+        super().before_train()
+        final = f"{self.file_prefix}_final.pth"
+        path = os.path.join(self.checkpointer.save_dir, final)
+        if self.trainer.start_iter >= self.max_iter and not os.path.isfile(path):
+            # No step is left, and the last checkpoint is what would have been written.
+            with open(self.checkpointer.get_checkpoint_file(), "rb") as last, replacing(path) as stream:
+                shutil.copyfileobj(last, stream)
+            self.checkpointer.tag_last_checkpoint(final)
 
 
 class EvalHook(hooks.EvalHook):
