@@ -114,6 +114,11 @@ def _check_device(device: str | torch.device) -> None:
         raise ValueError(f"device {device} needs a GPU, and PyTorch {torch.__version__} sees none here")
 
 
+def message_of(error: Exception) -> str:
+    """What an error says, for one line on a command line: a KeyError's own text would be in quotes."""
+    return str(error.args[0] if isinstance(error, KeyError) else error)
+
+
 def _read_config(model: str, opts: Sequence[str]) -> CfgNode | DictConfig:
     if os.path.isdir(model):
         return load_config(os.path.join(model, "config.yaml"), opts)

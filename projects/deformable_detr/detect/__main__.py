@@ -12,7 +12,7 @@ import numpy as np
 from detectron2.structures import Instances
 from tqdm import tqdm
 
-from ..loading import add_model_arguments
+from ..loading import add_model_arguments, message_of
 from .drawing import LARGEST_PICTURE, VideoDrawer, draw_detections
 from .images import ImageError, make_folder, prepare_image, read_image, save_image, show, shrink
 from .predictor import DTYPES, Predictor
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ids.check(names=[source.name for source in sources], class_names=predictor.class_names)
     except (OSError, KeyError, ValueError) as error:
         # A KeyError's text would come in quotes.
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        print(f"error: {message_of(error)}", file=sys.stderr)
         raise SystemExit(2) from error
     if predictor is None:
         return 1

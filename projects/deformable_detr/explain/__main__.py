@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..detect.images import make_folder
-from ..loading import add_model_arguments, load_model
+from ..loading import add_model_arguments, load_model, message_of
 from .drawing import draw_explanation
 from .explanation import explain
 from .page import write_page
@@ -68,4 +68,4 @@ if __name__ == "__main__":
         main(parse_args())
     except (KeyError, OSError, ValueError) as error:
         # Without the quotes that str() puts around the message of a KeyError.
-        raise SystemExit(f"error: {error.args[0] if isinstance(error, KeyError) else error}") from error
+        raise SystemExit(f"error: {message_of(error)}") from error

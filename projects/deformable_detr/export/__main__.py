@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from ..detect import read_image
-from ..loading import add_model_arguments, load_model
+from ..loading import add_model_arguments, load_model, message_of
 from .agreement import TOLERANCE, DisagreementError
 from .exporter import FORMATS, export_model
 from .onnx_format import DEFAULT_OPSET, NEWEST_OPSET, OLDEST_OPSET
@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> int:
         return 1
     except (OSError, KeyError, ValueError, ModuleNotFoundError) as error:
         # A KeyError's text would come in quotes.
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
     boxes, scores = max(d.boxes for d in differences), max(d.scores for d in differences)
     print(
