@@ -17,8 +17,11 @@ from .timing import print_and_save, summarise, time_call, time_in_turns
 
 Attend = Callable[[Inputs, Tensor, Tensor, Tensor], Tensor]
 OURS, TWIN = "deformable_detr", "twin"
+SETTLE_MS = 20
 NOTES = """\
-ms: median of the rounds; spread: quartile range / median; ratio: median over rounds of time / our time;
+ms: median of the rounds, in each of which a call is repeated for 20 ms and then timed as many times; spread: quartile
+range / median; ratio: median over rounds of time / our time; cold ms, cold ratio: the same for a single call, with the
+caches as another implementation left them;
 bound: every tensor read or written once at the measured copy speed of memory; share: bound / ms;
 GB/s: corner rows read, and in the backward pass added to, per second, which caches serve."""
 
@@ -66,12 +69,14 @@ def measure(
     rows = []
     for backward in (False, True):
         calls = {peer: _make_call(attend, inputs, backward) for peer, attend in peers.items()}
-        times = time_in_turns(calls, rounds=rounds, device=device, untimed=1)
+        times = time_in_turns(calls, rounds=rounds, device=device, settle_ms=SETTLE_MS)
+        cold_times = time_in_turns(calls, rounds=rounds, device=device)
         passes = (False, True) if backward else (False,)
         bound = 1e3 * sum(inputs.bytes_once(backward=b) for b in passes) / bandwidth
         gathered = sum(inputs.bytes_gathered(backward=b) for b in passes)
         for peer, samples in times.items():
             numbers = summarise(samples, times[OURS])
+            cold = summarise(cold_times[peer], cold_times[OURS])
             rows.append(
                 {
                     "shape": name,
@@ -81,6 +86,8 @@ def measure(
                     "pass": "fwd+bwd" if backward else "fwd",
                     "implementation": peer,
                     **numbers,
+                    "cold ms": cold["ms"],
+                    "cold ratio": cold["ratio"],
                     "bound ms": bound,
                     "share": bound / numbers["ms"],
                     "GB/s": gathered / numbers["ms"] / 1e6,

@@ -22,19 +22,21 @@ Call = Callable[[], object]
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
-def time_call(call: Call, device: str, *, clock: str = "wall") -> float:
-    """Milliseconds of one call; ``clock`` is for the CPU."""
+def time_call(call: Call, device: str, *, clock: str = "wall", count: int = 1) -> float:
+    """Milliseconds of one of ``count`` calls in a row; ``clock`` is for the CPU."""
     if not device.startswith("cuda"):
         read = CLOCKS[clock]
         start = read()
-        call()
-        return 1e3 * (read() - start)
+        for _ in range(count):
+            call()
+        return 1e3 * (read() - start) / count
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    call()
+    for _ in range(count):
+        call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsed_time(end) / count
 
 
 def time_in_turns(
@@ -43,14 +45,15 @@ def time_in_turns(
     rounds: int,
     device: str,
     warmup: int = 0,
-    untimed: int = 0,
+    settle_ms: float | None = None,
     clock: str = "wall",
 ) -> dict[Hashable, list[float]]:
     """Milliseconds of every call in every round. In turns, so that a busy machine slows all of them alike.
 
     Args:
         warmup: untimed calls of each before the rounds.
-        untimed: untimed calls right before every timed one; the first finds the caches as another call left them.
+        settle_ms: repeat each call for so long, then time as many calls as that took; without it time a single call,
+            with the caches as another one left them.
     """
     for call in calls.values():
         for _ in range(warmup):
@@ -58,10 +61,18 @@ def time_in_turns(
     times: dict[Hashable, list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
         for key, call in calls.items():
-            for _ in range(untimed):
-                call()
-            times[key].append(time_call(call, device, clock=clock))
+            count = 1 if settle_ms is None else _settle(call, device, settle_ms)
+            times[key].append(time_call(call, device, clock=clock, count=count))
     return times
+
+
+def _settle(call: Call, device: str, milliseconds: float) -> int:
+    """Repeat a call for a time; returns how often."""
+    spent, count = 0.0, 0
+    while spent < milliseconds:
+        spent += time_call(call, device)
+        count += 1
+    return count
 
 
 def summarise(samples: list[float], reference: list[float]) -> dict[str, float]:
