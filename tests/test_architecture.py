@@ -47,6 +47,13 @@ def own_rooms(path: Path) -> set[str]:
     return {parts[1] for parts in names if parts[0] == "deformable_detr" and len(parts) > 1}
 
 
+def run_python(script: str, *options: str) -> str:
+    """What a fresh process prints that finds this package."""
+    command = [sys.executable, *options, "-c", script]
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
 def test_the_check_sees_every_form_of_import(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     path = tmp_path / "layers" / "a.py"
@@ -69,17 +76,26 @@ def test_layers_need_torch_alone(path):
     assert own_rooms(path) <= {"layers"}
 
 
+def test_the_operator_works_where_there_is_only_torch():
+    others = ["cv2", "detectron2", "fvcore", "iopath", "matplotlib", "omegaconf", "pycocotools", "scipy", "torchvision"]
+    script = f"import sys; sys.modules.update(dict.fromkeys({others}))\nimport deformable_detr.layers as layers\n" + (
+        "import torch; one = torch.ones\n"
+        "print(layers.ms_deform_attn(one(1, 6, 1, 2), [(2, 3)], one(1, 4, 1, 1, 2, 2) / 2, one(1, 4, 1, 1, 2)).shape)"
+    )
+    assert run_python(script) == "torch.Size([1, 4, 2])\n"
+
+
 @pytest.mark.parametrize("path", files("modeling/**/*.py"), ids=lambda p: p.name)
 def test_modeling_builds_on_layers(path):
-    assert own_rooms(path) <= {"layers", "modeling"}
+    assert own_rooms(path) <= {"dataset_dict", "layers", "modeling"}
 
 
 @pytest.mark.parametrize("path", files("config.py", "data.py", "solver.py"), ids=lambda p: p.name)
 def test_config_data_and_solver_know_no_model(path):
-    assert own_rooms(path) <= {"coco_format"}
+    assert own_rooms(path) <= {"coco_format", "dataset_dict"}
 
 
-@pytest.mark.parametrize("path", files("coco_format.py", "launch.py"), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", files("coco_format.py", "dataset_dict.py", "launch.py"), ids=lambda p: p.name)
 def test_reading_annotations_and_launching_need_nothing_of_this_project(path):
     assert own_rooms(path) == set()
 
@@ -156,10 +172,7 @@ print(json.dumps([before, state(), sorted(m for m in sys.modules if m.startswith
 @pytest.fixture(scope="module")
 def importing() -> tuple[dict, dict, list[str]]:
     """State of a fresh process before and after ``import deformable_detr``, and the modules that this loads."""
-    command = [sys.executable, "-W", "ignore", "-c", IMPORT_AND_REPORT]
-    env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    output = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120).stdout
-    before, after, modules = json.loads(output.splitlines()[-1])
+    before, after, modules = json.loads(run_python(IMPORT_AND_REPORT, "-W", "ignore").splitlines()[-1])
     return before, after, modules
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deformable_detr.report.metrics import read_metrics, training_seconds
+from deformable_detr.training.metrics import read_metrics, training_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/quick_schedules/shapes_two_stage.yaml"
@@ -50,7 +50,7 @@ def summarize(output: Path) -> str:
     Raises:
         SystemExit: the run holds no AP50, so its evaluation did not come to an end.
     """
-    metrics = read_metrics(output / "metrics.json")
+    metrics = read_metrics(output)
     evaluations = [row for row in metrics.values() if "bbox/AP50" in row]
     if not evaluations:
         sys.exit(f"{output}/metrics.json has no bbox/AP50: the evaluation did not come to an end")

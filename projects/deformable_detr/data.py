@@ -21,6 +21,7 @@ from fvcore.transforms.transform import NoOpTransform, Transform
 from omegaconf import DictConfig
 
 from .coco_format import read_coco_json
+from .dataset_dict import describe_image, get_objects
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class NamedErrorsMapper(DatasetMapper):
             return super().__call__(dataset_dict)
         # Pillow reports broken files as OSError, SyntaxError (PNG) or ValueError (sizes).
         except (OSError, SyntaxError, ValueError) as error:
-            raise OSError(f"cannot read {_describe(dataset_dict)}: {error}") from error
+            raise OSError(f"cannot read {describe_image(dataset_dict)}: {error}") from error
 
 
 def get_class_names(cfg: CfgNode | DictConfig) -> list[str] | None:
@@ -153,7 +154,7 @@ def get_train_dicts(
         raise ValueError("there is no dataset to train on: set DATASETS.TRAIN (yaml) or dataloader.train.dataset.names")
     dicts = get_detection_dataset_dicts(names, filter_empty=False)
     if filter_empty:
-        kept = [record for record in dicts if _objects(record)]
+        kept = [record for record in dicts if get_objects(record)]
         logger.info(f"{len(dicts) - len(kept)} of {len(dicts)} training images have no objects and are left out")
         if not kept:
             raise ValueError(
@@ -167,24 +168,23 @@ def get_train_dicts(
     return dicts
 
 
-def _objects(record: dict) -> list[dict]:
-    """The annotations of an image that are trained on."""
-    return [annotation for annotation in record.get("annotations", ()) if not annotation.get("iscrowd", 0)]
-
-
 def _warn_of_crowded_images(dicts: Sequence[dict], num_queries: int) -> None:
-    crowded = [record for record in dicts if len(_objects(record)) > num_queries]
+    crowded = [record for record in dicts if len(get_objects(record)) > num_queries]
     if crowded:
-        most = max(crowded, key=lambda record: len(_objects(record)))
+        most = max(crowded, key=lambda record: len(get_objects(record)))
         logger.warning(
             f"{len(crowded)} of {len(dicts)} training images have more objects than the model has queries "
-            f"({num_queries}): what is left over is not learned. The most are {len(_objects(most))} in "
-            f"{_describe(most)}. Raise NUM_QUERIES"
+            f"({num_queries}): what is left over is not learned. The most are {len(get_objects(most))} in "
+            f"{describe_image(most)}. Raise NUM_QUERIES"
         )
 
 
 def check_annotations(dicts: Sequence[dict], *, num_classes: int) -> None:
-    """Refuse annotations that cannot be trained on; report boxes without area, which the mapper drops."""
+    """Refuse annotations that cannot be trained on; report boxes without area, which the mapper drops.
+
+    Raises:
+        ValueError: on classes outside ``[0, num_classes)``, on boxes with NaN or infinite values.
+    """
     without_area = []
     for record in dicts:
         for annotation in record.get("annotations", ()):
@@ -192,10 +192,10 @@ def check_annotations(dicts: Sequence[dict], *, num_classes: int) -> None:
             if not 0 <= label < num_classes:
                 raise ValueError(
                     f"category_id must be in [0, {num_classes}) (NUM_CLASSES of the model), got {label} "
-                    f"in {_describe(record)}"
+                    f"in {describe_image(record)}"
                 )
             if not all(math.isfinite(value) for value in box):
-                raise ValueError(f"bbox must be finite, got {list(box)} in {_describe(record)}")
+                raise ValueError(f"bbox must be finite, got {list(box)} in {describe_image(record)}")
             x0, y0, x1, y1 = BoxMode.convert(list(box), annotation["bbox_mode"], BoxMode.XYXY_ABS)
             if x1 <= x0 or y1 <= y0:
                 without_area.append((record, box))
@@ -203,7 +203,7 @@ def check_annotations(dicts: Sequence[dict], *, num_classes: int) -> None:
         record, box = without_area[0]
         logger.warning(
             f"{len(without_area)} boxes without area are left out of training; the first is {list(box)} "
-            f"in {_describe(record)}"
+            f"in {describe_image(record)}"
         )
 
 
@@ -232,7 +232,3 @@ def register_coco_data(name: str, json_file: str, image_root: str, *, content: d
     classes = [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
     register_coco_instances(name, {"thing_classes": classes}, json_file, image_root)
     return classes
-
-
-def _describe(record: dict) -> str:
-    return f"image {record.get('file_name', '<no file_name>')} (image_id {record.get('image_id', '<none>')})"

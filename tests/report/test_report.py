@@ -168,6 +168,15 @@ def test_several_test_datasets_are_kept_apart(run_folder):
     assert "Box AP on last/val 20.0 at iteration 50" in page.text
 
 
+def test_ap_of_every_decoder_layer_is_one_figure(run_folder):
+    layers = {f"bbox_layer_{layer}/{name}": 10.0 * layer for layer in (0, 1) for name in ("AP", "AP50", "APs")}
+    run_folder.write_metrics({"iteration": 50, "bbox/AP": 10.0, **layers})
+    page = write(run_folder)
+    figures = [image["alt"] for image in page.images if "AP" in image["alt"] or "layer" in image["alt"]]
+    assert figures[1:] == ["AP by decoder layer (%). At last: decoder 1 0.0, decoder 2 10.0"]
+    assert page.text.count("Box AP") == 1
+
+
 def test_many_points_are_thinned_by_their_means_and_keep_their_gaps():
     values = np.arange(1000.0)
     values[500] = np.nan
@@ -208,6 +217,7 @@ def test_sheet_of_a_run_without_an_evaluation_ends_with_the_reason(run_folder, t
     "arguments, message",
     [
         (["--output", "nowhere/page.html"], "cannot write nowhere/page.html: there is no folder nowhere"),
+        (["--sheet", "nowhere/sheet.png"], "cannot write nowhere/sheet.png: there is no folder nowhere"),
         (["--num-images", "0"], "num_images must be at least 1, got 0"),
         (["--score", "30"], r"score_threshold must be in \[0, 1\], got 30"),
         (["--val-json", "gone.json", "--val-images", "."], "no annotation file 'gone.json'"),

@@ -1,5 +1,5 @@
 import pytest
-from detectron2.config import LazyConfig
+from detectron2.config import CfgNode, LazyConfig
 from omegaconf import OmegaConf
 
 from deformable_detr.report.run import NoData, find_dataset, read_run
@@ -39,6 +39,16 @@ def test_slow_run_may_be_silent_for_longer(run_folder):
     assert progress(run_folder) == "iteration 20 of 100, running"
     run_folder.age(20 * 30 * 4)
     assert progress(run_folder) == "iteration 20 of 100, stopped"
+
+
+def test_run_that_logs_less_often_may_be_silent_for_longer(run_folder):
+    run_folder.write_metrics({"iteration": 199, "total_loss": 3.0, "time": 3.0})
+    config = {"MODEL": {"WEIGHTS": ""}, "SOLVER": {"MAX_ITER": 1000, "LOG_PERIOD": 200}}
+    (run_folder.path / "config.yaml").write_text(CfgNode(config).dump())
+    run_folder.age(200 * 3 * 2)
+    assert progress(run_folder) == "iteration 200 of 1,000, running"
+    run_folder.age(200 * 3 * 4)
+    assert progress(run_folder) == "iteration 200 of 1,000, stopped"
 
 
 def test_run_with_its_last_evaluation_is_finished(run_folder):
@@ -95,4 +105,10 @@ def test_folder_that_is_no_run_is_an_error_that_says_what_is_expected(run_folder
         read_run(tmp_path / "nowhere")
     (run_folder.path / "metrics.json").unlink()
     with pytest.raises(FileNotFoundError, match="no metrics.json.*train_net.py"):
+        read_run(run_folder.path)
+
+
+def test_run_without_a_complete_line_of_metrics_is_an_error_that_names_the_file(run_folder):
+    run_folder.write_metrics({"iteration": 19}, end="")
+    with pytest.raises(ValueError, match="metrics.json has no complete line"):
         read_run(run_folder.path)

@@ -13,7 +13,7 @@ _spec.loader.exec_module(demo)
 
 
 def write_metrics(folder, *rows):
-    (folder / "metrics.json").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_summary_reports_the_last_evaluation(tmp_path):

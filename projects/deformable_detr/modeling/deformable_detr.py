@@ -16,6 +16,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from ..dataset_dict import describe_image
 from ..layers import PositionEmbeddingSine
 from .criterion import SetCriterion
 from .deformable_transformer import DeformableTransformer
@@ -187,7 +188,7 @@ class DeformableDETR(nn.Module):
         targets = []
         for x in batched_inputs:
             if "instances" not in x:
-                raise ValueError(f'training needs "instances" for every image; {_describe(x)} has none')
+                raise ValueError(f'training needs "instances" for every image; {describe_image(x)} has none')
             instances = x["instances"]
             boxes, labels = instances.gt_boxes.tensor, instances.gt_classes
             _check_ground_truth(boxes, labels, self.num_classes, x)
@@ -318,13 +319,13 @@ def _check_ground_truth(boxes: Tensor, labels: Tensor, num_classes: int, x: dict
     """Refuse what would otherwise become a NaN loss or an index error on the device."""
     bad = (labels < 0) | (labels >= num_classes)
     if bad.any():
-        raise ValueError(f"gt_classes must be in [0, {num_classes}), got {labels[bad].tolist()} in {_describe(x)}")
+        raise ValueError(f"gt_classes must be in [0, {num_classes}), got {labels[bad].tolist()} in {describe_image(x)}")
     if not boxes.isfinite().all():
         rows = boxes[~boxes.isfinite().all(dim=1)].tolist()
-        raise ValueError(f"gt_boxes must be finite, got {rows} in {_describe(x)}")
+        raise ValueError(f"gt_boxes must be finite, got {rows} in {describe_image(x)}")
     empty = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
     if empty.any():
-        raise ValueError(f"gt_boxes (xyxy) must have an area, got {boxes[empty].tolist()} in {_describe(x)}")
+        raise ValueError(f"gt_boxes (xyxy) must have an area, got {boxes[empty].tolist()} in {describe_image(x)}")
 
 
 def _check_levels(backbone: Backbone, transformer: DeformableTransformer) -> None:
@@ -341,7 +342,3 @@ def _check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def _describe(x: dict) -> str:
-    return f"image {x.get('file_name', '<no file_name>')} (image_id {x.get('image_id', '<none>')})"

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..training.metrics import Metrics, series
 from .gallery import as_text
-from .metrics import Metrics, series
 
 _SIZE = (5.2, 3.3)  # inches
 _MAX_POINTS = 400

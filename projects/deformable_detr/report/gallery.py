@@ -16,6 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
+from ..dataset_dict import get_objects
+
+# What stands left and right in a pair.
+PAIR = ("ground truth", "detections")
 PAIRS_PER_ROW = 2
 PANEL_SIZE = 440  # px, the longer side of each drawn image
 _GAP = 12  # px around each panel
@@ -39,13 +43,11 @@ def group_coco_detections(
     Returns:
         image id -> ``Instances`` with ``pred_boxes`` (xyxy pixels), ``scores`` and ``pred_classes``
         (contiguous); an image without detections has empty ones.
-
-    Raises:
-        ValueError: a detection names a category that the dataset does not have.
     """
     by_image = defaultdict(list)
     for detection in detections:
         by_image[detection["image_id"]].append(detection)
+    class_index = metadata.thing_dataset_id_to_contiguous_id
     predictions = {}
     for image in dataset_dicts:
         found = by_image[image["image_id"]]
@@ -53,19 +55,10 @@ def group_coco_detections(
         boxes = torch.tensor([detection["bbox"] for detection in found], dtype=torch.float32).reshape(-1, 4)
         instances.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
         instances.scores = torch.tensor([detection["score"] for detection in found])
-        classes = [_contiguous_id(detection["category_id"], metadata) for detection in found]
+        classes = [class_index[detection["category_id"]] for detection in found]
         instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
         predictions[image["image_id"]] = instances
     return predictions
-
-
-def _contiguous_id(category_id: int, metadata: Metadata) -> int:
-    id_map = metadata.thing_dataset_id_to_contiguous_id
-    if category_id not in id_map:
-        raise ValueError(
-            f"a detection has category_id {category_id}, which is not one of dataset {metadata.name}: {sorted(id_map)}"
-        )
-    return id_map[category_id]
 
 
 def draw_sheet(
@@ -91,16 +84,18 @@ def draw_sheet(
         ``png_path`` as a ``Path``.
 
     Raises:
-        ValueError: the dataset is empty, or ``num_images`` is below 1.
+        ValueError: the dataset is empty.
         OSError: an image cannot be read, or the picture not be written.
     """
+    if not dataset_dicts:
+        raise ValueError(f"there is no image to draw: the dataset {metadata.name} is empty")
     chosen = evenly_spaced(dataset_dicts, num_images)
     predictions = group_coco_detections(detections, chosen, metadata)
     pairs, shown_classes = [], set()
     for image in chosen:
         found = predictions[image["image_id"]]
         pairs.append(draw_pair(image, metadata, found, score_threshold=score_threshold))
-        shown_classes.update(entry["category_id"] for entry in _objects(image))
+        shown_classes.update(entry["category_id"] for entry in get_objects(image))
         shown_classes.update(found.pred_classes[found.scores >= score_threshold].tolist())
     title = f"{metadata.name}: {len(chosen)} of {len(dataset_dicts)} images, scores from {score_threshold:.0%}"
     legend = {metadata.thing_classes[index]: _colour(index) for index in sorted(shown_classes)}
@@ -126,26 +121,17 @@ def draw_pair(
     Raises:
         OSError: the image cannot be read.
     """
-    found = predictions.to("cpu")
-    found = found[found.scores >= score_threshold]
+    found = predictions[predictions.scores >= score_threshold]
     pixels = read_image(image["file_name"], "RGB")
-    objects = _objects(image)
+    objects = get_objects(image)
     boxes = [BoxMode.convert(entry["bbox"], entry["bbox_mode"], BoxMode.XYXY_ABS) for entry in objects]
     truth = _draw_panel(pixels, boxes, [entry["category_id"] for entry in objects], metadata)
     scores = found.scores.tolist()
     return truth, _draw_panel(pixels, found.pred_boxes.tensor.tolist(), found.pred_classes.tolist(), metadata, scores)
 
 
-def _objects(image: dict) -> list[dict]:
-    return [entry for entry in image["annotations"] if not entry.get("iscrowd", 0)]
-
-
 def evenly_spaced(dataset_dicts: Sequence[dict], num_images: int) -> list[dict]:
     """Picks at most ``num_images`` images, as far from each other in the dataset as can be."""
-    if num_images < 1:
-        raise ValueError(f"num_images must be at least 1, got {num_images}")
-    if not dataset_dicts:
-        raise ValueError("there is no image to draw: the dataset is empty")
     count = min(num_images, len(dataset_dicts))
     return [dataset_dicts[index * len(dataset_dicts) // count] for index in range(count)]
 
@@ -213,8 +199,7 @@ def _arrange(
             frameon=False,
         )
     for column in range(num_columns):
-        heading = "predictions" if column % 2 else "ground truth"
-        figure.text((_GAP + column * cell_width) / width, 1 - 78 / height, heading, va="center", fontsize=11)
+        figure.text((_GAP + column * cell_width) / width, 1 - 78 / height, PAIR[column % 2], va="center", fontsize=11)
     top = _HEADER
     for row, row_height in zip(rows, row_heights, strict=True):
         for column, panel in enumerate(panel for pair in row for panel in pair):

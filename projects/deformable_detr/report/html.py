@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from .gallery import PAIR
+
 _STYLE = """
 :root { color-scheme: light; }
 body { margin: 0 auto; max-width: 68rem; padding: 1rem; background: #fff; color: #1c1c1c;
@@ -109,9 +111,6 @@ def picture_pair(left: np.ndarray, right: np.ndarray, *, alt: str, caption: str)
     """
     images = (_img(_jpeg(pixels), "jpeg", f"{alt}: {side}") for pixels, side in zip((left, right), PAIR, strict=True))
     return _captioned(f'<div class="pair">{"".join(images)}</div>', caption)
-
-
-PAIR = ("ground truth", "detections")
 
 
 def grid(figures: Iterable[str], *, small: bool = False) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from . import html, sections
 from .evaluation import Evaluation, load_evaluation
 from .gallery import draw_sheet
-from .run import NoData, read_run
+from .run import NoData, Run, read_run
 
 
 def write_report(
@@ -34,7 +34,7 @@ def write_report(
         ``html_path``.
 
     Raises:
-        FileNotFoundError: there is no such folder, no metrics.json in it, or no folder to write the page into.
+        FileNotFoundError: there is no such folder, no metrics.json in it, or no folder to write a file into.
         ValueError: metrics.json is not of its format, or an argument is out of range.
         NoData: a sheet was asked for, and there was no evaluation yet or its data cannot be had.
     """
@@ -44,10 +44,23 @@ def write_report(
         raise ValueError(f"score_threshold must be in [0, 1], got {score_threshold}")
     path = Path(html_path) if html_path is not None else Path(output_dir) / "report.html"
     run = read_run(output_dir)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    evaluation = _load_or_reason(partial(load_evaluation, run, dataset_name))
+    for file in (path, *([] if sheet_path is None else [Path(sheet_path)])):
+        if not file.parent.is_dir():
+            raise FileNotFoundError(f"cannot write {file}: there is no folder {file.parent}")
+    evaluation = _load_or_reason(run, dataset_name)
+    shown = {"num_images": num_images, "score_threshold": score_threshold}
+    built = _build_sections(run, evaluation, **shown)
+    state = f"{run.progress()}. Page made {time.strftime('%Y-%m-%d %H:%M:%S')}."
+    path.write_text(html.page(Path(output_dir).resolve().name, state, built), encoding="utf-8")
+    if sheet_path is not None:
+        drawn = _or_raise(evaluation)
+        draw_sheet(drawn.dicts, drawn.metadata, drawn.detections, sheet_path, **shown)
+    return path
 
+
+def _build_sections(
+    run: Run, evaluation: Evaluation | NoData, *, num_images: int, score_threshold: float
+) -> list[html.Section]:
     def of_evaluation(build: Callable[..., list[str]], *args: object) -> list[str]:
         return build(_or_raise(evaluation), *args)
 
@@ -65,17 +78,12 @@ def write_report(
         "Speed": partial(sections.inference_speed, run),
         "Configuration and versions": partial(sections.environment, run),
     }
-    built = [sections.build_section(title, build) for title, build in parts.items()]
-    state = f"{run.progress()}. Page made {time.strftime('%Y-%m-%d %H:%M:%S')}."
-    path.write_text(html.page(Path(output_dir).resolve().name, state, built), encoding="utf-8")
-    if sheet_path is not None:
-        _draw_sheet(_or_raise(evaluation), sheet_path, num_images, score_threshold)
-    return path
+    return [sections.build_section(title, build) for title, build in parts.items()]
 
 
-def _load_or_reason(load: Callable[[], Evaluation]) -> Evaluation | NoData:
+def _load_or_reason(run: Run, dataset_name: str | None) -> Evaluation | NoData:
     try:
-        return load()
+        return load_evaluation(run, dataset_name)
     except NoData as reason:
         return reason
 
@@ -84,8 +92,3 @@ def _or_raise(evaluation: Evaluation | NoData) -> Evaluation:
     if isinstance(evaluation, NoData):
         raise evaluation
     return evaluation
-
-
-def _draw_sheet(evaluation: Evaluation, png_path: str | Path, num_images: int, score_threshold: float) -> None:
-    dicts, metadata, detections = evaluation.dicts, evaluation.metadata, evaluation.detections
-    draw_sheet(dicts, metadata, detections, png_path, num_images=num_images, score_threshold=score_threshold)

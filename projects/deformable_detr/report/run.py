@@ -9,13 +9,13 @@ from detectron2.config import LazyConfig
 from omegaconf import DictConfig
 
 from ..data import register_coco_data
-from .metrics import Metrics, read_metrics
+from ..training import TrainingSettings
+from ..training.metrics import Metrics, read_metrics, series
 
 RESULTS = Path("inference") / "coco_instances_results.json"
 
-# Detectron2 writes a line every 20 iterations, and during an evaluation every five seconds. A run that has been silent
+# A run writes a line every LOG_PERIOD iterations, and during an evaluation every five seconds. One that has been silent
 # for three times as long, or for this many seconds if that is more, is taken to have stopped.
-_LOG_PERIOD = 20
 _SILENCE = 120
 
 _ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -80,8 +80,9 @@ class Run:
         trained = [iteration + 1 for iteration, row in self.metrics.items() if "total_loss" in row]
         done = max(trained, default=max(self.metrics))
         total = self.setting("SOLVER.MAX_ITER", "train.max_iter")
-        seconds = [row["time"] for row in self.metrics.values() if "time" in row]
-        allowed = max(_SILENCE, 3 * _LOG_PERIOD * seconds[-1]) if seconds else _SILENCE
+        _, seconds = series(self.metrics, "time")
+        period = self.setting("SOLVER.LOG_PERIOD", "train.log_period") or TrainingSettings.log_period
+        allowed = max(_SILENCE, 3 * period * seconds[-1]) if seconds else _SILENCE
         silent = (time.time() if now is None else now) - self.changed > allowed
         if total is not None and done >= total and (silent or max(self.metrics) >= total):
             return Progress(done, total, "finished")
@@ -112,23 +113,26 @@ def read_run(folder: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: there is no such folder, or no metrics.json in it.
-        ValueError: metrics.json has no complete line, or lines that are not of its format.
+        ValueError: metrics.json has no complete line yet, or lines that are not of its format.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; expected the OUTPUT_DIR of train_net.py")
-    metrics, config, log = (folder / name for name in ("metrics.json", "config.yaml", "log.txt"))
-    if not metrics.is_file():
+    metrics_file, config, log = (folder / name for name in ("metrics.json", "config.yaml", "log.txt"))
+    if not metrics_file.is_file():
         raise FileNotFoundError(
-            f"{folder} has no metrics.json; expected the OUTPUT_DIR of a training with train_net.py, which writes it "
-            f"every {_LOG_PERIOD} iterations"
+            f"{folder} has no metrics.json; expected the OUTPUT_DIR of a training with train_net.py, which begins it "
+            "after its first iterations"
         )
+    metrics = read_metrics(folder)
+    if not metrics:
+        raise ValueError(f"{metrics_file} has no complete line of metrics yet")
     return Run(
         folder=folder,
-        metrics=read_metrics(metrics),
+        metrics=metrics,
         config=LazyConfig.load(str(config)) if config.is_file() else None,
         log=_ANSI_COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else "",
-        changed=max(path.stat().st_mtime for path in (metrics, log) if path.is_file()),
+        changed=max(path.stat().st_mtime for path in (metrics_file, log) if path.is_file()),
     )
 
 

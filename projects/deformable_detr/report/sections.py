@@ -7,15 +7,17 @@ from datetime import timedelta
 
 import numpy as np
 
+from ..training.metrics import series, training_seconds
 from . import figures, html
 from .evaluation import Evaluation, precision_recall
-from .gallery import draw_pair, evenly_spaced, group_coco_detections
-from .metrics import series, training_seconds
+from .gallery import PAIR, draw_pair, evenly_spaced, group_coco_detections
 from .run import NoData, Run
 
 _TERM = re.compile(r"(loss_[a-z_]*?[a-z])(?:_(\d+|enc))?$")
-# "bbox/AP", with several test datasets "coco_2017_val/bbox/AP"; "AP-cat" for a category.
-_AP = re.compile(r"(?:(?P<dataset>.+)/)?bbox/(?P<name>AP(?P<size>[sml])?(?:50|75)?|AP-(?P<category>.*))$")
+# "bbox/AP", with several test datasets "coco_2017_val/bbox/AP"; "AP-cat" for a category, "bbox_layer_0" for a layer.
+_AP = re.compile(
+    r"(?:(?P<dataset>.+)/)?bbox(?:_layer_(?P<layer>\d+))?/(?P<name>AP(?P<size>[sml])?(?:50|75)?|AP-(?P<category>.*))$"
+)
 _SIZES = {
     "s": "small (under 32² pixels)",
     "m": "medium (32² to 96² pixels)",
@@ -48,14 +50,14 @@ def summary(run: Run) -> list[str]:
         rows.append(("Total loss", f"{losses[-1]:.3f} at iteration {iterations[-1]:,}"))
     for name in metric_names(run):
         match = _AP.match(name)
-        if match and match["name"] == "AP":
+        if match and match["name"] == "AP" and match["layer"] is None:
             where = f" on {match['dataset']}" if match["dataset"] else ""
             rows.append((f"Box AP{where}", _last_and_best(*series(run.metrics, name))))
     seconds = training_seconds(run.metrics)
     if seconds:
         rows.append(("Time of the iterations", str(timedelta(seconds=round(seconds)))))
-    if run.log_times():
-        first, last = run.log_times()
+    if times := run.log_times():
+        first, last = times
         starts = run.log.count("Command line arguments:")
         rows.append(("Log", f"{first} to {last} (month/day), {starts} start{'s' if starts > 1 else ''}"))
     keys = {
@@ -172,7 +174,7 @@ def schedule(run: Run) -> list[str]:
 
 
 def average_precision(run: Run) -> list[str]:
-    """AP over the iterations: overall, by size of the objects, by category."""
+    """AP over the iterations: overall, by size of the objects, by decoder layer, by category."""
     by_dataset: dict[str, dict[str, re.Match]] = {}
     for name in metric_names(run):
         match = _AP.match(name)
@@ -184,22 +186,31 @@ def average_precision(run: Run) -> list[str]:
     for dataset, matches in by_dataset.items():
         if dataset:
             parts.append(f"<h3>{html.escape(dataset)}</h3>")
-        overall = {n: m["name"] for n, m in matches.items() if not m["size"] and m["category"] is None}
-        sizes = {n: label for size, label in _SIZES.items() for n, m in matches.items() if m["size"] == size}
-        drawn = []
-        for labels, caption in ((overall, "AP on the test images (%)."), (sizes, "AP by the size of objects (%).")):
-            finite = {name: label for name, label in labels.items() if _has_finite(run, name)}
-            if finite:
-                last = ", ".join(f"{label} {series(run.metrics, name)[1][-1]:.1f}" for name, label in finite.items())
-                shown = figures.curves(run.metrics, finite, ylabel="AP (%)", marker="o")
-                drawn.append(
-                    html.figure(shown, alt=f"{caption} At last: {last}", caption=f"{caption} At last: {last}.")
-                )
+        layers = {int(m["layer"]): n for n, m in matches.items() if m["layer"] and m["name"] == "AP"}
+        final = {n: m for n, m in matches.items() if m["layer"] is None}
+        overall = {n: m["name"] for n, m in final.items() if not m["size"] and m["category"] is None}
+        sizes = {n: label for size, label in _SIZES.items() for n, m in final.items() if m["size"] == size}
+        drawn = [
+            *_ap_curves(run, overall, "AP on the test images (%)."),
+            *_ap_curves(run, sizes, "AP by the size of objects (%)."),
+            *_ap_curves(run, {layers[i]: f"decoder {i + 1}" for i in sorted(layers)}, "AP by decoder layer (%)."),
+            *_categories(run, final),
+        ]
+        parts.append(html.grid(drawn))
         without = [label for name, label in sizes.items() if not _has_finite(run, name)]
-        parts.append(html.grid([*drawn, *_categories(run, matches)]))
         if without:
             parts.append(html.paragraph(f"The test images have no object that is {', or '.join(without)}."))
     return parts
+
+
+def _ap_curves(run: Run, labels: dict[str, str], caption: str) -> list[str]:
+    """One figure, or none where no value is a number."""
+    finite = {name: label for name, label in labels.items() if _has_finite(run, name)}
+    if not finite:
+        return []
+    last = ", ".join(f"{label} {series(run.metrics, name)[1][-1]:.1f}" for name, label in finite.items())
+    shown = figures.curves(run.metrics, finite, ylabel="AP (%)", marker="o")
+    return [html.figure(shown, alt=f"{caption} At last: {last}", caption=f"{caption} At last: {last}.")]
 
 
 def _has_finite(run: Run, name: str) -> bool:
@@ -338,9 +349,7 @@ def _pairs(evaluation: Evaluation, images: list[dict], captions: list[str], scor
             drawn.append(html.nothing(f"{name} cannot be read: {error}"))
             continue
         label = f"{name}: {caption}" if caption else name
-        drawn.append(
-            html.picture_pair(left, right, alt=label, caption=f"{label}. Left: {html.PAIR[0]}, right: detections.")
-        )
+        drawn.append(html.picture_pair(left, right, alt=label, caption=f"{label}. Left: {PAIR[0]}, right: {PAIR[1]}."))
     return drawn
 
 
