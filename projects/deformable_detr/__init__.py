@@ -1,9 +1,22 @@
-"""Deformable DETR for Detectron2. Importing this package registers its models and ``deformable-detr://``, no more."""
+"""Deformable DETR for Detectron2. Importing this package registers its models and ``deformable-detr://``, no more.
 
-from . import model_zoo, modeling  # modeling registers DeformableDETR and build_multi_scale_backbone
-from .config import add_deformable_detr_config, load_config
+Where Detectron2 is not installed there is ``deformable_detr.layers`` alone, which needs nothing but PyTorch.
+"""
 
-model_zoo.register_handler()
+import warnings
+from importlib.util import find_spec
+
+from . import layers
 
 __version__ = "0.1.0"
-__all__ = ["add_deformable_detr_config", "load_config", "model_zoo", "modeling"]
+__all__ = ["layers"]
+
+if find_spec("detectron2") is not None:
+    with warnings.catch_warnings():
+        # fvcore and Detectron2 call it while they are imported; the user can do nothing about that.
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
+        from . import model_zoo, modeling  # modeling registers DeformableDETR and build_multi_scale_backbone
+        from .config import add_deformable_detr_config, load_config
+
+    model_zoo.register_handler()
+    __all__ += ["add_deformable_detr_config", "load_config", "model_zoo", "modeling"]
