@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 
 from deformable_detr import load_config
-from deformable_detr.engine import apply_user_data, argument_parser, build_evaluator, main
+from deformable_detr.engine import apply_user_data, argument_parser, build_evaluator, configured_device, main
 
 CLASSES = ["square", "bar", "disc"]
 
@@ -173,6 +173,12 @@ def test_evaluation_with_resume_takes_the_last_checkpoint(world, flags):
     assert (world.output / "inference" / "coco_instances_results.json").read_text() == trained
 
 
+def test_schedule_is_refused_before_the_data_are_read(world):
+    steps = ["lr_multiplier.scheduler.milestones=[4,4]"] if world.name == "lazy" else ["SOLVER.STEPS", "(3, 3)"]
+    with pytest.raises(ValueError, match=r"lr_multiplier cannot be built|SOLVER\.STEPS must be iterations"):
+        run([*world.arguments(""), *world.overrides(train="absent"), *steps])
+
+
 def test_frozen_parameters_keep_their_values_and_all_others_are_trained(world, flags):
     world(flags)
     before, after = (read_checkpoint(world.output / f"model_000000{n}.pth")["model"] for n in (1, 3))
@@ -244,6 +250,15 @@ def test_evaluation_without_data_is_refused(world, write_coco):
 def test_configuration_file_is_required():
     with pytest.raises(ValueError, match="--config-file is required"):
         run([])
+
+
+def test_processes_are_for_the_configured_device(world, monkeypatch):
+    options = ["train.device=cuda:1"] if world.name == "lazy" else ["MODEL.DEVICE", "cuda:1"]
+    for opts, device in ([], "cpu"), (options, "cuda:1"):
+        assert configured_device(argument_parser().parse_args([*world.arguments(""), *opts])) == device
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="device 'cuda:1' needs a GPU .*set MODEL.DEVICE cpu .* or train.device=cpu"):
+        run([*world.arguments(""), *options])
 
 
 def test_command_line_is_detectron2s_own_and_the_flags_for_own_data():

@@ -7,11 +7,17 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler
 from torch import nn
 
 from deformable_detr import load_config
-from deformable_detr.solver import ClippedAdamW, build_optimizer, get_param_groups, lr_factor
+from deformable_detr.solver import (
+    ClippedAdamW,
+    build_lr_multiplier,
+    build_lr_scheduler,
+    build_optimizer,
+    get_param_groups,
+    lr_factor,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "COCO-Detection"
 
@@ -206,8 +212,11 @@ def test_what_this_optimizer_does_not_do_is_refused(key, value, message):
 # Schedule
 
 
-def test_rate_is_constant_without_warm_up_and_drops_once():
-    cfg = load("", "SOLVER.MAX_ITER", 10, "SOLVER.STEPS", (8,))
+@pytest.mark.parametrize("steps", [(8,), (8, 10), (8, 12, 14)])
+def test_rate_is_constant_without_warm_up_and_drops_once(steps, caplog):
+    """Steps at or after the end would never be seen."""
+    cfg = load("", "SOLVER.MAX_ITER", 10, "SOLVER.STEPS", steps)
+    cfg.freeze()
     optimizer = build_optimizer(cfg, nn.ModuleDict({"backbone": nn.Linear(1, 1), "head": nn.Linear(1, 1)}))
     scheduler = build_lr_scheduler(cfg, optimizer)
     rates = []
@@ -216,3 +225,19 @@ def test_rate_is_constant_without_warm_up_and_drops_once():
         optimizer.step()
         scheduler.step()
     assert rates == [pytest.approx([2e-5, 2e-4])] * 8 + [pytest.approx([2e-6, 2e-5])] * 2
+    warning = f"SOLVER.STEPS {steps}: {steps[1:]} are left out, as SOLVER.MAX_ITER is 10"
+    assert (warning in caplog.text) == (len(steps) > 1)
+
+
+@pytest.mark.parametrize("steps", [(0, 3), (3, 3), (5, 3)])
+def test_steps_that_do_not_increase_are_refused(steps):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(ValueError, match=rf"SOLVER\.STEPS must be .* increase .*got \({steps[0]}, {steps[1]}\)"):
+        build_lr_scheduler(load("", "SOLVER.STEPS", steps), optimizer)
+
+
+@pytest.mark.parametrize("milestones", ([4, 4], [5, 4], [4]))
+def test_milestones_of_a_lazy_configuration_that_cannot_be_are_refused(milestones):
+    lazy = load_config(str(CONFIGS / "deformable_detr_R_50.py"), [f"lr_multiplier.scheduler.milestones={milestones}"])
+    with pytest.raises(ValueError, match=rf"lr_multiplier cannot be built: .*'milestones': \{milestones}"):
+        build_lr_multiplier(lazy.lr_multiplier)

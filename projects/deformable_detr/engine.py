@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.engine import (
@@ -17,7 +18,6 @@ from detectron2.engine import (
     create_ddp_model,
     default_argument_parser,
     default_setup,
-    hooks,
 )
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -41,6 +41,7 @@ from .data import NamedErrorsMapper, augmentation_from_config, get_class_names, 
 from .training import (
     EveryLayer,
     LayerEvaluators,
+    PreciseBN,
     Precision,
     TrainingLoop,
     TrainingSettings,
@@ -81,11 +82,14 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def configured_device(args: argparse.Namespace) -> str:
+    """The device of the model, such as "cuda" or "cpu", for which ``launch`` is to start processes."""
+    return _device(_read_config(args))
+
+
 def setup(args: argparse.Namespace) -> CfgNode | DictConfig:
     """Read the configuration, register the user's data, and start logging into the output folder."""
-    if not args.config_file:
-        raise ValueError("--config-file is required")
-    cfg = load_config(args.config_file, args.opts)
+    cfg = _read_config(args)
     output_dir = cfg.OUTPUT_DIR if isinstance(cfg, CfgNode) else cfg.train.output_dir
     # default_setup gives a handler to the loggers of detectron2 and fvcore only.
     setup_logger(output_dir, distributed_rank=comm.get_rank(), name="deformable_detr")
@@ -94,6 +98,16 @@ def setup(args: argparse.Namespace) -> CfgNode | DictConfig:
         cfg.freeze()
     default_setup(cfg, args)
     return cfg
+
+
+def _read_config(args: argparse.Namespace) -> CfgNode | DictConfig:
+    if not args.config_file:
+        raise ValueError("--config-file is required")
+    return load_config(args.config_file, args.opts)
+
+
+def _device(cfg: CfgNode | DictConfig) -> str:
+    return cfg.MODEL.DEVICE if isinstance(cfg, CfgNode) else cfg.train.device
 
 
 def check_evaluator(dataset_name: str) -> str:
@@ -148,10 +162,11 @@ class Trainer(DefaultTrainer):
         warn_of_unscaled_learning_rate(cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        loader = self.build_train_loader(cfg)
-        settings = TrainingSettings.from_config(cfg)
-        self._trainer = TrainingLoop(_distribute(model, broadcast_buffers=False), loader, optimizer, settings)
+        # Before the data, reading which takes its time: these may refuse the configuration.
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        settings = TrainingSettings.from_config(cfg)
+        loader = self.build_train_loader(cfg)
+        self._trainer = TrainingLoop(_distribute(model, broadcast_buffers=False), loader, optimizer, settings)
         self.checkpointer = _build_checkpointer(cfg, self._trainer, weakref.proxy(self))
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
@@ -159,6 +174,10 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module):
         return solver.build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return solver.build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
@@ -203,7 +222,7 @@ class Trainer(DefaultTrainer):
         loop = self._trainer
 
         def evaluate() -> dict:
-            self._last_eval_results = self.test(self.cfg, loop.model if loop.ema is None else loop.ema.model)
+            self._last_eval_results = self.test(self.cfg, loop.evaluated_model)
             return self._last_eval_results
 
         return build_hooks(
@@ -216,12 +235,12 @@ class Trainer(DefaultTrainer):
         )
 
     def _build_precise_bn(self) -> list[HookBase]:
-        node = self.cfg.TEST.PRECISE_BN
-        if not node.ENABLED or not get_bn_modules(self._trainer.model):
+        loop, node = self._trainer, self.cfg.TEST.PRECISE_BN
+        if not node.ENABLED or not get_bn_modules(loop.model):
             return []
-        # A loader of its own: it must not move the position of the training's.
-        loader = self.build_train_loader(self.cfg)
-        return [hooks.PreciseBN(self.cfg.TEST.EVAL_PERIOD, self._trainer.model, loader, node.NUM_ITER)]
+        period = self.cfg.TEST.EVAL_PERIOD
+        models = (loop.model, loop.evaluated_model) if loop.ema else (loop.model,)
+        return [PreciseBN(loop, model, period=period, num_iter=node.NUM_ITER) for model in models]
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
@@ -239,6 +258,11 @@ class Trainer(DefaultTrainer):
 def main(args: argparse.Namespace) -> Any:
     """Train, evaluate with ``--eval-only``, or repeat a failed step with ``--replay``; runs in every process."""
     cfg = setup(args)
+    if _device(cfg).startswith("cuda") and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"the device {_device(cfg)!r} needs a GPU that PyTorch can use, and there is none; "
+            "set MODEL.DEVICE cpu (yaml) or train.device=cpu (LazyConfig)"
+        )
     if args.replay:
         return _replay(cfg, args.replay)
     check_evaluators(cfg)
@@ -330,6 +354,7 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
         resume: continue from the last checkpoint in ``train.output_dir`` if there is one.
     """
     settings = TrainingSettings.from_config(cfg)
+    scheduler = solver.build_lr_multiplier(cfg.lr_multiplier)
     warn_of_unscaled_learning_rate(cfg.optimizer.lr, cfg.dataloader.train.total_batch_size)
     model = instantiate(cfg.model).to(cfg.train.device)
     logging.getLogger("detectron2").info(f"Model:\n{model}")
@@ -342,8 +367,8 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
         build_hooks(
             settings,
             checkpointer,
-            scheduler=instantiate(cfg.lr_multiplier),
-            evaluate=lambda: do_test(cfg, loop.model if loop.ema is None else loop.ema.model),
+            scheduler=scheduler,
+            evaluate=lambda: do_test(cfg, loop.evaluated_model),
             max_iter=cfg.train.max_iter,
         )
     )

@@ -14,26 +14,33 @@ from detectron2.utils import comm
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
+def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, *, device: str = "cuda") -> Any:
     """Run ``main(args)`` in every process.
 
     Under torchrun, which has started the processes, this joins them: with NCCL where there is a GPU for each, with
-    gloo on machines without a GPU, where Detectron2's launcher refuses to work. Otherwise that launcher does it all.
+    gloo for models on the CPU and on machines without a GPU, where Detectron2's launcher refuses to work. Otherwise
+    that launcher does it all.
 
     Args:
         main: called with ``args`` in each process.
         args: what :func:`detectron2.engine.default_argument_parser` parses.
+        device: of the model.
 
     Returns:
         Under torchrun what ``main`` returns, otherwise None.
 
     Raises:
-        ValueError: if ``args`` ask for processes and torchrun has started them already, or if the machines run
-            different numbers of them.
-        RuntimeError: if there are fewer GPUs than processes on a machine that has a GPU.
+        ValueError: if ``args`` ask for processes and torchrun has started them already, or for several on the CPU,
+            or if the machines run different numbers of them.
+        RuntimeError: if there are fewer GPUs than processes on a machine that has a GPU, for a model on a GPU.
     """
     if all(name in os.environ for name in TORCHRUN_VARIABLES):
-        return _join(main, args)
+        return _join(main, args, device)
+    if device == "cpu" and (args.num_gpus > 1 or args.num_machines > 1):
+        raise ValueError(
+            f"--num-gpus ({args.num_gpus}) and --num-machines ({args.num_machines}) start a process for every GPU, but "
+            "MODEL.DEVICE (train.device) is cpu; start processes for the CPU with torchrun --nproc-per-node"
+        )
     return detectron2_launch(
         main,
         args.num_gpus,
@@ -44,7 +51,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     )
 
 
-def _join(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
+def _join(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> Any:
     """Run ``main`` as one of torchrun's processes, with the groups that Detectron2 expects."""
     if args.num_gpus > 1 or args.num_machines > 1:
         raise ValueError(
@@ -52,11 +59,11 @@ def _join(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -
             f"({args.num_gpus}) and --num-machines ({args.num_machines})"
         )
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    gpus = torch.cuda.device_count()
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
     if 0 < gpus < local_size:
         raise RuntimeError(
-            f"{local_size} processes on this machine need as many GPUs, and it has {gpus}; to train on the CPU hide "
-            'them with CUDA_VISIBLE_DEVICES=""'
+            f"{local_size} processes on this machine need as many GPUs, and it has {gpus}; to train on the CPU set "
+            "MODEL.DEVICE cpu (yaml) or train.device=cpu (LazyConfig)"
         )
     if gpus:
         torch.cuda.set_device(local_rank)

@@ -1,13 +1,18 @@
 """The official optimiser: AdamW with slower backbone and location layers, gradients clipped over the whole model."""
 
 import itertools
+import logging
 import math
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
+from detectron2 import solver as detectron2_solver
+from detectron2.config import CfgNode, instantiate
 from detectron2.solver.build import get_default_optimizer_params, reduce_param_groups
+from omegaconf import DictConfig
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 
 def lr_factor(name: str, *, backbone_multiplier: float, location_multiplier: float) -> float:
@@ -132,3 +137,33 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         location_multiplier=solver.LOCATION_MULTIPLIER,
     )
     return ClippedAdamW(groups, lr=solver.BASE_LR, max_norm=clip.CLIP_VALUE if clip.ENABLED else None)
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Detectron2's scheduler. Steps beyond the end are left out with a warning, as there, and so is one at the end.
+
+    Raises:
+        ValueError: if ``SOLVER.STEPS`` do not increase.
+    """
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        max_iter, steps = cfg.SOLVER.MAX_ITER, tuple(cfg.SOLVER.STEPS)
+        if any(step <= before for before, step in itertools.pairwise((0, *steps))):
+            raise ValueError(f"SOLVER.STEPS must be iterations that increase from 1 or more, got {steps}")
+        kept = tuple(step for step in steps if step < max_iter)
+        if kept != steps:
+            logger.warning(f"SOLVER.STEPS {steps}: {steps[len(kept) :]} are left out, as SOLVER.MAX_ITER is {max_iter}")
+            cfg = cfg.clone()
+            cfg.merge_from_list(["SOLVER.STEPS", kept])
+    return detectron2_solver.build_lr_scheduler(cfg, optimizer)
+
+
+def build_lr_multiplier(lr_multiplier: DictConfig) -> Any:
+    """Instantiate a LazyConfig's ``lr_multiplier``.
+
+    Raises:
+        ValueError: naming it, for what a scheduler refuses, such as milestones that do not increase.
+    """
+    try:
+        return instantiate(lr_multiplier)
+    except ValueError as error:
+        raise ValueError(f"lr_multiplier cannot be built: {error}. It is {lr_multiplier}") from error

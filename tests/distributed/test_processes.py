@@ -14,7 +14,7 @@ NARROW = [
     "MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "16",
     "MODEL.RESNETS.WIDTH_PER_GROUP", "8", "MODEL.DEFORMABLE_DETR.DROPOUT", "0.0",
 ]  # fmt: skip
-OPTIONS = ["no objects anywhere", "activation checkpoints", "no auxiliary losses"]
+OPTIONS = ["no objects anywhere", "activation checkpoints", "no auxiliary losses", "accumulation"]
 STEPS = [f"variant {variant or 'base'}" for variant in VARIANTS] + OPTIONS
 RANKS = [(size, rank) for size in (2, 3) for rank in range(size)]
 REPORTS = {}
@@ -49,9 +49,10 @@ def test_two_training_steps_equal_those_of_one_process_on_the_global_batch(repor
     assert report[name] < 1e-4
 
 
+@pytest.mark.parametrize("name", ["evaluation", "evaluation of layers"])
 @pytest.mark.parametrize(("size", "rank"), RANKS)
-def test_gathered_evaluation_equals_that_of_one_process(reports, size, rank):
-    assert reports[size, rank]["evaluation"] == 0
+def test_gathered_evaluation_equals_that_of_one_process(reports, size, rank, name):
+    assert reports[size, rank][name] == 0
 
 
 @pytest.mark.parametrize(("size", "rank"), RANKS)

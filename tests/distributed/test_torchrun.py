@@ -14,15 +14,26 @@ from deformable_detr.launch import TORCHRUN_VARIABLES, launch
 
 TRAIN_NET = Path(__file__).parents[2] / "train_net.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-# No GPU, although the machine may have one: these runs are for the CPU.
-ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# For two processes on the GPU one would be too few.
+ONE_GPU = """
+import runpy, torch
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+torch.cuda.get_device_capability = lambda *_: (8, 0)
+torch.cuda.get_device_name = lambda *_: "pretended"
+runpy.run_path({train_net!r}, run_name="__main__")
+"""
 
 
 @pytest.mark.slow
 def test_a_killed_process_ends_a_run_of_a_lazy_configuration(tiny_lazy, write_coco, tmp_path):
+    """On the CPU, as configured, of a machine that has a GPU."""
     flags = write_coco("train").flags("train") + write_coco("val").flags("val")
     log, metrics = tmp_path / "stderr.txt", tmp_path / "output" / "metrics.json"
-    command = [*TORCHRUN, str(TRAIN_NET), *flags, *tiny_lazy(), "train.max_iter=100000", "train.log_period=1"]
+    script = tmp_path / "with_one_gpu.py"
+    script.write_text(ONE_GPU.format(train_net=str(TRAIN_NET)))
+    command = [*TORCHRUN, str(script), *flags, *tiny_lazy(), "train.max_iter=100000", "train.log_period=1"]
     with log.open("w") as stderr, subprocess.Popen(command, env=ENVIRONMENT, stderr=stderr, stdout=stderr) as run:
         try:
             deadline = time.monotonic() + 120
@@ -53,8 +64,16 @@ def test_counting_processes_twice_is_refused(torchrun, options):
 
 def test_fewer_gpus_than_processes_are_refused(torchrun, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    with pytest.raises(RuntimeError, match="2 processes on this machine need as many GPUs, and it has 1"):
+    with pytest.raises(RuntimeError, match="2 processes .* need as many GPUs, and it has 1; .* set MODEL.DEVICE cpu"):
         launch(lambda args: None, argparse.Namespace(num_gpus=1, num_machines=1))
+
+
+@pytest.mark.parametrize("options", [{"num_gpus": 8}, {"num_machines": 2}])
+def test_gpu_processes_for_a_model_on_the_cpu_are_refused(monkeypatch, options):
+    monkeypatch.delenv("RANK", raising=False)
+    args = argparse.Namespace(**{"num_gpus": 1, "num_machines": 1, **options})
+    with pytest.raises(ValueError, match=r"--num-gpus \(\d\).* MODEL.DEVICE \(train.device\) is cpu; .*torchrun"):
+        launch(lambda args: None, args, device="cpu")
 
 
 def test_without_torchrun_detectron2_launches(monkeypatch):

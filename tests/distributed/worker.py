@@ -7,6 +7,7 @@ checks. Models, data and the results of a single process are made once and inher
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,17 +30,21 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from deformable_detr import load_config
 from deformable_detr.engine import argument_parser, build_evaluator
 from deformable_detr.engine import main as train_net
 from deformable_detr.launch import launch
 from deformable_detr.modeling import HungarianMatcher, SetCriterion
+from deformable_detr.training import LayerEvaluators, TrainingLoop, TrainingSettings
 
 SIZES = (2, 3)
 DATASET = "distributed"
 # Divisible by 2 and by 3. The last four have no objects: the last process of 2 and the last two of 3 have none.
 OBJECTS = (2, 1, 0, 0, 0, 0)
+# In two parts, losses of a part divided by its own objects would add up to others.
+OBJECTS_OF_PARTS = (2, 2, 0, 1, 0, 1)
 
 
 def make_batch(objects: tuple[int, ...]) -> list[dict]:
@@ -54,40 +60,54 @@ def make_batch(objects: tuple[int, ...]) -> list[dict]:
     return batch
 
 
-def train_two_steps(model: nn.Module, batch: list[dict]) -> list[torch.Tensor]:
-    """Losses of two steps of gradient descent, averaged over processes, and the gradients of the second."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    results = []
-    for _ in range(2):
-        optimizer.zero_grad()
-        losses = model(batch)
-        sum(losses.values()).backward()
-        values = torch.stack([loss.detach() for loss in losses.values()])
-        if comm.get_world_size() > 1:
-            dist.all_reduce(values)
-        results.append(values / comm.get_world_size())
-        optimizer.step()
-    gradients = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.requires_grad}
-    missing = [name for name, gradient in gradients.items() if gradient is None]
+def train_two_steps(model: nn.Module, batch: list[dict], *, parts: int = 1) -> dict[str, torch.Tensor]:
+    """Losses of two iterations of gradient descent, which the main process logs, and the gradients of the second."""
+    settings = TrainingSettings(output_dir="", seed=0, accumulation_steps=parts)
+    loop = TrainingLoop(model, [batch, batch], torch.optim.SGD(model.parameters(), lr=1e-3), settings)
+    loop.train(0, 2)
+    trained = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for name, p in trained.items() if p.grad is None]
     assert not missing, f"parameters without a gradient: {missing}"
-    return results + list(gradients.values())
+    losses = {name: history for name, history in loop.storage.histories().items() if "loss" in name}
+    assert bool(losses) == comm.is_main_process()
+    results = {name: torch.tensor([value for value, _ in history.values()]) for name, history in losses.items()}
+    return results | {name: p.grad for name, p in trained.items()}
 
 
-def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """Largest difference of corresponding tensors, relative to the largest number of each."""
-    return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item() for a, b in zip(one, other, strict=True))
+def largest_difference(results: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Largest difference of tensors of one name, relative to the largest number of each."""
+    scales = {name: expected[name].abs().max().clamp(min=1e-6) for name in results}
+    return max(((result - expected[name]).abs().max() / scales[name]).item() for name, result in results.items())
+
+
+def exchange_and_count(counted: list[int], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """A hook of DistributedDataParallel, which averages a bucket of gradients over processes as it would itself."""
+    counted.append(bucket.index())
+    return allreduce_hook(None, bucket)
 
 
 class Detector(nn.Module):
-    """Finds every object, the better the smaller its image's id is; AP is neither 0 nor 100."""
+    """Finds every object, the better the smaller its image's id is; AP is neither 0 nor 100.
 
-    def forward(self, batch: list[dict]) -> list[dict]:
+    Args:
+        num_layers: None returns detections, a number as many for every image, the last ones as without it.
+    """
+
+    def __init__(self, num_layers: int | None = None) -> None:
+        super().__init__()
+        self.num_layers = num_layers
+
+    def forward(self, batch: list[dict]) -> list:
         truth = {record["image_id"]: record for record in DatasetCatalog.get(DATASET)}
-        return [{"instances": self._detect(truth[x["image_id"]])} for x in batch]
+        layers = [
+            [{"instances": self._detect(truth[x["image_id"]], layer)} for x in batch]
+            for layer in reversed(range(self.num_layers or 1))
+        ]
+        return layers[0] if self.num_layers is None else layers
 
-    def _detect(self, record: dict) -> Instances:
+    def _detect(self, record: dict, layers_left: int) -> Instances:
         x, y, width, height = record["annotations"][0]["bbox"]
-        shift = 0.05 * width * (record["image_id"] - 10)
+        shift = 0.05 * width * (record["image_id"] - 10 + layers_left)
         result = Instances((record["height"], record["width"]))
         result.pred_boxes = Boxes(torch.tensor([[x + shift, y, x + shift + width, y + height]]))
         result.scores = torch.tensor([0.9])
@@ -95,10 +115,56 @@ class Detector(nn.Module):
         return result
 
 
-def evaluate(config: list[str], output: Path) -> dict:
+def evaluate(config: list[str], output: Path, num_layers: int | None = None) -> dict[str, float]:
+    """AP by task, in the main process alone, as Detectron2 has it."""
     cfg = load_config(config[1], config[2:])
-    evaluator = build_evaluator(DATASET, str(output / f"inference-{comm.get_world_size()}"))
-    return inference_on_dataset(Detector(), build_detection_test_loader(cfg, DATASET), evaluator)
+    evaluators = [
+        build_evaluator(DATASET, str(output / f"inference-{comm.get_world_size()}")) for _ in range(num_layers or 1)
+    ]
+    evaluator = evaluators[0] if num_layers is None else LayerEvaluators(evaluators)
+    results = inference_on_dataset(Detector(num_layers), build_detection_test_loader(cfg, DATASET), evaluator)
+    return {task: metrics["AP"] for task, metrics in results.items()}
+
+
+@dataclass
+class Case:
+    """A model and a batch to train it on, and what :func:`train_two_steps` finds in one process.
+
+    Attributes:
+        expected: by the number of objects that losses are divided by.
+    """
+
+    model: nn.Module
+    batch: list[dict]
+    expected: dict[int, dict[str, torch.Tensor]]
+
+    @classmethod
+    def of(cls, config: list[str], objects: tuple[int, ...], *opts: str) -> "Case":
+        torch.manual_seed(0)
+        case = cls(build_model(load_config(config[1], [*config[2:], *opts])), make_batch(objects), {})
+        for divisor in {case.divisor(size) for size in SIZES}:
+            model = copy.deepcopy(case.model)
+            with model.criterion.normalise_by(divisor):
+                case.expected[divisor] = train_two_steps(model, case.batch)
+        return case
+
+    def divisor(self, size: int) -> int:
+        """As the official code, several processes divide by one object per process if there are fewer in all."""
+        return max(size, sum(len(x["instances"]) for x in self.batch))
+
+    def differs_by(self, *, parts: int = 1) -> tuple[float, int]:
+        """Difference from one process, and how often gradients were exchanged."""
+        size = comm.get_world_size()
+        share = len(self.batch) // size
+        start = comm.get_rank() * share
+        # An unused parameter makes the second step fail.
+        model = create_ddp_model(
+            copy.deepcopy(self.model), device_ids=None, broadcast_buffers=False, find_unused_parameters=False
+        )
+        exchanged: list[int] = []
+        model.register_comm_hook(exchanged, exchange_and_count)
+        results = train_two_steps(model, self.batch[start : start + share], parts=parts)
+        return largest_difference(results, self.expected[self.divisor(size)]), len(exchanged)
 
 
 class Checks:
@@ -109,57 +175,38 @@ class Checks:
         self.config = task["configs"][""]
         self.data_flags = task["flags"]
         register_coco_instances(DATASET, {}, task["json"], task["images"])
-        self.average_precision = evaluate(self.config, self.output)["bbox"]["AP"]
-        assert 0 < self.average_precision < 100, "every evaluation would give the same"
-        self.cases = {}
-        for variant, config in task["configs"].items():
-            self._add_case(f"variant {variant or 'base'}", config, OBJECTS)
-        self._add_case("no objects anywhere", task["configs"]["_two_stage"], (0,) * 6)
-        self._add_case(
-            "activation checkpoints",
-            [*task["configs"]["_two_stage"], "MODEL.DEFORMABLE_DETR.ACTIVATION_CHECKPOINT", "True"],
-            OBJECTS,
-        )
-        self._add_case(
-            "no auxiliary losses",
-            [*task["configs"]["_box_refine"], "MODEL.DEFORMABLE_DETR.AUX_LOSS", "False"],
-            OBJECTS,
-        )
-
-    def _add_case(self, name: str, config: list[str], objects: tuple[int, ...]) -> None:
-        torch.manual_seed(0)
-        model = build_model(load_config(config[1], config[2:])).train()
-        start = {key: value.clone() for key, value in model.state_dict().items()}
-        batch = make_batch(objects)
-        expected = {}
-        for size in SIZES:
-            # As the official code, several processes divide by one object per process if there are fewer in all.
-            divisor = max(size, sum(objects))
-            if divisor not in expected:
-                model.load_state_dict(start)
-                with model.criterion.normalise_by(divisor):
-                    expected[divisor] = train_two_steps(model, batch)
-        model.load_state_dict(start)
-        self.cases[name] = (model, batch, expected)
+        self.expected_ap = {num_layers: evaluate(self.config, self.output, num_layers) for num_layers in (None, 2)}
+        assert len({0, 100, *self.expected_ap[2].values()}) == 4, "evaluations that differ would give the same"
+        configs = task["configs"]
+        self.cases = {f"variant {name or 'base'}": Case.of(config, OBJECTS) for name, config in configs.items()}
+        checkpoints = ("MODEL.DEFORMABLE_DETR.ACTIVATION_CHECKPOINT", "True")
+        self.cases |= {
+            "no objects anywhere": Case.of(configs["_two_stage"], (0,) * 6),
+            "activation checkpoints": Case.of(configs["_two_stage"], OBJECTS, *checkpoints),
+            "no auxiliary losses": Case.of(configs["_box_refine"], OBJECTS, "MODEL.DEFORMABLE_DETR.AUX_LOSS", "False"),
+        }
+        self.accumulated = Case.of(self.config, OBJECTS_OF_PARTS)
 
     def all(self) -> dict[str, Callable[[], float]]:
-        checks = {name: lambda case=case: self.steps_differ_by(*case) for name, case in self.cases.items()}
-        checks |= {"evaluation": self.evaluated_ap, "normaliser": self.normaliser, "run": self.trained_ap}
-        return checks | {"killed": self.stop_seconds}
+        checks = {name: lambda case=case: case.differs_by()[0] for name, case in self.cases.items()}
+        checks["accumulation"] = self.accumulation_differs_by
+        checks |= {
+            "evaluation": lambda: self.ap_differs_by(None),
+            "evaluation of layers": lambda: self.ap_differs_by(2),
+        }
+        return checks | {"normaliser": self.normaliser, "run": self.trained_ap, "killed": self.stop_seconds}
 
-    def steps_differ_by(self, model: nn.Module, batch: list[dict], expected: dict[int, list[torch.Tensor]]) -> float:
-        size, objects = comm.get_world_size(), sum(len(x["instances"]) for x in batch)
-        share = len(batch) // size
-        start = comm.get_rank() * share
-        # An unused parameter makes the second step fail.
-        distributed = create_ddp_model(model, device_ids=None, broadcast_buffers=False, find_unused_parameters=False)
-        results = train_two_steps(distributed, batch[start : start + share])
-        return largest_difference(results, expected[max(size, objects)])
+    def accumulation_differs_by(self) -> float:
+        """Difference of training in two parts, and in one, from one process; both must exchange as many gradients."""
+        (whole, exchanges), (parts, exchanges_of_parts) = (self.accumulated.differs_by(parts=n) for n in (1, 2))
+        assert exchanges_of_parts == exchanges > 0, (exchanges_of_parts, exchanges)
+        return max(whole, parts)
 
-    def evaluated_ap(self) -> float:
-        """AP minus that of one process; 0 where Detectron2 gathers no results."""
-        results = evaluate(self.config, self.output)
-        return results["bbox"]["AP"] - self.average_precision if comm.is_main_process() else 0.0
+    def ap_differs_by(self, num_layers: int | None) -> float:
+        """Difference of the APs from those of one process; 0 where Detectron2 gathers no results."""
+        found, expected = evaluate(self.config, self.output, num_layers), self.expected_ap[num_layers]
+        assert found.keys() == (expected.keys() if comm.is_main_process() else set())
+        return max((abs(found[task] - expected[task]) for task in found), default=0.0)
 
     def normaliser(self) -> float:
         """What losses are divided by if rank r has counted r + 0.5 objects in all of its micro-batches."""
@@ -174,12 +221,15 @@ class Checks:
         """AP at the end of a run of train_net.py, as each process finds it in the run's folder."""
         folder, size = self.output / f"run-{comm.get_world_size()}", str(comm.get_world_size())
         opts = ["SOLVER.IMS_PER_BATCH", size, "SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(folder)]
+        opts += ["TEST.PER_LAYER_AP", "True"]
         train_net(argument_parser().parse_args([*self.data_flags, *self.config, *opts]))
         comm.synchronize()
         # Detectron2 logs each further process into a file of its own.
         suffix = "" if comm.is_main_process() else f".rank{comm.get_rank()}"
         assert (folder / f"log.txt{suffix}").is_file() and (folder / "model_final.pth").is_file()
-        return json.loads((folder / "metrics.json").read_text().splitlines()[-1])["bbox/AP"]
+        metrics = json.loads((folder / "metrics.json").read_text().splitlines()[-1])
+        assert metrics["bbox_layer_1/AP"] == metrics["bbox/AP"]
+        return metrics["bbox/AP"]
 
     def stop_seconds(self) -> float:
         """Seconds that a process waits for one that was killed before it raises; must be the last check."""

@@ -1,13 +1,11 @@
 """Averaged weights, metrics file, hooks and settings."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
 from deformable_detr.checkpoint.checkpointer import DeformableDETRCheckpointer
-from deformable_detr.training import ModelEMA, TrainingSettings, cut_metrics, read_metrics
+from deformable_detr.training import ModelEMA, PreciseBN, TrainingLoop, TrainingSettings
 from deformable_detr.training.settings import warn_of_unscaled_learning_rate
 
 from .conftest import losses_of, read_checkpoint
@@ -61,22 +59,6 @@ def test_resumed_model_gets_its_trained_weights_and_not_the_average(model_and_ba
     assert model.query_embed.weight.eq(7.0).all()
 
 
-def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
-    lines = [json.dumps({"iteration": i, "total_loss": float(i)}) for i in range(4)]
-    path = tmp_path / "metrics.json"
-    path.write_text("\n".join(lines) + '\n{"iteration": 4, "total_')
-    assert list(read_metrics(str(tmp_path))) == [0, 1, 2, 3]
-    with open(path, "a") as writer:
-        cut_metrics(str(tmp_path), 1)
-        writer.write('{"iteration": 2}\n')
-    assert read_metrics(str(tmp_path)) == {0: {"total_loss": 0.0}, 1: {"total_loss": 1.0}, 2: {}}
-
-
-def test_metrics_that_are_not_there_need_no_cutting(tmp_path):
-    cut_metrics(str(tmp_path), 3)
-    assert not (tmp_path / "metrics.json").exists()
-
-
 def test_every_loss_and_the_gradient_norm_are_logged(run_yaml, tmp_path):
     run_yaml(tmp_path / "run", max_iter=2)
     row = losses_of(tmp_path / "run")[1]
@@ -84,6 +66,34 @@ def test_every_loss_and_the_gradient_norm_are_logged(run_yaml, tmp_path):
     assert {"loss_ce", "loss_bbox_0", "loss_giou"} <= losses.keys()
     assert row["total_loss"] == pytest.approx(sum(losses.values()))
     assert row["grad_norm"] > 0 and row["lr"] == pytest.approx(2e-4)
+
+
+def test_losses_are_written_before_the_checkpoint_of_their_iteration_and_evaluations_after(
+    run_yaml, tmp_path, monkeypatch
+):
+    """A run that is killed in between does not write them again when it is resumed."""
+    written = {}
+
+    def save(self, name, **kwargs):
+        written[name] = losses_of(tmp_path / "run")
+
+    monkeypatch.setattr(DeformableDETRCheckpointer, "save", save)
+    monkeypatch.setattr("deformable_detr.engine.Trainer.test", lambda *_: {"bbox": {"AP": 0.5}})
+    run_yaml(tmp_path / "run", max_iter=3, checkpoint_period=2, eval_period=2)
+    assert written["model_0000001"][1]["grad_norm"] > 0 and "bbox/AP" not in written["model_0000001"][1]
+    metrics = losses_of(tmp_path / "run")
+    assert metrics.keys() == {0, 1, 2, 3} and "total_loss" in metrics[2]
+    assert metrics[1] == {**written["model_0000001"][1], "bbox/AP": 0.5} and metrics[3] == {"bbox/AP": 0.5}
+    lines = (tmp_path / "run" / "metrics.json").read_text().splitlines()
+    assert sum('"total_loss"' in line for line in lines) == 3 and sum('"bbox/AP"' in line for line in lines) == 2
+
+
+def test_batch_statistics_need_batches_that_can_be_found_again(model_and_batch, tmp_path):
+    model, batch = model_and_batch
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loop = TrainingLoop(model, [batch], optimizer, TrainingSettings(output_dir=str(tmp_path), seed=1))
+    with pytest.raises(TypeError, match=r"TEST\.PRECISE_BN needs a TrainLoader, got list"):
+        PreciseBN(loop, model, period=1, num_iter=1)
 
 
 def test_early_evaluation_and_best_checkpoint(run, tmp_path, monkeypatch):

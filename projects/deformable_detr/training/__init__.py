@@ -2,7 +2,7 @@
 
 from .ema import ModelEMA
 from .failure import NonFiniteError, replay
-from .hooks import build_hooks
+from .hooks import PreciseBN, build_hooks
 from .layers import EveryLayer, LayerEvaluators
 from .loader import TrainLoader, sampler_from_config
 from .loop import TrainingLoop
@@ -16,6 +16,7 @@ __all__ = [
     "LayerEvaluators",
     "ModelEMA",
     "NonFiniteError",
+    "PreciseBN",
     "Precision",
     "Step",
     "TrainLoader",

@@ -59,7 +59,7 @@ def find_cause(step: Step, model: nn.Module, precision: Precision, *, alone: boo
     model.zero_grad()
     with _watching(model, found, stop_at_losses=not alone):
         try:
-            step.backward(model, precision, torch.amp.GradScaler(precision.device_type, enabled=False))
+            step.backward(model, precision)
         except _FirstFoundError:
             pass
         except FloatingPointError as error:
@@ -128,7 +128,7 @@ def replay(path: str, model: nn.Module, settings: TrainingSettings) -> str:
 def _numbers_of(step: Step, model: nn.Module, precision: Precision) -> tuple[dict[str, float], float, str]:
     model.zero_grad()
     try:
-        losses = step.backward(model, precision, torch.amp.GradScaler(precision.device_type, enabled=False))
+        losses = step.backward(model, precision)
     except FloatingPointError as error:
         return {}, float("nan"), str(error)
     norms = torch.stack([p.grad.float().norm() for p in model.parameters() if p.grad is not None])

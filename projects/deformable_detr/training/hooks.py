@@ -1,5 +1,6 @@
 """What happens around the steps: the same hooks for both configuration systems."""
 
+import json
 import logging
 import os
 import shutil
@@ -8,9 +9,19 @@ from typing import Any
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+    get_event_storage,
+)
+from torch import nn
 
 from ..checkpoint.checkpointer import DeformableDETRCheckpointer, replacing
+from .loader import TrainLoader
+from .loop import TrainingLoop
+from .randomness import STEP, seed_generators
 from .settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -36,30 +47,90 @@ def build_hooks(
         before_saving: hooks that change the model after the optimiser has.
     """
     built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler(scheduler=scheduler), *before_saving]
-    if comm.is_main_process():
-        built.append(PeriodicCheckpointer(checkpointer, settings.checkpoint_period, max_to_keep=settings.max_to_keep))
     # After the checkpoint, with which an evaluation that fails can be repeated.
-    built.append(EvalHook(settings.eval_period, evaluate, first=settings.first_eval))
-    if comm.is_main_process():
-        if settings.best_metric:
-            built.append(BestCheckpointer(settings.eval_period, checkpointer, settings.best_metric))
-        writers = build_writers(settings.output_dir, max_iter, settings.log_period)
-        built.append(hooks.PeriodicWriter(writers, period=settings.log_period))
-    return built
+    evaluation = EvalHook(settings.eval_period, evaluate, first=settings.first_eval)
+    if not comm.is_main_process():
+        return [*built, evaluation]
+    writers = build_writers(settings.output_dir, max_iter, settings.log_period)
+    built += [
+        # Before the checkpoint: the resumed run does not write the line of its iteration again.
+        EarlyWriter(writers[:2], period=settings.log_period),
+        PeriodicCheckpointer(checkpointer, settings.checkpoint_period, max_to_keep=settings.max_to_keep),
+        evaluation,
+    ]
+    if settings.best_metric:
+        built.append(BestCheckpointer(settings.eval_period, checkpointer, settings.best_metric))
+    return [*built, hooks.PeriodicWriter(writers[1:], period=settings.log_period)]
 
 
-def build_writers(output_dir: str, max_iter: int, period: int) -> list[EventWriter]:
-    """Detectron2's writers, which smooth over the iterations since the last line, at most over 20.
+def build_writers(output_dir: str, max_iter: int, period: int) -> tuple[EventWriter, EventWriter, EventWriter]:
+    """Writers to the terminal, to ``metrics.json`` and to TensorBoard.
 
-    With a period of 1 every line holds the plain values of its iteration.
+    They smooth over the iterations since the last line, at most over 20. With a period of 1 every line holds the
+    plain values of its iteration.
     """
     window = min(period, _SMOOTHING_WINDOW)
     os.makedirs(output_dir, exist_ok=True)
-    return [
+    return (
         CommonMetricPrinter(max_iter),
-        JSONWriter(os.path.join(output_dir, "metrics.json"), window_size=window),
+        MetricsWriter(os.path.join(output_dir, "metrics.json"), window_size=window),
         TensorboardXWriter(output_dir, window_size=window),
-    ]
+    )
+
+
+class MetricsWriter(JSONWriter):
+    """Detectron2's writer, which can write twice in an iteration: the second line has what has come since the first."""
+
+    def __init__(self, json_file: str, window_size: int) -> None:
+        super().__init__(json_file, window_size)
+        self._written: dict[str, int] = {}
+
+    def write(self) -> None:
+        lines: dict[int, dict[str, float]] = {}
+        for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(self._window_size).items():
+            if iteration > self._written.get(name, -1):
+                self._written[name] = iteration
+                lines.setdefault(iteration, {"iteration": iteration})[name] = value
+        if lines:
+            self._file_handle.writelines(json.dumps(lines[key], sort_keys=True) + "\n" for key in sorted(lines))
+            self._file_handle.flush()
+            os.fsync(self._file_handle.fileno())
+
+
+class PreciseBN(hooks.PreciseBN):
+    """Detectron2's hook, made to take the batches that training takes next: a resumed run computes the same statistics.
+
+    Args:
+        loop: with a :class:`TrainLoader`.
+        model: whose statistics are computed: the loop's, or its average.
+        period: in iterations, besides the last one.
+        num_iter: batches of every process.
+
+    Raises:
+        TypeError: if the loop has another loader.
+    """
+
+    def __init__(self, loop: TrainingLoop, model: nn.Module, *, period: int, num_iter: int) -> None:
+        if not isinstance(loop.data_loader, TrainLoader):
+            raise TypeError(f"TEST.PRECISE_BN needs a TrainLoader, got {type(loop.data_loader).__name__}")
+        super().__init__(period, model, loop.data_loader, num_iter)
+        self._loop = loop
+
+    def update_stats(self) -> None:
+        loop = self._loop
+        start = loop.images_seen // loop.data_loader.total_batch_size
+        self._data_iter = loop.data_loader.batches(seed=loop.seed, start=start)
+        seed_generators(loop.seed, STEP, loop.iter, comm.get_rank())
+        super().update_stats()
+        # Ends the loading processes.
+        self._data_iter.close()
+
+
+class EarlyWriter(hooks.PeriodicWriter):
+    """Detectron2's hook for writers that a later one closes."""
+
+    def after_train(self) -> None:
+        pass
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):

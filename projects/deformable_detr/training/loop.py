@@ -61,8 +61,12 @@ class TrainingLoop(SimpleTrainer):
         self.skipped_steps = 0
         self._batches: Iterator[list[dict]] | None = None
         # Batch statistics change in the forward pass: a step that is left out must take them back.
-        norms = get_bn_modules(model) if settings.max_skipped_steps else []
-        self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        self._norms = get_bn_modules(model) if settings.max_skipped_steps else []
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model with the averaged weights where there are any, else the trained one."""
+        return self.model if self.ema is None else self.ema.model
 
     def run_step(self) -> None:
         """One iteration; it waits for the device once, to read all losses together."""
@@ -72,7 +76,7 @@ class TrainingLoop(SimpleTrainer):
         data_time = time.perf_counter() - start
         step = Step(batch, self.iter, self.seed, comm.get_rank(), self.settings.accumulation_steps)
         self.optimizer.zero_grad()
-        statistics = [buffer.clone() for buffer in self._statistics]
+        statistics = [buffer.clone() for buffer in self._statistics()]
         try:
             losses = step.backward(self.model, self.precision, self.scaler)
         except FloatingPointError as error:
@@ -165,9 +169,13 @@ class TrainingLoop(SimpleTrainer):
         storage.put_scalar("data_time", rows[:, -1].max().item())
         storage.put_scalar("grad_norm", rows[0, -2].item())
 
+    def _statistics(self) -> list[Tensor]:
+        # Asked for anew: precise batch norm puts other tensors in their place.
+        return [buffer for norm in self._norms for buffer in norm.buffers()]
+
     def _reject(self, step: Step, statistics: list[Tensor], told: str, *, may_skip: bool = True) -> None:
         """Leave a step out, or end the run."""
-        for buffer, before in zip(self._statistics, statistics, strict=True):
+        for buffer, before in zip(self._statistics(), statistics, strict=True):
             buffer.copy_(before)
         if may_skip and self.skipped_steps < self.settings.max_skipped_steps:
             self.skipped_steps += 1

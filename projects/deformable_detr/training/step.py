@@ -53,7 +53,9 @@ class Step:
         parts = np.array_split(np.arange(len(self.batch)), self.accumulation_steps)
         return [[self.batch[i] for i in part] for part in parts]
 
-    def backward(self, model: nn.Module, precision: Precision, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+    def backward(
+        self, model: nn.Module, precision: Precision, scaler: torch.amp.GradScaler | None = None
+    ) -> dict[str, Tensor]:
         """Add the gradients of the batch to the parameters.
 
         The losses of the parts are divided by the objects of the whole batch, so that losses and gradients are
@@ -71,7 +73,8 @@ class Step:
                 with _no_synchronisation(model, active=not is_last):
                     with precision.autocast():
                         losses = model(part)
-                    scaler.scale(sum(losses.values())).backward()
+                    total = sum(losses.values())
+                    (total if scaler is None else scaler.scale(total)).backward()
                 for name, loss in losses.items():
                     totals[name] = totals[name] + loss.detach() if name in totals else loss.detach()
         return totals
