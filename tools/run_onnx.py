@@ -73,8 +73,8 @@ def detect(session: onnxruntime.InferenceSession, image: Image.Image, *, min_sco
         raise ValueError(f"the model takes {shape[0]} images at a time, this program one: export it with --batch 1")
     images, image_sizes = prepare(image, shape, metadata)
     boxes, scores, labels = session.run(None, {"images": images, "image_sizes": image_sizes})
-    # Boxes are relative to the image: times its original size they are pixels of it.
-    boxes = boxes[0] * np.array([image.width, image.height] * 2)
+    # Boxes are relative to the image, and may reach beyond it: times its original size they are pixels of it.
+    boxes = boxes[0].clip(0, 1) * np.array([image.width, image.height] * 2)
     found = zip(labels[0], scores[0], boxes, strict=True)
     names = metadata["class_names"]
     return [
@@ -87,11 +87,10 @@ def draw(image: Image.Image, detections: list[Detection]) -> Image.Image:
     image = image.copy()
     canvas = ImageDraw.Draw(image)
     for name, score, (x0, y0, x1, y1) in reversed(detections):
-        # Boxes may reach beyond the image, and have no area, but never a negative one.
         canvas.rectangle((x0, y0, x1, y1), outline=(255, 64, 0), width=2)
-        text, corner = f"{name} {score:.2f}", (max(x0, 0), max(y0, 0))
-        canvas.rectangle(canvas.textbbox(corner, text), fill=(255, 64, 0))
-        canvas.text(corner, text, fill=(255, 255, 255))
+        text = f"{name} {score:.2f}"
+        canvas.rectangle(canvas.textbbox((x0, y0), text), fill=(255, 64, 0))
+        canvas.text((x0, y0), text, fill=(255, 255, 255))
     return image
 
 

@@ -63,6 +63,18 @@ def tiny_model(tiny_yaml, models):
 
 
 @pytest.fixture
+def short_model(tiny_model):
+    """As ``tiny_model``, with half of the backbone and levels: the time of an export is that of its operations."""
+
+    def load(variant):
+        levels = "1" if "single_scale" in variant else "2"
+        res3 = "MODEL.RESNETS.OUT_FEATURES", "['res3']", "MODEL.DEFORMABLE_DETR.IN_FEATURES", "['res3']"
+        return tiny_model(variant, *res3, "MODEL.DEFORMABLE_DETR.NUM_FEATURE_LEVELS", levels)
+
+    return load
+
+
+@pytest.fixture
 def capture(programs, monkeypatch):
     """``export.program.capture``, of which the exporter too gets what was captured before: it is most of the time."""
     real = exporter.capture

@@ -70,3 +70,8 @@ def test_pictures_fit_a_fixed_canvas_and_are_of_two_sizes(tiny_model):
     for pictures in (draw_pictures(), draw_pictures()[:1]):
         first, second = (image.shape[:2] for image in prepare_images(pictures, resize, (64, 70)))
         assert first == (52, 70) and second != first and max(second) <= 64
+
+
+def test_a_picture_of_one_row_keeps_it(tiny_model):
+    images = prepare_images([np.zeros((1, 1000, 3), np.uint8)], tiny_model().resize, (64, 70))
+    assert [image.shape[:2] for image in images] == [(1, 70), (1, 1)]

@@ -38,13 +38,20 @@ def test_suffix_of_another_format(fails):
     assert "the output must end in .pt, got " in message and "model.onnx" in message
 
 
-def test_missing_output_folder(fails):
-    assert "missing" in fails("--format", "onnx", output="missing/model.onnx")
+def test_missing_output_folder(fails, tmp_path):
+    folder = tmp_path / "missing"
+    message = fails("--format", "onnx", output="missing/model.onnx")
+    assert message == f"error: cannot write {folder}/model.onnx: there is no folder {folder}\n"
 
 
 def test_output_folder_that_is_a_file(fails, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "Not a directory" in fails("--format", "onnx", output="file/model.onnx")
+    assert f"there is no folder {tmp_path}/file" in fails("--format", "onnx", output="file/model.onnx")
+
+
+def test_output_whose_name_is_too_long(fails, tmp_path):
+    name = "n" * 250 + ".onnx"
+    assert f"cannot write {tmp_path}/{name}: File name too long" in fails("--format", "onnx", output=name)
 
 
 def test_output_that_is_a_folder(fails, tmp_path):

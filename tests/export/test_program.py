@@ -58,9 +58,9 @@ def targets(program):
 
 
 @torch.no_grad()
-def test_a_captured_program_takes_other_batches_and_sizes(tiny_model, capture):
-    # With four levels the capture alone would take three times as long.
-    program = DetectionProgram(tiny_model("_single_scale").model)
+def test_a_captured_program_takes_other_batches_and_sizes(short_model, capture):
+    # With several levels the capture alone would take three times as long.
+    program = DetectionProgram(short_model("_single_scale").model)
     run = capture(program, InputShape(), decompose=True).module()
     for canvas in ((96, 93), (131, 98), (96, 200)):
         images, image_sizes = padded_batch(canvas)
@@ -75,8 +75,8 @@ def test_a_captured_program_takes_other_batches_and_sizes(tiny_model, capture):
     [(True, 1, "aten.grid_sampler.default"), (False, 2, "deformable_detr.ms_deform_attn.default")],
 )
 @torch.no_grad()
-def test_a_program_samples_by_the_op_that_was_asked_for(decompose, batch, op, tiny_model, capture):
-    program = DetectionProgram(tiny_model("_two_stage").model)
+def test_a_program_samples_by_the_op_that_was_asked_for(decompose, batch, op, short_model, capture):
+    program = DetectionProgram(short_model("_two_stage").model)
     captured = capture(program, InputShape(batch, (64, 96)), decompose=decompose)
     ours = {target for target in targets(captured) if "deformable_detr" in target}
     assert op in targets(captured) and ours <= {op}

@@ -68,7 +68,6 @@ def main(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     path = args.output or Path("model").with_suffix(FORMATS[args.format].suffix)
     size = None if args.fixed_size is None else tuple(args.fixed_size)
-    shape = InputShape(args.batch, size) if args.batch is not None or size is not None else None
     try:
         pictures = [read_image(image) for image in args.check]
         loaded = load_model(args.model, args.weights, device=args.device, opts=args.opts)
@@ -76,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
             loaded,
             path,
             format_name=args.format,
-            shape=shape,
+            shape=InputShape(args.batch, size),
             decompose=args.op == "decomposed",
             opset=args.opset,
             pictures=pictures,

@@ -158,7 +158,8 @@ def _shrink(image: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
     scale = min(canvas[0] / height, canvas[1] / width)
     if scale >= 1:
         return image
-    return T.ResizeTransform(height, width, int(height * scale), int(width * scale)).apply_image(image)
+    new_height, new_width = (max(1, int(side * scale)) for side in (height, width))
+    return T.ResizeTransform(height, width, new_height, new_width).apply_image(image)
 
 
 def draw_pictures() -> list[np.ndarray]:

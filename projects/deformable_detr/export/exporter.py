@@ -58,7 +58,8 @@ def export_model(
         loaded: the model, its class names and its resize, which are stored in the file.
         path: of the file, with the suffix of the format.
         format_name: a key of ``FORMATS``.
-        shape: constant sizes of the input; None is dynamic, or where the format is not, the size of the preset.
+        shape: constant sizes of the input (default: none). Where the format has no dynamic sizes, those that are not
+            given are one image and the short and long side that the configuration tests with, as height and width.
         decompose: see :func:`capture`.
         opset: of ONNX.
         pictures: (H, W, 3) uint8 RGB to compare on; without any, two are drawn.
@@ -68,15 +69,14 @@ def export_model(
 
     Raises:
         ValueError: if the arguments do not fit together.
+        ModuleNotFoundError: if a package for the format is missing.
         OSError: if the file cannot be written.
         DisagreementError: if the file does not compute what the model computes. It is deleted.
     """
     kind = FORMATS[format_name]
-    shape = shape or _default_shape(kind, loaded)
+    shape = _complete(shape or InputShape(), kind, loaded)
     options = _check_arguments(kind, path, loaded, shape=shape, opset=opset)
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    # Before the minutes of work: whether it can be written at all.
-    partial.touch()
+    partial = _create_partial(path)
     try:
         program = DetectionProgram(loaded.model.eval())
         logger.info("capturing the model with images %s", shape)
@@ -100,8 +100,6 @@ def _check_arguments(
     """Refuse what cannot work; return the options of ``kind.write``."""
     if path.suffix != kind.suffix:
         raise ValueError(f"the output must end in {kind.suffix}, got {path}")
-    if path.is_dir():
-        raise IsADirectoryError(f"the output must be a file, {path} is a folder")
     if shape.batch is not None and shape.batch < 1:
         raise ValueError(f"batch must be at least 1, got {shape.batch}")
     least = coarsest_stride(loaded.model)
@@ -121,14 +119,30 @@ def _check_arguments(
     return {"opset": opset}
 
 
-def _default_shape(kind: Format, loaded: LoadedModel) -> InputShape:
+def _create_partial(path: Path) -> Path:
+    """The file to write until it has been compared, empty: before the minutes of work, whether that is possible."""
+    if path.is_dir():
+        raise IsADirectoryError(f"the output must be a file, {path} is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    try:
+        partial.touch()
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    return partial
+
+
+def _complete(shape: InputShape, kind: Format, loaded: LoadedModel) -> InputShape:
+    """Set what the format cannot leave open."""
     if kind.dynamic:
-        return InputShape()
-    short, long = test_sizes(loaded)
-    return InputShape(1, (short, long))
+        return shape
+    return InputShape(
+        1 if shape.batch is None else shape.batch, _test_sizes(loaded) if shape.size is None else shape.size
+    )
 
 
-def test_sizes(loaded: LoadedModel) -> tuple[int, int]:
+def _test_sizes(loaded: LoadedModel) -> tuple[int, int]:
     """Short and longest long side in pixels to which images are resized; 0, 0 where they are not."""
     for augmentation in getattr(loaded.resize, "augs", [loaded.resize]):
         if hasattr(augmentation, "short_edge_length"):
@@ -138,6 +152,6 @@ def test_sizes(loaded: LoadedModel) -> tuple[int, int]:
 
 def _metadata(loaded: LoadedModel) -> dict[str, str]:
     """What a program without this package needs to know, as JSON values."""
-    short, long = test_sizes(loaded)
+    short, long = _test_sizes(loaded)
     values = {"class_names": loaded.class_names, "min_size": short, "max_size": long}
     return {key: json.dumps(value) for key, value in values.items()}
