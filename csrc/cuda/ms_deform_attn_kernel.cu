@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <type_traits>
 
 #include "../ms_deform_attn.h"
@@ -16,6 +17,8 @@ namespace deformable_detr {
 namespace {
 
 constexpr int kVectorBytes = 16;
+constexpr int64_t kMaxRowBytes = int64_t{1} << 31;
+
 bool aligned(const at::Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kVectorBytes == 0;
 }
@@ -32,8 +35,8 @@ Geometry geometry_of(const at::Tensor& value, at::IntArrayRef spatial_shapes, co
                      int64_t sample_bytes) {
   TORCH_CHECK(sizes.L <= kMaxLevels, "spatial_shapes must hold at most ", kMaxLevels, " levels on CUDA, got ", sizes.L);
   TORCH_CHECK(sizes.S < kMaxRows, "value must have S < 2^27 on CUDA, got ", sizes.S);
-  TORCH_CHECK(sizes.M < (1 << 30) && sizes.D < (1 << 30) && sizes.P < (1 << 20),
-              "M, D and P are too large for CUDA: ", sizes.M, ", ", sizes.D, ", ", sizes.P);
+  TORCH_CHECK(sizes.Lq < (1 << 30), "sampling_locations must have Lq < 2^30 on CUDA, got ", sizes.Lq);
+  TORCH_CHECK(sizes.P < (1 << 20), "sampling_locations must have P < 2^20 on CUDA, got ", sizes.P);
   return make_geometry(sizes, spatial_shapes.data(), value.strides().data(), lanes, sample_bytes);
 }
 
@@ -53,8 +56,19 @@ void launch(Kernel kernel, const Geometry& at, int64_t sample_bytes, Arguments..
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-at::Tensor with_contiguous_channels(const at::Tensor& value) {
-  return value.stride(3) == 1 ? value : value.contiguous();
+// value as the kernels read it: channels side by side, and rows so near to each other that 32 bits count the bytes.
+at::Tensor with_rows(const at::Tensor& value) {
+  const int64_t size = value.element_size();
+  TORCH_CHECK(value.size(2) < kMaxRowBytes / 8 / value.size(3), "value must have M * D < 2^28 on CUDA, got ",
+              value.size(2), " * ", value.size(3));
+  const bool fits = value.stride(3) == 1 && value.stride(1) < kMaxRowBytes / size;
+  return fits ? value : value.clone(at::MemoryFormat::Contiguous);
+}
+
+// Contiguous and aligned: the kernels read x and y together.
+at::Tensor dense(const at::Tensor& tensor, at::ScalarType type) {
+  const auto result = tensor.to(type).contiguous();
+  return aligned(result) ? result : result.clone();
 }
 
 at::Tensor ms_deform_attn_cuda(const at::Tensor& value, at::IntArrayRef spatial_shapes,
@@ -62,11 +76,12 @@ at::Tensor ms_deform_attn_cuda(const at::Tensor& value, at::IntArrayRef spatial_
   const Sizes sizes = check_arguments(value, spatial_shapes, sampling_locations, attention_weights);
   const c10::cuda::CUDAGuard guard(value.device());
   const auto type = compute_type(value.scalar_type());
-  const auto output = at::empty({sizes.N, sizes.Lq, sizes.M * sizes.D}, value.options());
-  if (output.numel() == 0) return output;
-  const auto source = with_contiguous_channels(value);
-  const auto locations = sampling_locations.to(type).contiguous();
-  const auto weights = attention_weights.to(type).contiguous();
+  const std::array<int64_t, 3> shape{sizes.N, sizes.Lq, sizes.M * sizes.D};
+  // No launch where there is nothing to sample.
+  if (value.numel() == 0 || attention_weights.numel() == 0) return at::zeros(shape, value.options());
+  const auto output = at::empty(shape, value.options());
+  const auto source = with_rows(value);
+  const auto locations = dense(sampling_locations, type), weights = dense(attention_weights, type);
   dispatch(value.scalar_type(), [&](auto t, auto a) {
     using T = decltype(t);
     using A = decltype(a);
@@ -93,12 +108,10 @@ struct BackwardLaunch {
     constexpr int vector = kVectorBytes / sizeof(T);
     // Only for what is fast: every case more is another kernel to compile.
     if constexpr (std::is_same_v<Sum, AtomicSum<float>>) {
-      if (aligned(grad_output)) {
-        if (fits_vectors(value, 32)) return run<vector, 32>(grad_value);
-        if (fits_vectors(value, 16)) return run<vector, 16>(grad_value);
-        if (fits_vectors(value, 8)) return run<vector, 8>(grad_value);
-        if (fits_vectors(value, 4)) return run<vector, 4>(grad_value);
-      }
+      if (fits_vectors(value, 32)) return run<vector, 32>(grad_value);
+      if (fits_vectors(value, 16)) return run<vector, 16>(grad_value);
+      if (fits_vectors(value, 8)) return run<vector, 8>(grad_value);
+      if (fits_vectors(value, 4)) return run<vector, 4>(grad_value);
     }
     run<1, 32>(grad_value);
   }
@@ -168,10 +181,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cuda(cons
   const auto grad_weights = allocate(attention_weights.sizes());
   at::Tensor grad_value = empty ? at::zeros(value.sizes(), value.options()) : at::Tensor();
   if (!empty) {
-    const auto source = with_contiguous_channels(value);
-    const auto grad = grad_output.to(value.scalar_type()).contiguous();
-    const auto locations = sampling_locations.to(type).contiguous();
-    const auto weights = attention_weights.to(type).contiguous();
+    const auto source = with_rows(value);
+    const auto grad = dense(grad_output, value.scalar_type());
+    const auto locations = dense(sampling_locations, type), weights = dense(attention_weights, type);
     dispatch(value.scalar_type(), [&](auto t, auto a) {
       const BackwardLaunch<decltype(t), decltype(a)> backward{grad,           source,       locations,      weights,
                                                               grad_locations, grad_weights, spatial_shapes, sizes};

@@ -6,7 +6,6 @@
 
 #ifdef EMULATE_SM_90
 #define DEFORMABLE_DETR_VECTOR_REDUCTIONS
-inline void add_four(float* to, float a, float b, float c, float d) { to[0] += a, to[1] += b, to[2] += c, to[3] += d; }
 #endif
 
 #include "../../csrc/cuda/ms_deform_attn_kernel.cuh"

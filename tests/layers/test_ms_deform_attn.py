@@ -237,8 +237,8 @@ def test_arguments_on_two_devices_are_named(attend, make_case):
 
 
 def test_offsets_beyond_two_to_the_31_elements_are_reached(device):
-    """Samples the last row of images of 2^31 elements each. Only rows that are sampled are ever touched in memory."""
-    N, H, W, M, D = 2, 1024, 1024, 8, 256
+    """Samples the last row of images of over 2^31 elements each. Only rows that are sampled take memory."""
+    N, H, W, M, D = 2, 1024, 1024, 9, 256
     value = torch.empty(N, H * W, M, D, dtype=torch.bfloat16, device=device)
     value[:, -1] = torch.tensor([1.0, 2.0]).view(N, 1, 1)
     locations = torch.tensor([(W - 0.5) / W, (H - 0.5) / H], device=device).expand(N, 1, M, 1, 1, 2)

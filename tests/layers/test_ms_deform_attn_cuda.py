@@ -5,6 +5,8 @@ import torch
 
 from deformable_detr.layers import MSDeformAttn, _ops, ms_deform_attn, ms_deform_attn_pytorch
 
+from .large_ms_deform_attn import LARGE, check_gradients_at_the_end
+
 pytestmark = pytest.mark.cuda
 
 
@@ -57,6 +59,20 @@ def test_tensors_on_another_than_the_current_device_work(make_case):
     case.value, case.sampling_locations, case.attention_weights = (tensor.to("cuda:1") for tensor in case.tensors)
     for actual, reference in zip(train_step(case.with_grad()), expected, strict=True):
         torch.testing.assert_close(actual.to("cuda:0"), reference)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", LARGE)
+def test_gradients_reach_offsets_beyond_two_to_the_31_elements(device, case, dtype, deterministic):
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free device memory")
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    try:
+        check_gradients_at_the_end(LARGE[case], dtype, device)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_second_step_of_the_module_does_not_wait_for_the_device():

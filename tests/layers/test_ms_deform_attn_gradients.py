@@ -38,7 +38,9 @@ def assert_gradients_equal_the_twin(case):
 def test_gradients_equal_finite_differences(attend, make_case):
     case = make_case().with_grad()
     assert torch.autograd.gradcheck(
-        lambda value, locations, weights: attend(value, case.spatial_shapes, locations, weights), case.tensors
+        lambda value, locations, weights: attend(value, case.spatial_shapes, locations, weights),
+        case.tensors,
+        nondet_tol=1e-12,  # on CUDA sums have no fixed order
     )
 
 
@@ -170,7 +172,8 @@ def test_result_and_gradients_do_not_depend_on_the_number_of_threads(make_case, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_deterministic_mode_repeats_to_the_bit(make_case, dtype):
     case = make_case(Lq=400, D=32).to(dtype, torch.float32)
-    torch.use_deterministic_algorithms(True)
+    # A warning is enough of the twin, which has no deterministic gradient on CUDA.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert_gradients_equal_the_twin(case)
         first, second = gradients(ms_deform_attn, case), gradients(ms_deform_attn, case)
