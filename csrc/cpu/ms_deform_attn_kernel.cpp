@@ -105,14 +105,13 @@ template <typename T, typename A>
 struct Backward {
   const T* value;
   int64_t image_stride, row_stride, head_stride;
-  A* grad_value;
-  int64_t grad_image_stride, grad_row_stride, grad_head_stride;
+  T* grad_value;  // (N, S, M, D), contiguous
   const T* grad_output;
   const A *locations, *weights;
   A *grad_locations, *grad_weights;
   const T* zeros;
   LevelOfPoint<A> level;
-  int64_t M, D, Lq, L, P;
+  int64_t S, M, D, Lq, L, P;
   bool scattered;  // few queries, whose rows are not in the cache
 };
 
@@ -227,10 +226,7 @@ void backward(const at::Tensor& grad_output, const at::Tensor& value, const at::
                           value.stride(0),
                           value.stride(1),
                           value.stride(2),
-                          grad_value.mutable_data_ptr<A>(),
-                          grad_value.stride(0),
-                          grad_value.stride(1),
-                          grad_value.stride(2),
+                          grad_value.mutable_data_ptr<T>(),
                           grad_output.const_data_ptr<T>(),
                           locations.const_data_ptr<A>(),
                           weights.const_data_ptr<A>(),
@@ -238,12 +234,16 @@ void backward(const at::Tensor& grad_output, const at::Tensor& value, const at::
                           grad_weights.mutable_data_ptr<A>(),
                           zeros.data(),
                           levels.view(),
+                          sizes.S,
                           sizes.M,
                           sizes.D,
                           sizes.Lq,
                           sizes.L,
                           sizes.P,
                           !heads_first_pays(sizes)};
+  // Sums of one head side by side stay in the caches; few float32 sums may as well go where they belong.
+  const bool aside = heads_first_pays(sizes) || !std::is_same_v<T, A>;
+  if (!aside) grad_value.zero_();
   const auto run = backward_levels<T, A>();
   // One owner per (image, head) or, if that leaves threads idle, per (image, head, level): no atomics, and the
   // same sums in the same order for every number of threads.
@@ -251,10 +251,11 @@ void backward(const at::Tensor& grad_output, const at::Tensor& value, const at::
   const int64_t step = heads % threads == 0 || heads >= 8 * threads ? sizes.L : 1;
   const int64_t parts = sizes.L / step;
   at::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
+    const auto sums = allocate({aside ? sizes.S : 0, sizes.D}, grad_locations.options());
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / parts / sizes.M, head = task / parts % sizes.M;
       const int64_t level = task % parts * step;
-      run(op, image, head, level, level + step);
+      run(op, image, head, level, level + step, aside ? sums.mutable_data_ptr<A>() : nullptr);
     }
   });
 }
@@ -284,13 +285,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cpu(const
   check_grad_output(grad_output, value, sizes);
   const auto type = compute_type(value.scalar_type());
   const auto options = value.options().dtype(type);
-  const bool heads_first = heads_first_pays(sizes);
-  auto grad_value = heads_first ? allocate({sizes.N, sizes.M, sizes.S, sizes.D}, options).transpose(1, 2)
-                                : allocate({sizes.N, sizes.S, sizes.M, sizes.D}, options);
-  grad_value.zero_();
+  const auto grad_value = allocate(value.sizes(), value.options());
   const auto grad_locations = allocate(sampling_locations.sizes(), options);
   const auto grad_weights = allocate(attention_weights.sizes(), options);
-  if (grad_weights.numel() != 0) {
+  if (grad_weights.numel() == 0) {
+    grad_value.zero_();
+  } else {
     const auto arranged = arrange_value(value, sizes);
     const auto grad = grad_output.to(value.scalar_type()).contiguous();
     const auto locations = sampling_locations.to(type).contiguous();
@@ -301,8 +301,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cpu(const
                                          grad_weights);
     });
   }
-  if (heads_first || grad_value.scalar_type() != value.scalar_type())
-    grad_value = allocate(value.sizes(), value.options()).copy_(grad_value);
   return {grad_value, grad_locations.to(sampling_locations.scalar_type()),
           grad_weights.to(attention_weights.scalar_type())};
 }

@@ -57,6 +57,11 @@ inline FloatBits round_to_bfloat16(const Vec<float>& from) {
   return from == from ? rounded : FloatBits{} + 0x7fc00000;
 }
 
+inline void store(c10::BFloat16* to, const Vec<float>& from) {
+  const HalfBits bits = __builtin_convertvector(round_to_bfloat16(from) >> 16, HalfBits);
+  __builtin_memcpy(to, &bits, sizeof(bits));
+}
+
 inline void store(c10::Half* to, const Vec<float>& from) {
 #ifdef SIMD_F16C
   const __m128i bits = _mm256_cvtps_ph((__m256)from, _MM_FROUND_TO_NEAREST_INT);
@@ -262,9 +267,16 @@ inline void scatter_block(const A* weight, const T* const* row, A* const* grad_r
   }
 }
 
+// Where the rows of a gradient begin, and how far apart they are.
+template <typename A>
+struct Rows {
+  A* first;
+  int64_t stride;
+};
+
 // The four dot products of grad with the corner rows of point i, and its share of grad_value.
 template <typename T, typename A>
-inline void scatter_point(const Backward<T, A>& op, const T* value, A* grad_value, const A* grad, A* discarded,
+inline void scatter_point(const Backward<T, A>& op, const T* value, const Rows<A>& target, const A* grad, A* discarded,
                           const Points<A>& points, int64_t i) {
   constexpr int lanes = Simd<A>::lanes, block = SIMD_BYTES >= 32 ? 4 : 8;
   const T* row[4];
@@ -273,7 +285,7 @@ inline void scatter_point(const Backward<T, A>& op, const T* value, A* grad_valu
   for (int corner = 0; corner < 4; ++corner) {
     const int64_t index = points.row[corner][i];
     row[corner] = corner_row(value, index, op.row_stride, op.zeros);
-    grad_row[corner] = index >= 0 ? grad_value + index * op.grad_row_stride : discarded;
+    grad_row[corner] = index >= 0 ? target.first + index * target.stride : discarded;
     weight[corner] = points.weight[corner][i];
   }
   Vec<A> dots[4] = {};
@@ -321,16 +333,32 @@ inline void finish_points(const LevelOfPoint<A>& level, const Points<A>& points,
   }
 }
 
-// All queries of one image and head at levels [begin, end): exclusive owner of that part of every gradient.
+// Rows of D numbers side by side to rows `stride` apart.
 template <typename T, typename A>
-void backward_levels(const Backward<T, A>& op, int64_t image, int64_t head, int64_t begin, int64_t end) {
+inline void store_rows(const A* from, int64_t rows, int64_t D, T* to, int64_t stride) {
+  constexpr int lanes = Simd<A>::lanes;
+  for (int64_t row = 0; row < rows; ++row, from += D, to += stride) {
+    int64_t channel = 0;
+    for (; channel + lanes <= D; channel += lanes) store(to + channel, load(from + channel));
+    for (; channel < D; ++channel) to[channel] = static_cast<T>(from[channel]);
+  }
+}
+
+// All queries of one image and head at levels [begin, end): exclusive owner of that part of every gradient. `sums`,
+// unless null, has room for the (S, D) sums of a head; otherwise they are made in grad_value, which is of their type
+// and holds zeros.
+template <typename T, typename A>
+void backward_levels(const Backward<T, A>& op, int64_t image, int64_t head, int64_t begin, int64_t end, A* sums) {
   const int64_t count = (end - begin) * op.P;
   Points<A> points(count);
   std::vector<A> scratch(2 * op.D);
   A *grad = scratch.data(), *discarded = grad + op.D;
   const T* value = op.value + image * op.image_stride + head * op.head_stride;
-  A* grad_value = op.grad_value + image * op.grad_image_stride + head * op.grad_head_stride;
   const LevelOfPoint<A> level = op.level.from(begin * op.P);
+  const int64_t first_row = *level.start, rows = (end < op.L ? op.level.start[end * op.P] : op.S) - first_row;
+  T* grad_value = op.grad_value + (image * op.S * op.M + head) * op.D;
+  const Rows<A> target = sums ? Rows<A>{sums, op.D} : Rows<A>{reinterpret_cast<A*>(grad_value), op.M * op.D};
+  if (sums) std::fill_n(sums + first_row * op.D, rows * op.D, A(0));
   for (int64_t query = 0; query < op.Lq; ++query) {
     const int64_t index = (image * op.Lq + query) * op.M + head;
     const int64_t first = (index * op.L + begin) * op.P;
@@ -343,10 +371,11 @@ void backward_levels(const Backward<T, A>& op, int64_t image, int64_t head, int6
     locate(level, op.locations + 2 * first, op.weights + first, count, points);
     if (op.scattered) {
       prefetch_rows(value, points, count, op.row_stride, op.D);
-      prefetch_rows(grad_value, points, count, op.grad_row_stride, op.D);
+      prefetch_rows(target.first, points, count, target.stride, op.D);
     }
     for (int64_t i = 0; i < count; ++i)
-      if (points.inside[i]) scatter_point(op, value, grad_value, grad, discarded, points, i);
+      if (points.inside[i]) scatter_point(op, value, target, grad, discarded, points, i);
     finish_points(level, points, count, op.grad_weights + first, op.grad_locations + 2 * first);
   }
+  if (sums) store_rows(sums + first_row * op.D, rows, op.D, grad_value + first_row * op.M * op.D, op.M * op.D);
 }
