@@ -110,6 +110,8 @@ def test_engine_builds_on_config_data_solver_and_the_checkpointer():
         "checkpoint",
         "config",
         "data",
+        "evaluation",
+        "run_checks",
         "schedule",
         "solver",
         "training",

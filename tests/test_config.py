@@ -55,9 +55,16 @@ def test_override_of_the_width_reaches_every_part_of_a_lazy_config():
     assert cfg.model.position_embedding.embed_dim == 64
 
 
-def test_unknown_suffix_names_the_file():
-    with pytest.raises(ValueError, match=r"must be a \.yaml or \.py file, got 'model\.json'"):
-        load_config("model.json")
+@pytest.mark.parametrize("config", ["model.json", "deformable_detr_R_51"])
+def test_what_is_no_configuration_is_named_beside_the_models_of_the_zoo(config):
+    with pytest.raises(ValueError, match=rf"must be a \.yaml .*, got '{config}'; .*deformable_detr_R_50_two_stage"):
+        load_config(config)
+
+
+def test_models_and_output_folders_are_read_by_name(tmp_path):
+    assert load_config("deformable_detr_R_50") == load_config(BASE)
+    LazyConfig.save(load_config(BASE.replace(".yaml", ".py")), str(tmp_path / "config.yaml"))
+    assert load_config(str(tmp_path), ["model.num_queries=17"]).model.num_queries == 17
 
 
 @pytest.mark.parametrize("name", ["absent.yaml", "absent.py"])
@@ -92,8 +99,15 @@ def test_unknown_override_is_refused_with_the_nearest_key(key, near):
         (".yaml", ["SOLVER.MAX_ITER", "3", "SEED"], "'SEED' has no value"),
         (".yaml", ["SOLVER.MAX_ITER", "many"], r"'many' cannot be the value of SOLVER\.MAX_ITER"),
         (".yaml", ["SEED", "{[]: 1}"], "cannot be the value of SEED"),
+        (".yaml", ["SEED", "1", "--resume"], "--resume is an option: put it before the first KEY VALUE pair"),
+        (".yaml", ["SEED", "1", "--resume", "--eval-only"], "--resume is an option"),
+        (".yaml", ["SEED=1"], "pairs KEY VALUE; 'SEED=1' is for LazyConfig"),
+        (".py", ["train.seed=1", "--resume"], "--resume is an option: put it before the first .* key=value"),
+        (".py", ["SEED", "1"], "are key=value, got 'SEED'; KEY VALUE pairs are for yaml"),
         (".py", ["train.max_iter=)"], r"override 'train\.max_iter=\)' cannot be applied"),
-        (".py", ["train.max_iter"], r"override 'train\.max_iter' cannot be applied"),
+        (".py", ["train.amp=True"], r"override 'train\.amp=True' .* a node, got True; .*\(enabled, precision\)"),
+        (".py", ["optimizer.lr=abc"], r"override 'optimizer\.lr=abc' .* must be a number, got 'abc'"),
+        (".py", ["train.amp.enabled=on_gpus"], r"'train\.amp\.enabled=on_gpus' .* true or false, got 'on_gpus'"),
         (".py", ["train.max_iter=1,2"], r"override 'train\.max_iter=1,2' cannot be applied"),
         (".py", ["train.amp=[1]"], r"override 'train\.amp=\[1\]' cannot be applied"),
         (".py", ["~train.seed"], r"override '~train\.seed' cannot be applied: deletion"),

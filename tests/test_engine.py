@@ -14,9 +14,11 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 
 from deformable_detr import load_config
+from deformable_detr.data import register_coco_data
 from deformable_detr.engine import apply_user_data, argument_parser, build_evaluator, configured_device, main
 
 CLASSES = ["square", "bar", "disc"]
@@ -70,6 +72,8 @@ class World:
             "train": "DATASETS.TRAIN",
             "test": "DATASETS.TEST",
             "num_classes": "MODEL.DEFORMABLE_DETR.NUM_CLASSES",
+            "batch": "SOLVER.IMS_PER_BATCH",
+            "best_metric": "TEST.BEST_METRIC",
         }
         lazy_keys = {
             "max_iter": "train.max_iter",
@@ -79,6 +83,8 @@ class World:
             "train": "dataloader.train.dataset.names",
             "test": "dataloader.test.dataset.names",
             "num_classes": "model.num_classes",
+            "batch": "dataloader.train.total_batch_size",
+            "best_metric": "train.best_metric",
         }
         if self.name == "lazy":
             return [f"{lazy_keys[key]}={value}" for key, value in values.items()]
@@ -132,6 +138,7 @@ def test_evaluation_reproduces_the_result_at_the_end_of_training(world, flags, t
     before = json.loads((world.output / "inference" / "coco_instances_results.json").read_text())
     assert detections == before and len(detections) > 0
     assert {d["category_id"] for d in detections} <= {3, 4, 9}
+    assert (tmp_path / "again" / "config.yaml").is_file()
 
 
 def test_resumed_training_continues_where_it_stopped(world, flags):
@@ -169,14 +176,66 @@ def test_training_without_resume_starts_again(world, flags):
 def test_evaluation_with_resume_takes_the_last_checkpoint(world, flags):
     world(flags, max_iter=1, eval_period=1)
     trained = (world.output / "inference" / "coco_instances_results.json").read_text()
+    config = (world.output / "config.yaml").read_text()
     world(["--eval-only", "--resume", *flags])
     assert (world.output / "inference" / "coco_instances_results.json").read_text() == trained
+    # It describes the training: the evaluation was told nothing of its max_iter.
+    assert (world.output / "config.yaml").read_text() == config
 
 
 def test_schedule_is_refused_before_the_data_are_read(world):
+    DatasetCatalog.register("unread", lambda: pytest.fail("the data are read first"))
+    MetadataCatalog.get("unread").evaluator_type = "coco"
     steps = ["lr_multiplier.scheduler.milestones=[4,4]"] if world.name == "lazy" else ["SOLVER.STEPS", "(3, 3)"]
     with pytest.raises(ValueError, match=r"lr_multiplier cannot be built|SOLVER\.STEPS must be iterations"):
-        run([*world.arguments(""), *world.overrides(train="absent"), *steps])
+        run([*world.arguments(""), *world.overrides(train="unread", test="unread"), *steps])
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("max_iter", 0, r"(SOLVER\.MAX_ITER|train\.max_iter) must be at least 1, got 0"),
+        ("batch", 0, r"(SOLVER\.IMS_PER_BATCH|total_batch_size) must be at least 1, got 0"),
+        ("best_metric", "AP50", r"TEST\.BEST_METRIC.*got 'AP50'; did you mean bbox/AP50\?"),
+    ],
+)
+def test_values_out_of_their_range_are_refused_before_anything_is_built(world, flags, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        world(flags, **{name: value})
+    assert not (world.output / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("split, mode", [("train", []), ("test", []), ("test", ["--eval-only"])])
+@pytest.mark.parametrize("root, told", [("/data", "/data"), (None, "datasets, as it is not set")])
+def test_dataset_that_is_not_there_is_named_before_anything_is_built(
+    world, write_coco, monkeypatch, split, mode, root, told
+):
+    if root is None:
+        monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    else:
+        monkeypatch.setenv("DETECTRON2_DATASETS", root)
+    data = write_coco()
+    register_coco_data("here", data.json, data.images)
+    register_coco_instances("absent", {}, "absent/instances.json", "absent")
+    message = rf"dataset 'absent' needs absent/instances\.json, .* DETECTRON2_DATASETS \({told}\); .* --train-json"
+    with pytest.raises(FileNotFoundError, match=message):
+        world(mode, **{"train": "here", "test": "here", split: "absent"})
+    assert not (world.output / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("split, mode", [("train", []), ("val", ["--eval-only"])])
+def test_configuration_of_a_run_with_own_data_asks_for_them_again(world, write_coco, split, mode):
+    data = write_coco()
+    register_coco_data("here", data.json, data.images)
+    names = {"train": "here", "test": "here", "test" if split == "val" else split: f"user_{split}"}
+    with pytest.raises(ValueError, match=f"give --{split}-json and --{split}-images again"):
+        world(mode, **names)
+
+
+def test_models_of_the_zoo_are_configurations(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="device 'cuda' needs a GPU"):
+        run(["--config-file", "deformable_detr_R_50_two_stage"])
 
 
 def test_frozen_parameters_keep_their_values_and_all_others_are_trained(world, flags):

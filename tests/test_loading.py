@@ -42,6 +42,12 @@ def test_an_output_folder_gives_its_last_checkpoint_and_its_class_names(config, 
     assert loaded.class_names == names
 
 
+def test_weights_among_the_overrides_are_taken_for_a_model_of_the_zoo(tiny_yaml):
+    _, _, *opts = tiny_yaml("_two_stage")
+    with pytest.raises(FileNotFoundError, match="absent.pth"):
+        load_model("deformable_detr_R_50_two_stage", opts=[*opts, "MODEL.WEIGHTS", "absent.pth"])
+
+
 def test_images_are_resized_as_for_evaluation(config):
     path, opts = config
     resize = load_model(path, "", opts=opts).resize
@@ -65,7 +71,7 @@ def test_an_output_folder_without_checkpoint_is_named(config, tmp_path):
 
 
 def test_an_unknown_name_lists_the_zoo():
-    with pytest.raises(KeyError, match="deformable_detr_R_50_two_stage"):
+    with pytest.raises(ValueError, match="deformable_detr_R_50_two_stage"):
         load_model("deformable_detr_R_51")
 
 

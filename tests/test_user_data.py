@@ -2,12 +2,14 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 
 from deformable_detr import load_config
 from deformable_detr.coco_format import DatasetError
@@ -138,6 +140,29 @@ def test_weights_flag_sets_the_weights(configure, flags):
     assert (cfg.MODEL.WEIGHTS if isinstance(cfg, CfgNode) else cfg.train.init_checkpoint) == "model.pth"
 
 
+@pytest.mark.parametrize(
+    "yaml, lazy, message",
+    [
+        (("MODEL.DEFORMABLE_DETR.NUM_CLASSES", "5"), "model.num_classes=5", "is 3 by --train-json, but 5 by"),
+        (("DATASETS.TRAIN", "('x',)"), "dataloader.train.dataset.names=x", r"is .*'user_train'.* but .*'x'.* by"),
+        (("DATASETS.TEST", "('x',)"), "dataloader.test.dataset.names=x", r"is (\(\)|\[\]) by .* but .*'x'.* by"),
+        (("MODEL.WEIGHTS", "x"), "train.init_checkpoint=x", "is 'a.pth' by --weights, but 'x' by"),
+    ],
+)
+def test_override_that_says_something_else_than_a_flag_is_refused(configure, write_coco, yaml, lazy, message):
+    flags = [*write_coco().flags("train"), "--weights", "a.pth"]
+    key = rf"({re.escape(yaml[0])}|{re.escape(lazy.partition('=')[0])})"
+    with pytest.raises(ValueError, match=f"^{key} {message}"):
+        configure(*flags, yaml=yaml, lazy=(lazy,))
+
+
+def test_override_that_says_the_same_as_a_flag_is_harmless(configure, write_coco):
+    yaml = ("MODEL.DEFORMABLE_DETR.NUM_CLASSES", "3", "DATASETS.TEST", "()", "MODEL.WEIGHTS", "a.pth")
+    lazy = ("model.num_classes=3", "dataloader.test.dataset.names=[]", "train.init_checkpoint=a.pth")
+    flags = [*write_coco().flags("train"), "--weights", "a.pth"]
+    assert configure(*flags, yaml=yaml, lazy=lazy) == configure(*flags)
+
+
 @pytest.fixture(params=["yaml", "lazy"])
 def start(request, tiny_yaml, tiny_lazy, tmp_path) -> Callable[..., dict | None]:
     """Run ``main`` with flags and a tiny model of a variant; output goes to a folder under ``tmp_path``."""
@@ -145,6 +170,10 @@ def start(request, tiny_yaml, tiny_lazy, tmp_path) -> Callable[..., dict | None]
     def run(flags: list[str], variant: str = "", *, output: str = "output") -> dict | None:
         if request.param == "yaml":
             arguments = [*tiny_yaml(variant), "OUTPUT_DIR", str(tmp_path / output)]
+            if "--weights" in flags:
+                # The tiny values say that there are none, as overrides.
+                index = arguments.index("MODEL.WEIGHTS")
+                del arguments[index : index + 2]
         else:
             arguments = [*tiny_lazy(variant), f"train.output_dir={tmp_path / output}"]
         return main(argument_parser().parse_args([*flags, *arguments]))
@@ -212,3 +241,23 @@ def test_bad_data_stop_the_run_before_the_first_step_and_repaired_data_do_not(st
     assert "--repair changed the data" in (output / "log.txt").read_text()
     results = json.loads((output / "inference" / "coco_instances_results.json").read_text())
     assert {x["image_id"] for x in results} == {10, 12, 13}
+
+
+@pytest.mark.parametrize("is_main", (True, False))
+def test_error_in_the_process_that_checks_the_data_reaches_all(configure, write_coco, monkeypatch, is_main):
+    """Nobody is left to wait: every process takes part in sharing the outcome, and none goes on."""
+    gathered = []
+
+    def fill_the_disk(*_, **__):
+        raise OSError("No space left on device")
+
+    def gather(own):
+        gathered.append(own)
+        return [own if is_main else (None, "OSError: No space left on device"), own]
+
+    monkeypatch.setattr("deformable_detr.user_data.check_user_data", fill_the_disk)
+    monkeypatch.setattr(comm, "is_main_process", lambda: is_main)
+    monkeypatch.setattr(comm, "all_gather", gather)
+    with pytest.raises(OSError if is_main else RuntimeError, match="No space left on device"):
+        configure(*write_coco().flags("train"))
+    assert gathered == [(None, "OSError: No space left on device" if is_main else None)]

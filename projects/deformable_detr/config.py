@@ -2,7 +2,10 @@
 
 import difflib
 import inspect
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.utils.registry import locate
@@ -10,6 +13,9 @@ from hydra.errors import HydraException
 from iopath.common.file_io import g_pathmgr
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+# Of the models that have a name: in a checkout, and in an installed package.
+_CONFIGS = (Path(__file__).parents[2] / "configs", Path(__file__).parent / "model_zoo" / "configs")
 
 
 def add_deformable_detr_config(cfg: CfgNode) -> None:
@@ -81,20 +87,27 @@ def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode | DictConfig:
     """Read a configuration and apply overrides.
 
     Args:
-        path: a ``.yaml`` file (Detectron2's CfgNode with this project's keys), a ``.py`` file (LazyConfig), or the
-            ``config.yaml`` that a run with a LazyConfig has left in its output folder.
+        path: what :func:`find_config_file` takes. A ``.yaml`` file is Detectron2's CfgNode with this project's keys,
+            or the ``config.yaml`` that a run with a LazyConfig has left in its output folder; a ``.py`` file is a
+            LazyConfig.
         opts: overrides as on the command line: ``KEY VALUE`` pairs for yaml, ``key=value`` for LazyConfig, where
             ``+key=value`` adds a key.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: on another suffix, and on an override that cannot be read or whose value its key cannot take.
+        ValueError: on anything else than a configuration, on an override that cannot be read or whose value its key
+            cannot take.
         KeyError: on a yaml key that does not exist, on a LazyConfig key that nothing takes.
     """
-    if not path.endswith((".yaml", ".yml", ".py")):
-        raise ValueError(f"a configuration must be a .yaml or .py file, got {path!r}")
+    path = find_config_file(path)
     if not g_pathmgr.exists(path) and "://" not in path:
         raise FileNotFoundError(f"there is no configuration file {path!r}")
+    # argparse takes everything behind the first override for overrides.
+    for opt in opts:
+        if opt.startswith("--"):
+            raise ValueError(
+                f"{opt} is an option: put it before the first KEY VALUE pair (yaml) or key=value (LazyConfig)"
+            )
     if path.endswith(".py") or _is_saved_lazy_config(path):
         cfg = LazyConfig.load(path)
         for opt in opts:
@@ -107,6 +120,34 @@ def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode | DictConfig:
     return cfg
 
 
+def find_config_file(config: str, *, suffix: str = ".yaml") -> str:
+    """The path of a configuration, which need not exist.
+
+    Args:
+        config: a ``.yaml`` or ``.py`` file, the output folder of a training, or the name of a model of the zoo.
+        suffix: of the file of a model's name: ".yaml", or ".py" for the LazyConfig.
+
+    Raises:
+        ValueError: on anything else.
+    """
+    if config.endswith((".yaml", ".yml", ".py")):
+        return config
+    if os.path.isdir(config):
+        return os.path.join(config, "config.yaml")
+    files = {path.stem: path for folder in _CONFIGS for path in sorted(folder.glob(f"COCO-Detection/*{suffix}"))}
+    if config in files:
+        return os.fspath(files[config])
+    raise ValueError(
+        "a configuration must be a .yaml or .py file, the OUTPUT_DIR of a training or a model of the zoo, "
+        f"got {config!r}; there are the models {', '.join(files)}"
+    )
+
+
+def overridden_keys(cfg: CfgNode | DictConfig, opts: Sequence[str]) -> list[str]:
+    """The keys that overrides as for :func:`load_config` set."""
+    return list(opts[::2]) if isinstance(cfg, CfgNode) else [opt.partition("=")[0].lstrip("+") for opt in opts]
+
+
 def _is_saved_lazy_config(path: str) -> bool:
     """Whether a yaml file is a LazyConfig: only such a file names what to call, right below its top level."""
     with g_pathmgr.open(path) as file:
@@ -114,6 +155,9 @@ def _is_saved_lazy_config(path: str) -> bool:
 
 
 def _override_yaml(cfg: CfgNode, opts: Sequence[str]) -> None:
+    for opt in opts[::2]:
+        if "=" in opt:
+            raise ValueError(f"overrides of a yaml configuration are pairs KEY VALUE; {opt!r} is for LazyConfig")
     if len(opts) % 2:
         raise ValueError(f"overrides of a yaml configuration are pairs KEY VALUE; {opts[-1]!r} has no value")
     known = list(_keys(cfg))
@@ -128,12 +172,31 @@ def _override_yaml(cfg: CfgNode, opts: Sequence[str]) -> None:
 
 
 def _override_lazy(cfg: DictConfig, opt: str) -> None:
-    key = opt.partition("=")[0]
+    key, equals, _ = opt.partition("=")
+    if not equals and not key.startswith("~"):
+        raise ValueError(f"overrides of a LazyConfig are key=value, got {opt!r}; KEY VALUE pairs are for yaml")
     _check_lazy_key(cfg, key)
+    before = _select(cfg, key)
     try:
         LazyConfig.apply_overrides(cfg, [opt])
+        _check_lazy_value(before, _select(cfg, key))
     except (HydraException, OmegaConfBaseException, NotImplementedError, ValueError) as error:
         raise ValueError(f"the override {opt!r} cannot be applied: {error}") from error
+
+
+def _select(cfg: DictConfig, key: str) -> Any:
+    """What an override's key holds; None where that is nothing, or an interpolation of nothing."""
+    return OmegaConf.select(cfg, key.lstrip("+"), throw_on_resolution_failure=False)
+
+
+def _check_lazy_value(before: Any, after: Any) -> None:
+    """Refuse a value of another kind than the one it replaces, where OmegaConf would take it without a word."""
+    if OmegaConf.is_dict(before) and isinstance(after, bool | int | float | str):
+        raise ValueError(f"it is no value but a node, got {after!r}; set one of its keys ({', '.join(before)})")
+    if isinstance(before, bool | int | float) and isinstance(after, str):
+        raise ValueError(
+            f"its value must be {'true or false' if isinstance(before, bool) else 'a number'}, got {after!r}"
+        )
 
 
 def _check_lazy_key(cfg: DictConfig, key: str) -> None:

@@ -120,6 +120,27 @@ class NamedErrorsMapper(DatasetMapper):
             raise OSError(f"cannot read {describe_image(dataset_dict)}: {error}") from error
 
 
+def check_dataset_files(names: Sequence[str]) -> None:
+    """Check that the annotations of registered datasets are there, without reading them.
+
+    Raises:
+        FileNotFoundError: if a file or folder that Detectron2 knows of is missing.
+    """
+    for name in names:
+        if name not in DatasetCatalog:
+            continue  # Whatever reads it says so.
+        metadata = MetadataCatalog.get(name)
+        # Of COCO and LVIS the annotation file, of Pascal VOC the folder.
+        path = metadata.get("json_file", None) or metadata.get("dirname", None)
+        if path and "://" not in path and not os.path.exists(path):
+            root = os.environ.get("DETECTRON2_DATASETS", "datasets, as it is not set")
+            raise FileNotFoundError(
+                f"dataset {name!r} needs {path}, which does not exist. Detectron2's own datasets are expected below "
+                f"DETECTRON2_DATASETS ({root}); your own are given with --train-json, --train-images, --val-json and "
+                "--val-images"
+            )
+
+
 def get_class_names(cfg: CfgNode | DictConfig) -> list[str] | None:
     """Names of the model's outputs, by the dataset they are for; None where there is no such dataset."""
     if isinstance(cfg, CfgNode):

@@ -1,16 +1,17 @@
 """Training and evaluation for both of Detectron2's configuration systems."""
 
 import argparse
-import importlib
 import logging
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import (
     DefaultTrainer,
     HookBase,
@@ -19,15 +20,7 @@ from detectron2.engine import (
     default_argument_parser,
     default_setup,
 )
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
-    inference_on_dataset,
-    print_csv_format,
-    verify_results,
-)
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
@@ -35,9 +28,11 @@ from omegaconf import DictConfig
 from torch import nn
 
 from . import solver
-from .checkpoint.checkpointer import DeformableDETRCheckpointer
-from .config import load_config
+from .checkpoint.checkpointer import DeformableDETRCheckpointer, replacing
+from .config import find_config_file, load_config
 from .data import NamedErrorsMapper, augmentation_from_config, get_class_names, get_train_dicts
+from .evaluation import build_evaluator
+from .run_checks import check_before_start, get_device
 from .training import (
     EveryLayer,
     LayerEvaluators,
@@ -56,19 +51,18 @@ from .user_data import add_user_data_arguments, apply_user_data
 
 logger = logging.getLogger(__name__)
 
-# COCO's panoptic datasets carry boxes in the same format as its detection datasets.
-EVALUATOR_TYPES = ("coco", "coco_panoptic_seg", "lvis", "pascal_voc")
-
 EPILOG = """
 Examples:
-  Train on 8 GPUs:      train_net.py --num-gpus 8 --config-file configs/COCO-Detection/deformable_detr_R_50.yaml
+  Train on 8 GPUs:      train_net.py --num-gpus 8 --config-file deformable_detr_R_50
   Several CPU processes: torchrun --nproc-per-node 2 train_net.py --config-file FILE MODEL.DEVICE cpu
   Continue a run:       add --resume
   One step that failed: train_net.py --config-file OUTPUT_DIR/config.yaml --replay OUTPUT_DIR/failure_*.pt
   Evaluate:             train_net.py --eval-only --config-file FILE --weights model.pth
   Your own COCO data:   add --train-json a.json --train-images a/ --val-json b.json --val-images b/
   Fine-tune on it:      add --weights deformable-detr://deformable_detr_R_50 as well
-  Change a value:       add KEY VALUE pairs (yaml) or key=value (LazyConfig .py)
+  Change a value:       add KEY VALUE pairs (yaml) or key=value (LazyConfig .py), behind all options
+
+FILE is a .yaml or .py file, the OUTPUT_DIR of a training, or the name of a model of the zoo.
 """
 
 
@@ -84,72 +78,50 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def configured_device(args: argparse.Namespace) -> str:
     """The device of the model, such as "cuda" or "cpu", for which ``launch`` is to start processes."""
-    return _device(_read_config(args))
+    return get_device(_read_config(args))
 
 
 def setup(args: argparse.Namespace) -> CfgNode | DictConfig:
-    """Read the configuration, register the user's data, and start logging into the output folder."""
+    """Read the configuration, register the user's data, and start logging into the output folder.
+
+    Raises:
+        What :func:`check_before_start` does, besides the errors of reading configuration and data.
+    """
     cfg = _read_config(args)
     output_dir = cfg.OUTPUT_DIR if isinstance(cfg, CfgNode) else cfg.train.output_dir
     # default_setup gives a handler to the loggers of detectron2 and fvcore only.
     setup_logger(output_dir, distributed_rank=comm.get_rank(), name="deformable_detr")
     apply_user_data(cfg, args)
+    check_before_start(cfg, args)
     if isinstance(cfg, CfgNode):
         cfg.freeze()
-    default_setup(cfg, args)
+    is_training = not (args.eval_only or args.replay)
+    with nullcontext() if is_training else _keeping(os.path.join(output_dir, "config.yaml")):
+        default_setup(cfg, args)
     return cfg
 
 
 def _read_config(args: argparse.Namespace) -> CfgNode | DictConfig:
     if not args.config_file:
         raise ValueError("--config-file is required")
+    # default_setup reads the file as well.
+    args.config_file = find_config_file(args.config_file)
     return load_config(args.config_file, args.opts)
 
 
-def _device(cfg: CfgNode | DictConfig) -> str:
-    return cfg.MODEL.DEVICE if isinstance(cfg, CfgNode) else cfg.train.device
-
-
-def check_evaluator(dataset_name: str) -> str:
-    """Check that a dataset can be evaluated, without reading it.
-
-    Returns:
-        Its ``evaluator_type``.
-
-    Raises:
-        KeyError: if the dataset is not registered.
-        NotImplementedError: on another type than COCO, LVIS and Pascal VOC, or a dataset without one.
-        ModuleNotFoundError: if the evaluator needs a package that is not installed.
-    """
-    if dataset_name not in DatasetCatalog:
-        raise KeyError(f"dataset {dataset_name!r} is not registered; registered are {sorted(DatasetCatalog.list())}")
-    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
-    if evaluator_type not in EVALUATOR_TYPES:
-        raise NotImplementedError(
-            f"dataset {dataset_name!r} has evaluator_type {evaluator_type!r}; supported are {EVALUATOR_TYPES}"
-        )
-    if evaluator_type == "lvis":
-        try:
-            importlib.import_module("lvis")
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"evaluating dataset {dataset_name!r} needs the package {error.name!r}: pip install {error.name}"
-            ) from error
-    return evaluator_type
-
-
-def build_evaluator(dataset_name: str, output_dir: str | None = None) -> DatasetEvaluator:
-    """The evaluator for a dataset's ``evaluator_type``: COCO, LVIS or Pascal VOC.
-
-    Raises:
-        What :func:`check_evaluator` does.
-    """
-    evaluator_type = check_evaluator(dataset_name)
-    if evaluator_type == "lvis":
-        return LVISEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir)
-    if evaluator_type == "pascal_voc":
-        return PascalVOCDetectionEvaluator(dataset_name)
-    return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir)
+@contextmanager
+def _keeping(path: str) -> Iterator[None]:
+    """Give a file that exists its content back, such as the config.yaml of a training that is evaluated."""
+    if not (comm.is_main_process() and os.path.isfile(path)):
+        yield
+        return
+    content = Path(path).read_bytes()
+    try:
+        yield
+    finally:
+        with replacing(path) as stream:
+            stream.write(content)
+        logger.info(f"{path} is left as it was: nothing is trained")
 
 
 class Trainer(DefaultTrainer):
@@ -258,41 +230,11 @@ class Trainer(DefaultTrainer):
 def main(args: argparse.Namespace) -> Any:
     """Train, evaluate with ``--eval-only``, or repeat a failed step with ``--replay``; runs in every process."""
     cfg = setup(args)
-    if _device(cfg).startswith("cuda") and not torch.cuda.is_available():
-        raise RuntimeError(
-            f"the device {_device(cfg)!r} needs a GPU that PyTorch can use, and there is none; "
-            "set MODEL.DEVICE cpu (yaml) or train.device=cpu (LazyConfig)"
-        )
     if args.replay:
         return _replay(cfg, args.replay)
-    check_evaluators(cfg)
-    if args.eval_only and not _test_datasets(cfg):
-        raise ValueError("--eval-only needs a dataset to evaluate on, in the configuration or with --val-json")
     if isinstance(cfg, CfgNode):
         return _run_yaml(cfg, args)
     return do_eval(cfg, resume=args.resume) if args.eval_only else do_train(cfg, resume=args.resume)
-
-
-def _test_datasets(cfg: CfgNode | DictConfig) -> Sequence[str]:
-    if isinstance(cfg, CfgNode):
-        return cfg.DATASETS.TEST
-    if "evaluator" not in cfg.dataloader:
-        return ()
-    return (cfg.dataloader.evaluator.get("dataset_name"),)
-
-
-def check_evaluators(cfg: CfgNode | DictConfig) -> None:
-    """Raise what building the evaluators would raise, before the training that comes first.
-
-    A LazyConfig's evaluator of another kind than :func:`build_evaluator` is built, as nothing is known about it.
-    """
-    if not isinstance(cfg, CfgNode) and "evaluator" in cfg.dataloader:
-        target = cfg.dataloader.evaluator["_target_"]
-        if target not in (build_evaluator, f"{__name__}.build_evaluator"):
-            instantiate(cfg.dataloader.evaluator)
-            return
-    for name in _test_datasets(cfg):
-        check_evaluator(name)
 
 
 def _replay(cfg: CfgNode | DictConfig, path: str) -> str:

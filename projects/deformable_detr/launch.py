@@ -32,7 +32,8 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, 
     Raises:
         ValueError: if ``args`` ask for processes and torchrun has started them already, or for several on the CPU,
             or if the machines run different numbers of them.
-        RuntimeError: if there are fewer GPUs than processes on a machine that has a GPU, for a model on a GPU.
+        RuntimeError: if there are fewer GPUs than processes; under torchrun on a machine that has a GPU, for a model on
+            a GPU.
     """
     if all(name in os.environ for name in TORCHRUN_VARIABLES):
         return _join(main, args, device)
@@ -41,6 +42,9 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, 
             f"--num-gpus ({args.num_gpus}) and --num-machines ({args.num_machines}) start a process for every GPU, but "
             "MODEL.DEVICE (train.device) is cpu; start processes for the CPU with torchrun --nproc-per-node"
         )
+    gpus = torch.cuda.device_count()
+    if args.num_gpus > max(gpus, 1):
+        raise RuntimeError(f"--num-gpus {args.num_gpus} needs as many GPUs that PyTorch can use, and there are {gpus}")
     return detectron2_launch(
         main,
         args.num_gpus,

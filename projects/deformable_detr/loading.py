@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from . import model_zoo
 from .checkpoint.checkpointer import DeformableDETRCheckpointer
 from .checkpoint.report import CheckpointError
-from .config import load_config
+from .config import load_config, overridden_keys
 from .data import augmentation_from_config, get_class_names
 from .modeling import DeformableDETR
 
@@ -70,15 +70,15 @@ def load_model(
 
     Raises:
         FileNotFoundError: if there is no such config or checkpoint.
-        KeyError: if ``model`` is neither a file or folder nor a name of the model zoo; if ``opts`` name no key of the
-            config.
+        KeyError: if ``opts`` name no key of the config.
         CheckpointError: if the weights cannot be read, or leave a part of the model as initialised.
-        ValueError: if ``device`` is none that PyTorch has here, or ``opts`` are values that their keys cannot take.
+        ValueError: if ``model`` is neither a file or folder nor a name of the model zoo, if ``device`` is none that
+            PyTorch has here, if ``opts`` are values that their keys cannot take.
     """
     _check_device(device)
-    cfg = _read_config(model, opts)
+    cfg = load_config(model, opts)
     if weights is None:
-        weights = _default_weights(model, cfg)
+        weights = _default_weights(model, cfg, opts)
     built = build_model(cfg, device).eval()
     # Without names of ours: what the outputs mean is for the file to say, and only then for the config's dataset.
     checkpointer = DeformableDETRCheckpointer(built)
@@ -119,17 +119,15 @@ def message_of(error: Exception) -> str:
     return str(error.args[0] if isinstance(error, KeyError) else error)
 
 
-def _read_config(model: str, opts: Sequence[str]) -> CfgNode | DictConfig:
-    if os.path.isdir(model):
-        return load_config(os.path.join(model, "config.yaml"), opts)
-    if model.endswith((".yaml", ".yml", ".py")):
-        return load_config(model, opts)
-    return model_zoo.get_config(model, trained=True, opts=opts)
-
-
-def _default_weights(model: str, cfg: CfgNode | DictConfig) -> str:
+def _default_weights(model: str, cfg: CfgNode | DictConfig, opts: Sequence[str]) -> str:
+    if isinstance(cfg, CfgNode):
+        key, configured = "MODEL.WEIGHTS", cfg.MODEL.WEIGHTS
+    else:
+        key, configured = "train.init_checkpoint", cfg.train.init_checkpoint
+    if key in overridden_keys(cfg, opts):
+        return configured
     if not os.path.isdir(model):
-        return cfg.MODEL.WEIGHTS if isinstance(cfg, CfgNode) else cfg.train.init_checkpoint
+        return model_zoo.MODELS[model].weights if model in model_zoo.MODELS else configured
     pointer = os.path.join(model, "last_checkpoint")
     if not os.path.exists(pointer):
         raise FileNotFoundError(f"{model} holds no checkpoint: there is no {pointer}. Give weights as well")

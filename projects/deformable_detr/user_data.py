@@ -4,13 +4,18 @@ import argparse
 import json
 import logging
 import os
+from collections.abc import Sequence
+from functools import reduce
+from operator import getitem
+from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from .coco_format import DatasetError, read_coco_json
-from .config import load_config
+from .config import load_config, overridden_keys
 from .data import register_coco_data
 from .data_checks import Problems, drop_overlap, load_coco_data
 from .schedule import FINETUNE_EPOCHS, apply_schedule
@@ -46,11 +51,13 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None
     """Register the files named on the command line and point the configuration at them.
 
     Raises:
-        ValueError: if flags do not go together, or the two splits differ in their classes.
+        ValueError: if flags do not go together, or an override says something else than they; if the two splits differ
+            in their classes.
         DatasetError: if something is wrong with the data, unless ``--repair`` was given.
     """
     if args.weights is not None:
-        _set_weights(cfg, args.weights)
+        key = "MODEL.WEIGHTS" if isinstance(cfg, CfgNode) else "train.init_checkpoint"
+        _set(cfg, key, args.weights, flag="--weights", opts=args.opts)
     files = _named_files(args)
     if args.epochs is not None and "train" not in files:
         raise ValueError("--epochs needs --train-json: an epoch is as long as its images are many")
@@ -62,11 +69,11 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None
     }
     if len({tuple(names) for names in classes.values()}) > 1:
         raise ValueError(f"train and val must have the same categories, got {classes['train']} and {classes['val']}")
+    _set_datasets(cfg, files, num_classes=len(next(iter(classes.values()))), opts=args.opts)
     checked, num_images = _check_once(files, contents, repair=args.repair, output_dir=_output_dir(cfg))
     for split, paths in checked.items():
         # The repaired file.
         register_coco_data(f"user_{split}", *paths)
-    _set_datasets(cfg, files.keys(), num_classes=len(next(iter(classes.values()))))
     epochs = FINETUNE_EPOCHS if args.epochs is None and args.weights is not None else args.epochs
     if "train" in files and epochs is not None and not args.eval_only:
         apply_schedule(
@@ -76,6 +83,22 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None
             num_images=num_images["train"],
             num_gpus=comm.get_world_size(),
             opts=args.opts,
+        )
+
+
+def check_user_data_given(split: str, names: Sequence[str]) -> None:
+    """Check that the user's data are named again beside the ``config.yaml`` of an earlier run with them.
+
+    Args:
+        split: "train" or "val".
+        names: of the configuration's datasets for this split.
+
+    Raises:
+        ValueError: if the configuration asks for them, and the command line does not name them.
+    """
+    if f"user_{split}" in names and f"user_{split}" not in DatasetCatalog:
+        raise ValueError(
+            f"the configuration is that of a run with --{split}-json: give --{split}-json and --{split}-images again"
         )
 
 
@@ -94,16 +117,20 @@ def _named_files(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
 def _check_once(
     files: dict[str, tuple[str, str]], contents: dict[str, dict], *, repair: bool, output_dir: str
 ) -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
-    """Checks the data in one process; every process gets the result, or raises the error."""
-    outcome = None
+    """Checks the data in one process; every process gets the result, or raises an error."""
+    outcome = error = None
     if comm.is_main_process():
         try:
             outcome = check_user_data(files, contents, repair=repair, output_dir=output_dir)
-        except DatasetError as error:
-            outcome = error
-    outcome = comm.all_gather(outcome)[0]
-    if isinstance(outcome, DatasetError):
-        raise outcome
+        # Of any kind, a full disk as well: the others wait for the outcome, without one until they are killed.
+        except Exception as caught:
+            error = caught
+    # As text, since not every error survives the way to another process; a launcher may show that of any of them.
+    outcome, message = comm.all_gather((outcome, error and f"{type(error).__name__}: {error}"))[0]
+    if error is not None:
+        raise error
+    if message is not None:
+        raise RuntimeError(f"the main process has failed to check the data: {message}")
     return outcome
 
 
@@ -158,23 +185,30 @@ def _output_dir(cfg: CfgNode | DictConfig) -> str:
     return cfg.OUTPUT_DIR if isinstance(cfg, CfgNode) else cfg.train.output_dir
 
 
-def _set_weights(cfg: CfgNode | DictConfig, weights: str) -> None:
-    if isinstance(cfg, CfgNode):
-        cfg.MODEL.WEIGHTS = weights
-    else:
-        cfg.train.init_checkpoint = weights
-
-
-def _set_datasets(cfg: CfgNode | DictConfig, splits: set[str], *, num_classes: int) -> None:
+def _set_datasets(
+    cfg: CfgNode | DictConfig, files: dict[str, tuple[str, str]], *, num_classes: int, opts: Sequence[str]
+) -> None:
     """Points a configuration at the registered data; a split that was not named is not used."""
+    names = {split: (f"user_{split}",) if split in files else () for split in SPLITS}
     if isinstance(cfg, CfgNode):
-        cfg.DATASETS.TRAIN = ("user_train",) if "train" in splits else ()
-        cfg.DATASETS.TEST = ("user_val",) if "val" in splits else ()
-        cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES = num_classes
-        return
-    cfg.model.num_classes = num_classes
-    cfg.dataloader.train.dataset.names = "user_train" if "train" in splits else []
-    if "val" in splits:
-        cfg.dataloader.test.dataset.names = "user_val"
+        classes_key, keys = "MODEL.DEFORMABLE_DETR.NUM_CLASSES", {"train": "DATASETS.TRAIN", "val": "DATASETS.TEST"}
     else:
+        classes_key = "model.num_classes"
+        keys = {"train": "dataloader.train.dataset.names", "val": "dataloader.test.dataset.names"}
+        # A LazyConfig's evaluator takes one name.
+        names = {split: name[0] if name else [] for split, name in names.items()}
+    flag = " and ".join(f"--{split}-json" for split in files)
+    _set(cfg, classes_key, num_classes, flag=flag, opts=opts)
+    for split, key in keys.items():
+        _set(cfg, key, names[split], flag=flag, opts=opts)
+    if not isinstance(cfg, CfgNode) and "val" not in files:
         del cfg.dataloader["evaluator"]
+
+
+def _set(cfg: CfgNode | DictConfig, key: str, value: Any, *, flag: str, opts: Sequence[str]) -> None:
+    """Sets what follows from a flag; an override that says something else would be ignored."""
+    *parents, name = key.split(".")
+    node = reduce(getitem, parents, cfg)
+    if key in overridden_keys(cfg, opts) and node[name] != value:
+        raise ValueError(f"{key} is {value!r} by {flag}, but {node[name]!r} by its override: leave out one of the two")
+    node[name] = value

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from detectron2.utils.file_io import PathManager
 from safetensors.torch import save_file
 
 from deformable_detr.checkpoint import CheckpointError
@@ -92,6 +93,17 @@ def test_what_became_of_the_parameters_is_logged(build, official_names, tmp_path
 def test_missing_file_is_named_with_its_config_key(build, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth.*MODEL\.WEIGHTS"):
         DeformableDETRCheckpointer(build()).load(str(tmp_path / "nowhere.pth"))
+
+
+def test_weights_that_cannot_be_downloaded_are_named_by_their_address(build, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(type(PathManager), "get_local_path", refuse)
+    address = r"https://\S+/detectron2/ImageNetPretrained/R-50\.pkl"
+    message = rf'detectron2://\S+ cannot be .*no route to host.*Download {address} where.*init_checkpoint=""'
+    with pytest.raises(CheckpointError, match=message):
+        DeformableDETRCheckpointer(build()).load("detectron2://ImageNetPretrained/R-50.pkl")
 
 
 def test_folder_is_not_taken_for_weights(build, tmp_path):

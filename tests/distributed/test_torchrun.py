@@ -76,6 +76,13 @@ def test_gpu_processes_for_a_model_on_the_cpu_are_refused(monkeypatch, options):
         launch(lambda args: None, args, device="cpu")
 
 
+def test_more_processes_than_gpus_are_refused_without_torchrun(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(RuntimeError, match="--num-gpus 2 needs as many GPUs that PyTorch can use, and there are 1"):
+        launch(lambda args: None, argparse.Namespace(num_gpus=2, num_machines=1))
+
+
 def test_without_torchrun_detectron2_launches(monkeypatch):
     for name in TORCHRUN_VARIABLES:
         monkeypatch.delenv(name, raising=False)

@@ -35,7 +35,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("source", metavar="SRC", help=".pth, .bin, .pkl or .safetensors file")
     parser.add_argument("destination", metavar="DST", help="file to write; safetensors by that suffix, else torch.save")
-    parser.add_argument("--config-file", required=True, help="the model to convert for, .yaml or .py")
+    parser.add_argument("--config-file", required=True, help="the model to convert for: .yaml, .py or a name")
     parser.add_argument("--to", choices=("ours", *FORMATS), default="ours", help="whose names to write (default: ours)")
     parser.add_argument("--coco-ids", action="store_true", help="with --to: spread 80 COCO classes over the 91 raw ids")
     parser.add_argument("opts", nargs="*", help="overrides of the config, as for train_net.py")

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import Detectron2Handler
 from torch import nn
 
 from .convert import convert
@@ -137,9 +138,12 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         try:
             local_path = self.path_manager.get_local_path(path)
         except OSError as error:
+            # Detectron2's own prefix is no address to download from by hand.
+            url = path.replace(Detectron2Handler.PREFIX, Detectron2Handler.S3_DETECTRON2_PREFIX)
             raise CheckpointError(
-                f"MODEL.WEIGHTS: {path} cannot be downloaded ({error}). Download it where there is a network, and "
-                "give the path of the local file instead"
+                f"MODEL.WEIGHTS: {path} cannot be downloaded ({error}). Download {url} where there is a network, and "
+                "give the path of the local file instead; to train from scratch, set MODEL.WEIGHTS to an empty text: "
+                'MODEL.WEIGHTS "" (yaml) or train.init_checkpoint="" (LazyConfig)'
             ) from error
         if not os.path.exists(local_path):
             raise FileNotFoundError(

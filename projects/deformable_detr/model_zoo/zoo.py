@@ -1,8 +1,6 @@
 """Models and configurations by name, as in Detectron2's own model zoo."""
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -11,10 +9,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoint.checkpointer import DeformableDETRCheckpointer
-from ..config import load_config
+from ..config import find_config_file, load_config
 from .records import MODELS, find_model
-
-_FOLDER = "COCO-Detection"
 
 
 def list_models() -> list[str]:
@@ -30,16 +26,9 @@ def get_config_file(name: str, *, suffix: str = ".yaml") -> str:
 
     Raises:
         KeyError: if there is no such model.
-        FileNotFoundError: if the configurations are neither installed with the package nor beside it in a checkout.
+        ValueError: if the configurations are neither installed with the package nor beside it in a checkout.
     """
-    file_name = find_model(name).name + suffix
-    # In an installed package; in a checkout.
-    folders = (Path(__file__).parent / "configs", Path(__file__).parents[3] / "configs")
-    for folder in folders:
-        path = folder / _FOLDER / file_name
-        if path.is_file():
-            return os.fspath(path)
-    raise FileNotFoundError(f"there is no {_FOLDER}/{file_name} in {' or '.join(map(str, folders))}")
+    return find_config_file(find_model(name).name, suffix=suffix)
 
 
 def get_config(

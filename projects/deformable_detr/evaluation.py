@@ -1,0 +1,51 @@
+"""Detectron2's evaluator for a dataset, or why there is none."""
+
+import importlib
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+
+# COCO's panoptic datasets carry boxes in the same format as its detection datasets.
+EVALUATOR_TYPES = ("coco", "coco_panoptic_seg", "lvis", "pascal_voc")
+
+
+def check_evaluator(dataset_name: str) -> str:
+    """Check that a dataset can be evaluated, without reading it.
+
+    Returns:
+        Its ``evaluator_type``.
+
+    Raises:
+        KeyError: if the dataset is not registered.
+        NotImplementedError: on another type than COCO, LVIS and Pascal VOC, or a dataset without one.
+        ModuleNotFoundError: if the evaluator needs a package that is not installed.
+    """
+    if dataset_name not in DatasetCatalog:
+        raise KeyError(f"dataset {dataset_name!r} is not registered; registered are {sorted(DatasetCatalog.list())}")
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+    if evaluator_type not in EVALUATOR_TYPES:
+        raise NotImplementedError(
+            f"dataset {dataset_name!r} has evaluator_type {evaluator_type!r}; supported are {EVALUATOR_TYPES}"
+        )
+    if evaluator_type == "lvis":
+        try:
+            importlib.import_module("lvis")
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"evaluating dataset {dataset_name!r} needs the package {error.name!r}: pip install {error.name}"
+            ) from error
+    return evaluator_type
+
+
+def build_evaluator(dataset_name: str, output_dir: str | None = None) -> DatasetEvaluator:
+    """The evaluator for a dataset's ``evaluator_type``: COCO, LVIS or Pascal VOC.
+
+    Raises:
+        What :func:`check_evaluator` does.
+    """
+    evaluator_type = check_evaluator(dataset_name)
+    if evaluator_type == "lvis":
+        return LVISEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir)
+    if evaluator_type == "pascal_voc":
+        return PascalVOCDetectionEvaluator(dataset_name)
+    return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir)
