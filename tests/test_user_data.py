@@ -113,9 +113,11 @@ def test_without_fine_tuning_the_schedule_is_the_configurations(configure, write
     assert schedule_of(configure(*write_coco().flags("train"), *flags)) == schedule_of(configure())
 
 
-def test_epochs_without_training_data_are_refused(configure, write_coco):
+def test_flags_about_data_that_are_not_given_are_refused(configure, write_coco):
     with pytest.raises(ValueError, match="--epochs needs --train-json"):
         configure(*write_coco().flags("val"), "--epochs", "3")
+    with pytest.raises(ValueError, match="--repair needs --train-json or --val-json"):
+        configure("--repair")
 
 
 def test_schedules_without_steps_get_their_length_alone(caplog):

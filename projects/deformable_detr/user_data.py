@@ -61,6 +61,8 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None
     files = _named_files(args)
     if args.epochs is not None and "train" not in files:
         raise ValueError("--epochs needs --train-json: an epoch is as long as its images are many")
+    if args.repair and not files:
+        raise ValueError("--repair needs --train-json or --val-json, the data to repair")
     if not files:
         return
     contents = {split: read_coco_json(paths[0]) for split, paths in files.items()}

@@ -190,5 +190,5 @@ class TrainingLoop(SimpleTrainer):
         config = os.path.join(self.settings.output_dir, "config.yaml")
         raise NonFiniteError(
             f"{explanation}\nThe batch and the weights before it are in {path}; this repeats the step:\n"
-            f"  train_net.py --config-file {config} --replay {path}"
+            f"  python train_net.py --config-file {config} --replay {path}"
         )
