@@ -4,6 +4,8 @@ import difflib
 import inspect
 import os
 from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,32 @@ def find_config_file(config: str, *, suffix: str = ".yaml") -> str:
 def overridden_keys(cfg: CfgNode | DictConfig, opts: Sequence[str]) -> list[str]:
     """The keys that overrides as for :func:`load_config` set."""
     return list(opts[::2]) if isinstance(cfg, CfgNode) else [opt.partition("=")[0].lstrip("+") for opt in opts]
+
+
+def get_value(cfg: CfgNode | DictConfig, key: str) -> Any:
+    """What stands under a key with dots."""
+    return reduce(getitem, key.split("."), cfg)
+
+
+def set_value(cfg: CfgNode | DictConfig, key: str, value: Any) -> None:
+    """Set what stands under a key with dots."""
+    *parents, name = key.split(".")
+    reduce(getitem, parents, cfg)[name] = value
+
+
+def weights_key(cfg: CfgNode | DictConfig) -> str:
+    """The key of the weights to start from or to evaluate."""
+    return "MODEL.WEIGHTS" if isinstance(cfg, CfgNode) else "train.init_checkpoint"
+
+
+def get_device(cfg: CfgNode | DictConfig) -> str:
+    """The device of the model, such as "cuda" or "cpu"."""
+    return str(cfg.MODEL.DEVICE if isinstance(cfg, CfgNode) else cfg.train.device)
+
+
+def get_output_dir(cfg: CfgNode | DictConfig) -> str:
+    """The folder of a run."""
+    return cfg.OUTPUT_DIR if isinstance(cfg, CfgNode) else cfg.train.output_dir
 
 
 def _is_saved_lazy_config(path: str) -> bool:

@@ -29,10 +29,10 @@ from torch import nn
 
 from . import solver
 from .checkpoint.checkpointer import DeformableDETRCheckpointer, replacing
-from .config import find_config_file, load_config
+from .config import find_config_file, get_device, get_output_dir, load_config
 from .data import NamedErrorsMapper, augmentation_from_config, get_class_names, get_train_dicts
 from .evaluation import build_evaluator
-from .run_checks import check_before_start, get_device
+from .run_checks import check_before_start
 from .training import (
     EveryLayer,
     LayerEvaluators,
@@ -88,7 +88,7 @@ def setup(args: argparse.Namespace) -> CfgNode | DictConfig:
         What :func:`check_before_start` does, besides the errors of reading configuration and data.
     """
     cfg = _read_config(args)
-    output_dir = cfg.OUTPUT_DIR if isinstance(cfg, CfgNode) else cfg.train.output_dir
+    output_dir = get_output_dir(cfg)
     # default_setup gives a handler to the loggers of detectron2 and fvcore only.
     setup_logger(output_dir, distributed_rank=comm.get_rank(), name="deformable_detr")
     apply_user_data(cfg, args)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from . import model_zoo
 from .checkpoint.checkpointer import DeformableDETRCheckpointer
 from .checkpoint.report import CheckpointError
-from .config import load_config, overridden_keys
+from .config import get_value, load_config, overridden_keys, weights_key
 from .data import augmentation_from_config, get_class_names
 from .modeling import DeformableDETR
 
@@ -120,10 +120,8 @@ def message_of(error: Exception) -> str:
 
 
 def _default_weights(model: str, cfg: CfgNode | DictConfig, opts: Sequence[str]) -> str:
-    if isinstance(cfg, CfgNode):
-        key, configured = "MODEL.WEIGHTS", cfg.MODEL.WEIGHTS
-    else:
-        key, configured = "train.init_checkpoint", cfg.train.init_checkpoint
+    key = weights_key(cfg)
+    configured = get_value(cfg, key)
     if key in overridden_keys(cfg, opts):
         return configured
     if not os.path.isdir(model):

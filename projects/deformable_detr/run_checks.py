@@ -8,15 +8,11 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
+from .config import get_device
 from .data import check_dataset_files
 from .evaluation import build_evaluator, check_evaluator
 from .training import TrainingSettings
 from .user_data import check_user_data_given
-
-
-def get_device(cfg: CfgNode | DictConfig) -> str:
-    """The device of the model, such as "cuda" or "cpu"."""
-    return str(cfg.MODEL.DEVICE if isinstance(cfg, CfgNode) else cfg.train.device)
 
 
 def check_before_start(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None:

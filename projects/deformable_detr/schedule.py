@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from .config import get_device, get_value, overridden_keys, set_value
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +96,10 @@ def apply_schedule(
     keys = dict(_YAML_KEYS if is_yaml else _LAZY_KEYS)
     if not _has_steps(cfg):
         del keys["drop"]  # A cosine follows the number of iterations by itself.
-    given = {name for name, key in keys.items() if any(opt == key or opt.startswith(f"{key}=") for opt in opts)}
-    file_batch, file_lr = _get(reference, keys["batch"]), _get(reference, keys["lr"])
-    batch = _get(cfg, keys["batch"]) if "batch" in given else min(file_batch, IMAGES_PER_GPU * max(num_gpus, 1))
+    overridden = overridden_keys(cfg, opts)
+    given = {name for name, key in keys.items() if key in overridden}
+    file_batch, file_lr = get_value(reference, keys["batch"]), get_value(reference, keys["lr"])
+    batch = get_value(cfg, keys["batch"]) if "batch" in given else min(file_batch, IMAGES_PER_GPU * max(num_gpus, 1))
     plan = plan_schedule(
         num_images=num_images, epochs=epochs, batch=batch, reference_lr=file_lr, reference_batch=file_batch
     )
@@ -108,27 +111,13 @@ def apply_schedule(
     )
     if given:
         logger.info("Left as set on the command line: %s", ", ".join(keys[name] for name in sorted(given)))
-    device = cfg.MODEL.DEVICE if is_yaml else cfg.train.device
     plan["drop"] = (plan["drop"],) if is_yaml else [plan["drop"], plan["max_iter"]]
-    plan["amp"] = str(device).startswith("cuda")
+    plan["amp"] = get_device(cfg).startswith("cuda")
     for name in keys.keys() - given:
-        _set(cfg, keys[name], plan[name])
+        set_value(cfg, keys[name], plan[name])
 
 
 def _has_steps(cfg: CfgNode | DictConfig) -> bool:
     if isinstance(cfg, CfgNode):
         return cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR"
     return "milestones" in cfg.lr_multiplier.scheduler
-
-
-def _get(cfg: CfgNode | DictConfig, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
-
-
-def _set(cfg: CfgNode | DictConfig, key: str, value: Any) -> None:
-    if isinstance(cfg, CfgNode):
-        cfg.merge_from_list([key, value])
-    else:
-        OmegaConf.update(cfg, key, value)

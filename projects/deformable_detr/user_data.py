@@ -5,8 +5,6 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from functools import reduce
-from operator import getitem
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -15,7 +13,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from .coco_format import DatasetError, read_coco_json
-from .config import load_config, overridden_keys
+from .config import get_output_dir, get_value, load_config, overridden_keys, set_value, weights_key
 from .data import register_coco_data
 from .data_checks import Problems, drop_overlap, load_coco_data
 from .schedule import FINETUNE_EPOCHS, apply_schedule
@@ -56,8 +54,7 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None
         DatasetError: if something is wrong with the data, unless ``--repair`` was given.
     """
     if args.weights is not None:
-        key = "MODEL.WEIGHTS" if isinstance(cfg, CfgNode) else "train.init_checkpoint"
-        _set(cfg, key, args.weights, flag="--weights", opts=args.opts)
+        _set(cfg, weights_key(cfg), args.weights, flag="--weights", opts=args.opts)
     files = _named_files(args)
     if args.epochs is not None and "train" not in files:
         raise ValueError("--epochs needs --train-json: an epoch is as long as its images are many")
@@ -72,7 +69,7 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None
     if len({tuple(names) for names in classes.values()}) > 1:
         raise ValueError(f"train and val must have the same categories, got {classes['train']} and {classes['val']}")
     _set_datasets(cfg, files, num_classes=len(next(iter(classes.values()))), opts=args.opts)
-    checked, num_images = _check_once(files, contents, repair=args.repair, output_dir=_output_dir(cfg))
+    checked, num_images = _check_once(files, contents, repair=args.repair, output_dir=get_output_dir(cfg))
     for split, paths in checked.items():
         # The repaired file.
         register_coco_data(f"user_{split}", *paths)
@@ -183,10 +180,6 @@ def _list_problems(found: list[Problems]) -> str:
     return "\n".join(map(str, found))
 
 
-def _output_dir(cfg: CfgNode | DictConfig) -> str:
-    return cfg.OUTPUT_DIR if isinstance(cfg, CfgNode) else cfg.train.output_dir
-
-
 def _set_datasets(
     cfg: CfgNode | DictConfig, files: dict[str, tuple[str, str]], *, num_classes: int, opts: Sequence[str]
 ) -> None:
@@ -209,8 +202,6 @@ def _set_datasets(
 
 def _set(cfg: CfgNode | DictConfig, key: str, value: Any, *, flag: str, opts: Sequence[str]) -> None:
     """Sets what follows from a flag; an override that says something else would be ignored."""
-    *parents, name = key.split(".")
-    node = reduce(getitem, parents, cfg)
-    if key in overridden_keys(cfg, opts) and node[name] != value:
-        raise ValueError(f"{key} is {value!r} by {flag}, but {node[name]!r} by its override: leave out one of the two")
-    node[name] = value
+    if key in overridden_keys(cfg, opts) and (given := get_value(cfg, key)) != value:
+        raise ValueError(f"{key} is {value!r} by {flag}, but {given!r} by its override: leave out one of the two")
+    set_value(cfg, key, value)

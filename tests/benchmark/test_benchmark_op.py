@@ -7,7 +7,7 @@ import torch
 
 from deformable_detr.benchmark.__main__ import main
 from deformable_detr.benchmark.shapes import SHAPES, Shape, make_inputs
-from deformable_detr.benchmark.timing import time_in_turns
+from deformable_detr.benchmark.timing import CLOCKS, time_cold_and_settled, time_in_turns
 
 TINY = Shape(((4, 6), (2, 3)), 5, M=2, D=4, P=2)
 
@@ -46,24 +46,36 @@ def test_op_benchmark_has_a_row_for_every_combination(monkeypatch, capsys, tmp_p
     assert ours[0]["bound ms"] == pytest.approx(1e-6 * inputs.bytes_once(backward=False))
 
 
-@pytest.mark.parametrize("settle_ms", [None, 8])
-def test_calls_take_turns_and_are_repeated_only_to_settle(monkeypatch, settle_ms):
-    """On a clock that only the calls move: one takes 2 ms, the other 10, and the first call of a turn 3 ms more."""
-    now, calls = 0.0, []
+@pytest.fixture
+def calls(monkeypatch):
+    """Two calls on a clock that only they move, and the names of those made.
+
+    One takes 2 ms, the other 10, and the first call of a turn 3 ms more.
+    """
+    now, made = 0.0, []
 
     def make_call(name, milliseconds):
         def call():
             nonlocal now
-            now += 1e-3 * (milliseconds + (3 if calls[-1:] != [name] else 0))
-            calls.append(name)
+            now += 1e-3 * (milliseconds + (3 if made[-1:] != [name] else 0))
+            made.append(name)
 
         return call
 
-    monkeypatch.setitem(time_in_turns.__globals__["CLOCKS"], "wall", lambda: now)
-    times = time_in_turns(
-        {name: make_call(name, ms) for name, ms in (("a", 2), ("b", 10))}, rounds=2, device="cpu", settle_ms=settle_ms
-    )
-    cold = settle_ms is None
-    assert times["a"] == pytest.approx([5, 5] if cold else [2, 2])
-    assert times["b"] == pytest.approx([13, 13] if cold else [10, 10])
-    assert "".join(calls) == ("abab" if cold else "aaaaaabbaaaaaabb")
+    monkeypatch.setitem(CLOCKS, "wall", lambda: now)
+    return {"a": make_call("a", 2), "b": make_call("b", 10)}, made
+
+
+def test_calls_take_turns(calls):
+    calls, made = calls
+    times = time_in_turns(calls, rounds=2, device="cpu")
+    assert times["a"] == pytest.approx([5, 5]) and times["b"] == pytest.approx([13, 13])
+    assert "".join(made) == "abab"
+
+
+def test_calls_are_timed_cold_and_then_repeated_only_to_settle(calls):
+    calls, made = calls
+    cold, settled = time_cold_and_settled(calls, rounds=2, device="cpu", settle_ms=8)
+    assert cold["a"] == pytest.approx([5, 5]) and cold["b"] == pytest.approx([13, 13])
+    assert settled["a"] == pytest.approx([2, 2]) and settled["b"] == pytest.approx([10, 10])
+    assert "".join(made) == "aaaaaabbaaaaaabb"

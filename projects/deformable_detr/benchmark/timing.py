@@ -45,15 +45,12 @@ def time_in_turns(
     rounds: int,
     device: str,
     warmup: int = 0,
-    settle_ms: float | None = None,
     clock: str = "wall",
 ) -> dict[Hashable, list[float]]:
     """Milliseconds of every call in every round. In turns, so that a busy machine slows all of them alike.
 
     Args:
         warmup: untimed calls of each before the rounds.
-        settle_ms: repeat each call for so long, then time as many calls as that took; without it time a single call,
-            with the caches as another one left them.
     """
     for call in calls.values():
         for _ in range(warmup):
@@ -61,18 +58,29 @@ def time_in_turns(
     times: dict[Hashable, list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
         for key, call in calls.items():
-            count = 1 if settle_ms is None else _settle(call, device, settle_ms)
-            times[key].append(time_call(call, device, clock=clock, count=count))
+            times[key].append(time_call(call, device, clock=clock))
     return times
 
 
-def _settle(call: Call, device: str, milliseconds: float) -> int:
-    """Repeat a call for a time; returns how often."""
-    spent, count = 0.0, 0
-    while spent < milliseconds:
-        spent += time_call(call, device)
-        count += 1
-    return count
+def time_cold_and_settled(
+    calls: Mapping[Hashable, Call], *, rounds: int, device: str, settle_ms: float
+) -> tuple[dict[Hashable, list[float]], dict[Hashable, list[float]]]:
+    """As :func:`time_in_turns`, of the first call in each turn and of those that follow.
+
+    The first call finds the caches as another implementation left them. It is repeated for ``settle_ms`` in all; then
+    as many calls as that took are timed together.
+    """
+    cold: dict[Hashable, list[float]] = {key: [] for key in calls}
+    settled: dict[Hashable, list[float]] = {key: [] for key in calls}
+    for _ in range(rounds):
+        for key, call in calls.items():
+            cold[key].append(time_call(call, device))
+            spent, count = cold[key][-1], 1
+            while spent < settle_ms:
+                spent += time_call(call, device)
+                count += 1
+            settled[key].append(time_call(call, device, count=count))
+    return cold, settled
 
 
 def summarise(samples: list[float], reference: list[float]) -> dict[str, float]:
