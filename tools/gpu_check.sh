@@ -44,7 +44,7 @@ work=$(realpath -m "${WORK:-output/gpu_check}")
 site=$work/site
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
-# The operator needs torch alone: a package without the __init__ that imports Detectron2 lets it run everywhere.
+# The operator needs torch alone. In a package without our __init__ a Detectron2 that does not work there is no matter.
 stage_operator() {
     stage=$(mktemp -d)
     trap 'rm -rf "$stage"' EXIT

@@ -19,11 +19,10 @@ PACKAGES = ["numpy", "pytest", "setuptools<81", "tabulate"]
 
 
 def make_stage(folder: Path) -> Path:
-    """Copy what the operator needs; its package without the __init__ that imports Detectron2."""
-    package = folder / "projects" / "deformable_detr"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    for source in ("csrc", "setup.py", "projects/deformable_detr/layers"):
+    """Copy what the operator needs."""
+    package = Path("projects", "deformable_detr")
+    (folder / package).mkdir(parents=True)
+    for source in ("csrc", "setup.py", package / "__init__.py", package / "layers"):
         copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
         copy(ROOT / source, folder / source)
     shutil.copytree(ROOT / "tests" / "layers", folder / "tests" / "layers")
