@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,30 @@ import deformable_detr
 PACKAGE = Path(deformable_detr.__file__).parent
 STDLIB = sys.stdlib_module_names
 LEAVES = {"benchmark", "detect", "explain", "export", "report"}
+# What each room may import, from the ground up: a room stands on rooms that are listed before it.
+MAY_IMPORT = {
+    "files": set(),
+    "layers": set(),
+    "checkpoint": {"files"},
+    "config": set(),
+    "data": {"config"},
+    "solver": {"config"},
+    "modeling": {"data", "layers"},
+    "training": {"checkpoint", "config", "data", "files"},
+    "startup": {"config", "data", "files", "training"},
+    "model_zoo": {"checkpoint", "config", "training"},
+    "engine": {"config", "data", "files", "solver", "startup", "training"},
+    "loading": {"checkpoint", "config", "data", "model_zoo", "modeling", "training"},
+    "collect_env": {"layers"},
+    "detect": {"checkpoint", "loading"},
+    "explain": {"data", "detect", "layers", "loading", "modeling"},
+    "report": {"data", "training"},
+    "export": {"layers", "loading", "modeling"},
+    "benchmark": {"checkpoint", "layers", "loading", "model_zoo", "modeling", "solver"},
+    "front door": {"config", "layers", "model_zoo", "modeling"},
+}
+# A command line, __main__.py, sees its own room, what gives it a model, and the pictures that detect reads.
+MAY_IMPORT["command lines"] = LEAVES | {"checkpoint", "config", "data", "files", "loading", "model_zoo"}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -37,14 +62,34 @@ def files(*patterns: str) -> list[Path]:
     return found
 
 
+def files_of(room: str) -> list[Path]:
+    return [path for path in files("**/*.py") if room_of(module_name(path)) == room]
+
+
 def top_levels(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in imported_modules(path)} - STDLIB
 
 
+def module_name(path: Path) -> str:
+    """Name below deformable_detr: "layers.dropout", "solver"; "" of the package itself."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+def own_modules(path: Path) -> set[str]:
+    """What a file imports of this project, below deformable_detr; names of functions among them count as modules."""
+    return {name.partition(".")[2] for name in imported_modules(path) if name.partition(".")[0] == "deformable_detr"}
+
+
+def room_of(module: str) -> str:
+    """The room of a module: its package or, at the top, itself. Command lines and the front door are rooms as well."""
+    if not module:
+        return "front door"
+    return "command lines" if module.endswith("__main__") else module.partition(".")[0]
+
+
 def own_rooms(path: Path) -> set[str]:
-    """First parts below deformable_detr of what a file imports: "layers", "config", ..."""
-    names = [name.split(".") for name in imported_modules(path)]
-    return {parts[1] for parts in names if parts[0] == "deformable_detr" and len(parts) > 1}
+    """Rooms that a file imports from, its own left out."""
+    return {room_of(name) for name in own_modules(path) if name} - {room_of(module_name(path))}
 
 
 def run_python(script: str, *options: str) -> str:
@@ -66,14 +111,40 @@ def test_the_check_sees_every_form_of_import(tmp_path, monkeypatch):
         "    from . import b",
     ]
     path.write_text("\n".join(lines))
-    assert own_rooms(path) == {"data", "engine", "layers"}
+    assert own_rooms(path) == {"data", "engine"}
+    assert own_modules(path) == {"data", "data.x", "", "engine", "layers", "layers.b"}
     assert top_levels(path) == {"torch", "deformable_detr"}
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_imports_what_it_may(room):
+    imports = {path.relative_to(PACKAGE).as_posix(): own_rooms(path) for path in files_of(room)}
+    assert {name: rooms - MAY_IMPORT[room] for name, rooms in imports.items() if rooms - MAY_IMPORT[room]} == {}
+
+
+def test_every_module_belongs_to_a_room_and_no_arrow_points_up():
+    assert {room_of(module_name(path)) for path in files("**/*.py")} == set(MAY_IMPORT)
+    rooms = list(MAY_IMPORT)
+    for index, room in enumerate(rooms):
+        assert MAY_IMPORT[room] <= set(rooms[:index])
+
+
+def test_modules_do_not_import_in_a_circle():
+    modules = {module_name(path): path for path in files("**/*.py")}
+    graph = {name: (own_modules(path) & modules.keys()) - {name, ""} for name, path in modules.items() if name}
+    # A package is loaded before its modules: what they name of it is a part of it, and no way round.
+    TopologicalSorter({n: {m for m in found if not n.startswith(f"{m}.")} for n, found in graph.items()}).prepare()
 
 
 @pytest.mark.parametrize("path", files("layers/**/*.py"), ids=lambda p: p.name)
 def test_layers_need_torch_alone(path):
     assert top_levels(path) <= {"torch", "deformable_detr"}
-    assert own_rooms(path) <= {"layers"}
+
+
+@pytest.mark.parametrize("path", files("checkpoint/**/*.py"), ids=lambda p: p.name)
+def test_weights_are_converted_without_detectron2(path):
+    if path.name != "__main__.py":
+        assert top_levels(path) <= {"torch", "numpy", "safetensors", "tabulate", "deformable_detr"}
 
 
 def test_the_operator_works_where_there_is_only_torch():
@@ -83,57 +154,6 @@ def test_the_operator_works_where_there_is_only_torch():
         "print(layers.ms_deform_attn(one(1, 6, 1, 2), [(2, 3)], one(1, 4, 1, 1, 2, 2) / 2, one(1, 4, 1, 1, 2)).shape)"
     )
     assert run_python(script) == "torch.Size([1, 4, 2])\n"
-
-
-@pytest.mark.parametrize("path", files("modeling/**/*.py"), ids=lambda p: p.name)
-def test_modeling_builds_on_layers(path):
-    assert own_rooms(path) <= {"dataset_dict", "layers", "modeling"}
-
-
-@pytest.mark.parametrize("path", files("config.py", "data.py", "solver.py"), ids=lambda p: p.name)
-def test_config_data_and_solver_know_no_model(path):
-    assert own_rooms(path) <= {"coco_format", "dataset_dict"}
-
-
-@pytest.mark.parametrize("path", files("coco_format.py", "dataset_dict.py", "launch.py"), ids=lambda p: p.name)
-def test_reading_annotations_and_launching_need_nothing_of_this_project(path):
-    assert own_rooms(path) == set()
-
-
-@pytest.mark.parametrize("path", files("training/**/*.py"), ids=lambda p: p.name)
-def test_training_builds_on_the_checkpointer_alone(path):
-    assert own_rooms(path) <= {"training", "checkpoint"}
-
-
-def test_engine_builds_on_config_data_solver_and_the_checkpointer():
-    assert own_rooms(PACKAGE / "engine.py") <= {
-        "checkpoint",
-        "config",
-        "data",
-        "evaluation",
-        "run_checks",
-        "schedule",
-        "solver",
-        "training",
-        "user_data",
-    }
-
-
-@pytest.mark.parametrize("path", files("checkpoint/**/*.py"), ids=lambda p: p.name)
-def test_weights_are_converted_without_detectron2(path):
-    allowed = {"torch", "numpy", "safetensors", "tabulate", "deformable_detr"}
-    if path.name in ("checkpointer.py", "__main__.py"):
-        allowed |= {"detectron2"}
-    else:
-        assert own_rooms(path) <= {"checkpoint"}
-    assert top_levels(path) <= allowed
-
-
-@pytest.mark.parametrize("room", sorted((LEAVES & {path.stem for path in PACKAGE.iterdir()}) | {"model_zoo"}))
-def test_only_leaves_import_leaves_and_few_others_the_model_zoo(room):
-    users = (path for path in files("**/*.py") if room in own_rooms(path))
-    importers = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in users} - {room}
-    assert importers <= LEAVES | ({"__init__", "loading"} if room == "model_zoo" else set())
 
 
 IMPORT_AND_REPORT = """

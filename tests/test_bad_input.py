@@ -12,7 +12,9 @@ from PIL import Image
 from torch import nn
 
 from deformable_detr import load_config
-from deformable_detr.data import NamedErrorsMapper, build_detr_augmentation, register_coco_data
+from deformable_detr.data.augmentation import build_detr_augmentation
+from deformable_detr.data.datasets import register_coco_data
+from deformable_detr.data.mapper import NamedErrorsMapper
 from deformable_detr.engine import argument_parser, main
 
 # No input may hang; the slowest of these tests takes seconds.

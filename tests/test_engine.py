@@ -18,7 +18,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 
 from deformable_detr import load_config
-from deformable_detr.data import register_coco_data
+from deformable_detr.data.datasets import register_coco_data
 from deformable_detr.engine import apply_user_data, argument_parser, build_evaluator, configured_device, main
 
 CLASSES = ["square", "bar", "disc"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.config import LazyConfig
 
-from deformable_detr.checkpoint.report import CheckpointError
+from deformable_detr.checkpoint.coverage import CheckpointError
 from deformable_detr.config import load_config
 from deformable_detr.loading import build_model, load_model
 

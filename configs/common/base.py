@@ -9,7 +9,10 @@ from detectron2.modeling.backbone import BasicStem
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from deformable_detr.data import NamedErrorsMapper, build_detr_augmentation, get_train_dicts
+from deformable_detr.data.augmentation import build_detr_augmentation
+from deformable_detr.data.datasets import get_train_dicts
+from deformable_detr.data.loader import TrainLoader
+from deformable_detr.data.mapper import NamedErrorsMapper
 from deformable_detr.engine import build_evaluator
 from deformable_detr.layers import PositionEmbeddingSine
 from deformable_detr.modeling import (
@@ -20,7 +23,6 @@ from deformable_detr.modeling import (
     SetCriterion,
 )
 from deformable_detr.solver import ClippedAdamW, get_param_groups
-from deformable_detr.training import TrainLoader
 
 model = L(DeformableDETR)(
     backbone=L(MultiScaleBackbone)(

@@ -28,26 +28,24 @@ from omegaconf import DictConfig
 from torch import nn
 
 from . import solver
-from .checkpoint.checkpointer import DeformableDETRCheckpointer, replacing
 from .config import find_config_file, get_device, get_output_dir, load_config
-from .data import NamedErrorsMapper, augmentation_from_config, get_class_names, get_train_dicts
-from .evaluation import build_evaluator
-from .run_checks import check_before_start
-from .training import (
-    EveryLayer,
-    LayerEvaluators,
-    PreciseBN,
-    Precision,
-    TrainingLoop,
-    TrainingSettings,
-    TrainLoader,
-    build_hooks,
-    cut_metrics,
-    replay,
-    sampler_from_config,
-    warn_of_unscaled_learning_rate,
-)
-from .user_data import add_user_data_arguments, apply_user_data
+from .data.augmentation import augmentation_from_config
+from .data.datasets import get_class_names, get_train_dicts
+from .data.evaluators import build_evaluator
+from .data.loader import TrainLoader
+from .data.mapper import NamedErrorsMapper
+from .data.sampler import sampler_from_config
+from .files import replacing
+from .startup.checks import check_before_start
+from .startup.user_data import add_user_data_arguments, apply_user_data
+from .training.checkpointer import DeformableDETRCheckpointer
+from .training.failure import replay
+from .training.hooks import PreciseBN, build_hooks
+from .training.loop import TrainingLoop
+from .training.metrics import cut_metrics
+from .training.per_layer_ap import EveryLayer, LayerEvaluators
+from .training.precision import Precision
+from .training.settings import TrainingSettings, warn_of_unscaled_learning_rate
 
 logger = logging.getLogger(__name__)
 

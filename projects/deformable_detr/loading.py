@@ -12,11 +12,12 @@ from detectron2.modeling import build_model as build_yaml_model
 from omegaconf import DictConfig
 
 from . import model_zoo
-from .checkpoint.checkpointer import DeformableDETRCheckpointer
-from .checkpoint.report import CheckpointError
+from .checkpoint.coverage import CheckpointError
 from .config import get_value, load_config, overridden_keys, weights_key
-from .data import augmentation_from_config, get_class_names
+from .data.augmentation import augmentation_from_config
+from .data.datasets import get_class_names
 from .modeling import DeformableDETR
+from .training.checkpointer import DeformableDETRCheckpointer
 
 
 @dataclass(frozen=True)

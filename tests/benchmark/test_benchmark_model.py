@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from deformable_detr.benchmark.__main__ import main
-from deformable_detr.benchmark.model import count_flops
-from deformable_detr.benchmark.models import build, make_batch
+from deformable_detr.benchmark.inference import count_flops
+from deformable_detr.benchmark.peers import build, make_batch
 from deformable_detr.benchmark.timing import peak_memory, summarise
 
 VARIANT = "deformable_detr_R_50_two_stage"

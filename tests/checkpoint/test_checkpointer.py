@@ -9,7 +9,7 @@ from detectron2.utils.file_io import PathManager
 from safetensors.torch import save_file
 
 from deformable_detr.checkpoint import CheckpointError
-from deformable_detr.checkpoint.checkpointer import DeformableDETRCheckpointer
+from deformable_detr.training.checkpointer import DeformableDETRCheckpointer
 
 
 def assert_same_parameters(model, expected):

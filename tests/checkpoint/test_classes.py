@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from deformable_detr.checkpoint import CheckpointError, convert, read_checkpoint
-from deformable_detr.checkpoint.checkpointer import DeformableDETRCheckpointer
 from deformable_detr.checkpoint.classes import COCO_CLASSES, match_rows
+from deformable_detr.training.checkpointer import DeformableDETRCheckpointer
 
 
 def numbered(build, variant="", *, classes):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deformable_detr.launch import TORCHRUN_VARIABLES, launch
+from deformable_detr.startup.launch import TORCHRUN_VARIABLES, launch
 
 TRAIN_NET = Path(__file__).parents[2] / "train_net.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -35,9 +35,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from deformable_detr import load_config
 from deformable_detr.engine import argument_parser, build_evaluator
 from deformable_detr.engine import main as train_net
-from deformable_detr.launch import launch
 from deformable_detr.modeling import HungarianMatcher, SetCriterion
-from deformable_detr.training import LayerEvaluators, TrainingLoop, TrainingSettings
+from deformable_detr.startup.launch import launch
+from deformable_detr.training.loop import TrainingLoop
+from deformable_detr.training.per_layer_ap import LayerEvaluators
+from deformable_detr.training.settings import TrainingSettings
 
 SIZES = (2, 3)
 DATASET = "distributed"

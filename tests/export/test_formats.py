@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from deformable_detr.data import ResizeShortestEdge
+from deformable_detr.data.augmentation import ResizeShortestEdge
 from deformable_detr.detect import prepare_image
 from deformable_detr.export import DisagreementError, InputShape, export_model, exporter
 from deformable_detr.export.agreement import draw_pictures

@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import save
 
 from deformable_detr import load_config, model_zoo
-from deformable_detr.checkpoint.checkpointer import DeformableDETRCheckpointer
-from deformable_detr.data import build_detr_augmentation
+from deformable_detr.data.augmentation import build_detr_augmentation
 from deformable_detr.model_zoo import MODELS
 from deformable_detr.model_zoo.__main__ import main
 from deformable_detr.model_zoo.table import render_page
+from deformable_detr.training.checkpointer import DeformableDETRCheckpointer
 
 ROOT = Path(__file__).parents[2]
 NAMES = tuple(MODELS)

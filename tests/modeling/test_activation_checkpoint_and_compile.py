@@ -6,8 +6,8 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_model
 
 from deformable_detr import load_config
-from deformable_detr.modeling import deformable_transformer
-from deformable_detr.modeling.backbone import FrozenBNConv2d, fold_frozen_batch_norm
+from deformable_detr.modeling import transformer as deformable_transformer
+from deformable_detr.modeling.frozen_bn import FrozenBNConv2d, fold_frozen_batch_norm
 
 TWO_STAGE = {"with_box_refine": True, "two_stage": True}
 

@@ -8,7 +8,7 @@ import pytest
 from detectron2.config import CfgNode
 from PIL import Image
 
-from deformable_detr.data import register_coco_data
+from deformable_detr.data.datasets import register_coco_data
 
 CAT, DOG = 7, 3  # COCO ids; the contiguous classes are in their order: 0 is the dog, 1 the cat
 IMAGE_SIZE = (120, 100)

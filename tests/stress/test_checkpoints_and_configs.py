@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deformable_detr import load_config
 from deformable_detr.checkpoint import convert
-from deformable_detr.checkpoint.report import CheckpointError
+from deformable_detr.checkpoint.coverage import CheckpointError
 from deformable_detr.loading import build_model
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "COCO-Detection").glob("*"))

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deformable_detr.coco_format import DatasetError, read_coco_json
-from deformable_detr.data import NamedErrorsMapper, build_detr_augmentation
-from deformable_detr.user_data import check_user_data
+from deformable_detr.data.augmentation import build_detr_augmentation
+from deformable_detr.data.coco_format import DatasetError, read_coco_json
+from deformable_detr.data.mapper import NamedErrorsMapper
+from deformable_detr.startup.user_data import check_user_data
 
 VALUES = (None, -1, 0, 10**12, 1.5, float("nan"), float("inf"), "", "text", [], [1], {}, True)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from deformable_detr.engine import argument_parser, main
-from deformable_detr.training import read_metrics
+from deformable_detr.training.metrics import read_metrics
 
 ITERATIONS = 10
 

@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from deformable_detr import load_config
-from deformable_detr.data import augmentation_from_config
+from deformable_detr.data.augmentation import augmentation_from_config
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_shapes_dataset.py"
 _spec = importlib.util.spec_from_file_location("make_shapes_dataset", TOOL)

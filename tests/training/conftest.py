@@ -10,7 +10,7 @@ from detectron2.structures import Boxes, Instances
 
 from deformable_detr import load_config
 from deformable_detr.engine import argument_parser, main
-from deformable_detr.training import read_metrics
+from deformable_detr.training.metrics import read_metrics
 
 YAML_KEYS = {
     "output": "OUTPUT_DIR",

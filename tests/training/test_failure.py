@@ -8,8 +8,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from deformable_detr.modeling import DeformableDETR, SetCriterion
-from deformable_detr.training import NonFiniteError, Precision, Step, TrainingLoop, TrainingSettings
-from deformable_detr.training.failure import find_cause
+from deformable_detr.training.failure import NonFiniteError, find_cause
+from deformable_detr.training.loop import TrainingLoop
+from deformable_detr.training.precision import Precision
+from deformable_detr.training.settings import TrainingSettings
+from deformable_detr.training.step import Step
 
 from .conftest import losses_of, read_checkpoint
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from deformable_detr.checkpoint.checkpointer import DeformableDETRCheckpointer
-from deformable_detr.training import ModelEMA, PreciseBN, TrainingLoop, TrainingSettings
-from deformable_detr.training.settings import warn_of_unscaled_learning_rate
+from deformable_detr.training.checkpointer import DeformableDETRCheckpointer
+from deformable_detr.training.ema import ModelEMA
+from deformable_detr.training.hooks import PreciseBN
+from deformable_detr.training.loop import TrainingLoop
+from deformable_detr.training.settings import TrainingSettings, warn_of_unscaled_learning_rate
 
 from .conftest import losses_of, read_checkpoint
 

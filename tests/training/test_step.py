@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from deformable_detr.training import Precision, Step, TrainingSettings
+from deformable_detr.training.precision import Precision
+from deformable_detr.training.settings import TrainingSettings
+from deformable_detr.training.step import Step
 
 FLOAT32 = Precision("cpu")
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from torch import nn
 
 from ..solver import ClippedAdamW
-from .model import add_common_arguments, autocast, run_combinations
-from .models import OURS, TRANSFORMERS, Batch, build, find_peers, make_batch
+from .inference import add_common_arguments, autocast, run_combinations
+from .peers import OURS, TRANSFORMERS, Batch, build, find_peers, make_batch
 from .timing import peak_memory, summarise, time_in_turns
 
 NOTES = """\

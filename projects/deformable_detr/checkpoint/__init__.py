@@ -4,8 +4,8 @@ The checkpointer that training uses is in ``deformable_detr.checkpoint.checkpoin
 """
 
 from .convert import convert
-from .export import export
-from .files import read_checkpoint
-from .report import CheckpointError, ConversionReport
+from .coverage import CheckpointError, ConversionReport
+from .foreign import export
+from .reading import read_checkpoint
 
 __all__ = ["CheckpointError", "ConversionReport", "convert", "export", "read_checkpoint"]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ..config import load_config
 from ..loading import build_model
 from .convert import convert
-from .export import FORMATS, export
-from .files import read_checkpoint
-from .report import CheckpointError, ConversionReport
+from .coverage import CheckpointError, ConversionReport
+from .foreign import FORMATS, export
+from .reading import read_checkpoint
 
 EPILOG = """
 Example, keeping the 91 outputs of the official model:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .report import ConversionReport, name_first
+from .coverage import ConversionReport, name_first
 from .sources import DETREX, Source
 
 ENCODER_OUTPUT = "transformer.enc_output.weight"

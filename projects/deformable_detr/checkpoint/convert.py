@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .classes import ENCODER_OUTPUT, HEAD, Names, fit_class_heads, is_encoder_head
-from .report import CheckpointError, ConversionReport, name_first
+from .coverage import CheckpointError, ConversionReport, name_first
 from .sources import BOTTOM_UP, SOURCES, Source, detect_source
 
 _HEAD_ALIAS = re.compile(r"^transformer\.decoder\.((?:class|bbox)_embed\.)")

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from ..loading import add_model_arguments, message_of
 from .drawing import LARGEST_PICTURE, VideoDrawer, draw_detections
 from .images import ImageError, make_folder, prepare_image, read_image, save_image, show, shrink
+from .inputs import Source, SourceError, find_sources, local_file, name_outputs, without_repetitions
 from .predictor import DTYPES, Predictor
 from .results import CocoResults, GroundTruthIds
-from .sources import Source, SourceError, find_sources, local_file, name_outputs, without_repetitions
 from .video import VideoError, VideoReader, VideoWriter
 
 # With so few files each gets a line of its own.

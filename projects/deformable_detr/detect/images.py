@@ -11,7 +11,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from ..loading import LoadedModel
-from .sources import local_file
+from .inputs import local_file
 
 # What the images of a Predictor may be: a path or address, an image of Pillow's, or an array (H, W, 3).
 ImageSource = str | os.PathLike | Image.Image | np.ndarray

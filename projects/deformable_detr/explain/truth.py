@@ -8,7 +8,7 @@ import torch
 from detectron2.structures import BoxMode
 from torchvision.ops import box_convert, box_iou
 
-from ..coco_format import read_coco_json
+from ..data.coco_format import read_coco_json
 from ..modeling import HungarianMatcher
 from .recorder import Recording
 from .selection import class_index

@@ -17,7 +17,7 @@ from torchvision.ops import box_convert
 
 from ..layers import ms_deform_attn_pytorch
 from ..modeling import DeformableDETR
-from ..modeling.backbone import FrozenBNConv2d
+from ..modeling.frozen_bn import FrozenBNConv2d
 
 # The longest side, in pixels, that a program of dynamic size accepts; torch.export asks for a limit.
 MAX_SIDE = 2**14

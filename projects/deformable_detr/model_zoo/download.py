@@ -10,7 +10,7 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from iopath.common.download import download
 from iopath.common.file_io import file_lock, get_cache_dir
 
-from ..checkpoint.report import CheckpointError
+from ..checkpoint.coverage import CheckpointError
 from .records import SCHEME, PublishedModel, find_model
 
 # huggingface_hub's variable for a mirror of the Hub.

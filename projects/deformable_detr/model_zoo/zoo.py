@@ -8,8 +8,8 @@ from detectron2.modeling import build_model
 from omegaconf import DictConfig
 from torch import nn
 
-from ..checkpoint.checkpointer import DeformableDETRCheckpointer
 from ..config import find_config_file, load_config
+from ..training.checkpointer import DeformableDETRCheckpointer
 from .records import MODELS, find_model
 
 

@@ -16,11 +16,11 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from ..dataset_dict import describe_image
+from ..data.dataset_dict import describe_image
 from ..layers import PositionEmbeddingSine
 from .criterion import SetCriterion
-from .deformable_transformer import DeformableTransformer
 from .matcher import HungarianMatcher, Target
+from .transformer import DeformableTransformer
 
 # Prior probability of every class at initialisation (focal loss paper, section 4.1).
 PRIOR_PROBABILITY = 0.01

@@ -5,9 +5,9 @@ import logging
 import sys
 from pathlib import Path
 
-from ..data import register_coco_data
-from .report import write_report
+from ..data.datasets import register_coco_data
 from .run import NoData
+from .write import write_report
 
 
 def parse_args() -> argparse.Namespace:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from ..dataset_dict import get_objects
+from ..data.dataset_dict import get_objects
 
 # What stands left and right in a pair.
 PAIR = ("ground truth", "detections")

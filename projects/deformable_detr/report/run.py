@@ -8,9 +8,9 @@ from pathlib import Path
 from detectron2.config import LazyConfig
 from omegaconf import DictConfig
 
-from ..data import register_coco_data
-from ..training import TrainingSettings
+from ..data.datasets import register_coco_data
 from ..training.metrics import Metrics, read_metrics, series
+from ..training.settings import TrainingSettings
 
 RESULTS = Path("inference") / "coco_instances_results.json"
 

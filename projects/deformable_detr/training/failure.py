@@ -11,7 +11,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from ..checkpoint.checkpointer import replacing
+from ..files import replacing
 from .precision import Precision
 from .settings import TrainingSettings
 from .step import Step, unwrap

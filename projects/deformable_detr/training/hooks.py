@@ -18,10 +18,11 @@ from detectron2.utils.events import (
 )
 from torch import nn
 
-from ..checkpoint.checkpointer import DeformableDETRCheckpointer, replacing
-from .loader import TrainLoader
+from ..data.loader import TrainLoader
+from ..data.randomness import STEP, seed_generators
+from ..files import replacing
+from .checkpointer import DeformableDETRCheckpointer
 from .loop import TrainingLoop
-from .randomness import STEP, seed_generators
 from .settings import TrainingSettings
 
 logger = logging.getLogger(__name__)

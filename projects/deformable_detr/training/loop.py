@@ -14,9 +14,9 @@ from detectron2.utils.events import get_event_storage
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
 
+from ..data.loader import TrainLoader
 from .ema import ModelEMA
 from .failure import NonFiniteError, describe, find_cause, save_step
-from .loader import TrainLoader
 from .precision import Precision
 from .settings import TrainingSettings
 from .step import Step, unwrap

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.randomness import STEP, seed_generators
 from .precision import Precision
-from .randomness import STEP, seed_generators
 
 
 def unwrap(model: nn.Module) -> nn.Module:

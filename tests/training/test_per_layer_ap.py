@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from deformable_detr.training import EveryLayer, LayerEvaluators
+from deformable_detr.training.per_layer_ap import EveryLayer, LayerEvaluators
 
 
 class Evaluator:

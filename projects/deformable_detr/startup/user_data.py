@@ -12,10 +12,10 @@ from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
-from .coco_format import DatasetError, read_coco_json
-from .config import get_output_dir, get_value, load_config, overridden_keys, set_value, weights_key
-from .data import register_coco_data
-from .data_checks import Problems, drop_overlap, load_coco_data
+from ..config import get_output_dir, get_value, load_config, overridden_keys, set_value, weights_key
+from ..data.checks import Problems, drop_overlap, load_coco_data
+from ..data.coco_format import DatasetError, read_coco_json
+from ..data.datasets import register_coco_data
 from .schedule import FINETUNE_EPOCHS, apply_schedule
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Configuration keys and the one function through which every entry point reads a configuration."""
+"""The one function through which every entry point reads a configuration."""
 
 import difflib
 import inspect
@@ -16,73 +16,10 @@ from iopath.common.file_io import g_pathmgr
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .keys import add_deformable_detr_config
+
 # Of the models that have a name: in a checkout, and in an installed package.
-_CONFIGS = (Path(__file__).parents[2] / "configs", Path(__file__).parent / "model_zoo" / "configs")
-
-
-def add_deformable_detr_config(cfg: CfgNode) -> None:
-    """Add the keys of this project to a Detectron2 configuration; existing keys are never changed."""
-    cfg.MODEL.DEFORMABLE_DETR = CfgNode()
-    node = cfg.MODEL.DEFORMABLE_DETR
-
-    # Registered backbone under MultiScaleBackbone, its outputs (finest first), and the number of levels L.
-    node.BOTTOM_UP = "build_resnet_backbone"
-    node.IN_FEATURES = ["res3", "res4", "res5"]
-    node.NUM_FEATURE_LEVELS = 4
-
-    # Class outputs; there is no background class.
-    node.NUM_CLASSES = 80
-    # Detections before selection; with TWO_STAGE the number of proposals kept.
-    node.NUM_QUERIES = 300
-    node.WITH_BOX_REFINE = False
-    node.TWO_STAGE = False
-
-    # Width C, heads M, layers, hidden width of the feed-forward networks, dropout probability.
-    node.HIDDEN_DIM = 256
-    node.NHEADS = 8
-    node.ENC_LAYERS = 6
-    node.DEC_LAYERS = 6
-    node.DIM_FEEDFORWARD = 1024
-    node.DROPOUT = 0.1
-    # Compute every encoder and decoder layer a second time in the backward pass, in place of keeping its activations.
-    node.ACTIVATION_CHECKPOINT = False
-    # Sampling points K of the paper, per head and level.
-    node.ENC_N_POINTS = 4
-    node.DEC_N_POINTS = 4
-
-    # Loss weights, and supervision of every decoder layer.
-    node.AUX_LOSS = True
-    node.CLASS_WEIGHT = 2.0
-    node.L1_WEIGHT = 5.0
-    node.GIOU_WEIGHT = 2.0
-    node.FOCAL_ALPHA = 0.25
-    # Weights of the matching costs.
-    node.COST_CLASS = 2.0
-    node.COST_L1 = 5.0
-    node.COST_GIOU = 2.0
-
-    # AdamW with these factors on SOLVER.BASE_LR: for the backbone, and for the layers that produce locations
-    # (sampling_offsets, reference_points).
-    cfg.SOLVER.setdefault("OPTIMIZER", "ADAMW")
-    cfg.SOLVER.setdefault("BACKBONE_MULTIPLIER", 0.1)
-    cfg.SOLVER.setdefault("LOCATION_MULTIPLIER", 0.1)
-
-    # What mixed precision computes in: "float16" or "bfloat16".
-    cfg.SOLVER.AMP.setdefault("PRECISION", "float16")
-    # Parts in which the batch of a process goes through the model; IMS_PER_BATCH stays the batch of a step.
-    cfg.SOLVER.setdefault("ACCUMULATION_STEPS", 1)
-    # Steps with a non-finite loss or gradient that are left out before training stops.
-    cfg.SOLVER.setdefault("MAX_SKIPPED_STEPS", 0)
-    # Iterations between two lines of metrics.json; 1 writes the plain values of every iteration.
-    cfg.SOLVER.setdefault("LOG_PERIOD", 20)
-    # A moving average of the weights, which is then what is evaluated.
-    cfg.MODEL.setdefault("EMA", CfgNode({"ENABLED": False, "DECAY": 0.9997}))
-    # One evaluation more, after so many iterations; 0 for none.
-    cfg.TEST.setdefault("FIRST_EVAL", 0)
-    # Metric whose best checkpoint is kept as model_best.pth, such as "bbox/AP"; "" for none.
-    cfg.TEST.setdefault("BEST_METRIC", "")
-    # Also evaluate the predictions of every decoder layer.
-    cfg.TEST.setdefault("PER_LAYER_AP", False)
+_CONFIGS = (Path(__file__).parents[3] / "configs", Path(__file__).parents[1] / "model_zoo" / "configs")
 
 
 def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode | DictConfig:

@@ -3,19 +3,19 @@
 import glob
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import IO, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import Detectron2Handler
 from torch import nn
 
-from .convert import convert
-from .files import check_weights_file, read_checkpoint
-from .report import CheckpointError, ConversionReport
-from .sources import OURS
+from ..checkpoint.convert import convert
+from ..checkpoint.coverage import CheckpointError, ConversionReport
+from ..checkpoint.reading import check_weights_file, read_checkpoint
+from ..checkpoint.sources import OURS
+from ..files import replacing
 
 
 class DeformableDETRCheckpointer(DetectionCheckpointer):
@@ -178,31 +178,3 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         is_detector = "transformer.level_embed" in state_dict
         self.logger.log(logging.WARNING if is_detector and self.report.missing else logging.INFO, "%s", self.report)
         self.model.load_state_dict(state_dict, strict=False)
-
-
-@contextmanager
-def replacing(path: str) -> Iterator[IO[bytes]]:
-    """Opens a neighbour of ``path`` for writing, which takes its place once it is complete and on the disk.
-
-    Whenever the process or the machine stops, ``path`` is the old file or the new one, as a whole.
-    """
-    unfinished = f"{path}.tmp"
-    try:
-        with open(unfinished, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(unfinished, path)
-        _flush_folder(os.path.dirname(path) or ".")
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
-
-
-def _flush_folder(folder: str) -> None:
-    """Puts the names in a folder on the disk; without that a crash of the machine can undo a rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deformable_detr.detect.sources import (
+from deformable_detr.detect.inputs import (
     Source,
     SourceError,
     find_sources,

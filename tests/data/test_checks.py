@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from deformable_detr import data_checks
-from deformable_detr.coco_format import DatasetError, read_coco_json
-from deformable_detr.data_checks import load_coco_data
-from deformable_detr.user_data import check_user_data
+from deformable_detr.data import checks as data_checks
+from deformable_detr.data.checks import load_coco_data
+from deformable_detr.data.coco_format import DatasetError, read_coco_json
+from deformable_detr.startup.user_data import check_user_data
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
 """Training batches whose content depends on the seed and on their position alone."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from typing import Any
 
-from detectron2.config import CfgNode
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList
-from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -114,26 +112,3 @@ class _MappedSamples(Dataset):
                 return mapped
             index = (index + 1) % len(self)
         raise ValueError(f"the mapper left out {_MAX_REPLACEMENTS} records in a row, the last one is number {index}")
-
-
-def sampler_from_config(cfg: CfgNode, dataset: Sequence[dict[str, Any]]) -> Callable[[int], Sampler]:
-    """What makes ``DATALOADER.SAMPLER_TRAIN`` from a seed.
-
-    Raises:
-        ValueError: on a name that is none of Detectron2's training samplers.
-    """
-    name, size = cfg.DATALOADER.SAMPLER_TRAIN, len(dataset)
-    if name == "TrainingSampler":
-        return lambda seed: TrainingSampler(size, seed=seed)
-    if name == "RepeatFactorTrainingSampler":
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dataset, cfg.DATALOADER.REPEAT_THRESHOLD
-        )
-        return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
-    if name == "RandomSubsetTrainingSampler":
-        subset = partial(RandomSubsetTrainingSampler, size, cfg.DATALOADER.RANDOM_SUBSET_RATIO)
-        return lambda seed: subset(seed_shuffle=seed, seed_subset=seed)
-    raise ValueError(
-        "DATALOADER.SAMPLER_TRAIN must be TrainingSampler, RepeatFactorTrainingSampler or RandomSubsetTrainingSampler, "
-        f"got {name!r}"
-    )

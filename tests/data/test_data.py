@@ -13,17 +13,11 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from deformable_detr import load_config
-from deformable_detr.data import (
-    NamedErrorsMapper,
-    ResizeShortestEdge,
-    augmentation_from_config,
-    build_detr_augmentation,
-    check_annotations,
-    get_train_dicts,
-    register_coco_data,
-)
+from deformable_detr.data.augmentation import ResizeShortestEdge, augmentation_from_config, build_detr_augmentation
+from deformable_detr.data.datasets import check_annotations, get_train_dicts, register_coco_data
+from deformable_detr.data.mapper import NamedErrorsMapper
 
-CONFIG = str(Path(__file__).parents[1] / "configs" / "COCO-Detection" / "deformable_detr_R_50.yaml")
+CONFIG = str(Path(__file__).parents[2] / "configs" / "COCO-Detection" / "deformable_detr_R_50.yaml")
 
 
 def record(*annotations: dict, file_name: str = "a.jpg", image_id: int = 7, **fields) -> dict:

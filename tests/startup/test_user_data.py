@@ -12,12 +12,12 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from deformable_detr import load_config
-from deformable_detr.coco_format import DatasetError
+from deformable_detr.data.coco_format import DatasetError
 from deformable_detr.engine import argument_parser, main
-from deformable_detr.schedule import FINETUNE_EPOCHS, apply_schedule, plan_schedule
-from deformable_detr.user_data import apply_user_data
+from deformable_detr.startup.schedule import FINETUNE_EPOCHS, apply_schedule, plan_schedule
+from deformable_detr.startup.user_data import apply_user_data
 
-CONFIG = Path(__file__).parents[1] / "configs" / "COCO-Detection" / "deformable_detr_R_50"
+CONFIG = Path(__file__).parents[2] / "configs" / "COCO-Detection" / "deformable_detr_R_50"
 
 
 @pytest.fixture(params=["yaml", "py"])
@@ -257,7 +257,7 @@ def test_error_in_the_process_that_checks_the_data_reaches_all(configure, write_
         gathered.append(own)
         return [own if is_main else (None, "OSError: No space left on device"), own]
 
-    monkeypatch.setattr("deformable_detr.user_data.check_user_data", fill_the_disk)
+    monkeypatch.setattr("deformable_detr.startup.user_data.check_user_data", fill_the_disk)
     monkeypatch.setattr(comm, "is_main_process", lambda: is_main)
     monkeypatch.setattr(comm, "all_gather", gather)
     with pytest.raises(OSError if is_main else RuntimeError, match="No space left on device"):

@@ -8,10 +8,10 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
-from .config import get_device
-from .data import check_dataset_files
-from .evaluation import build_evaluator, check_evaluator
-from .training import TrainingSettings
+from ..config import get_device
+from ..data.datasets import check_dataset_files
+from ..data.evaluators import build_evaluator, check_evaluator
+from ..training.settings import TrainingSettings
 from .user_data import check_user_data_given
 
 

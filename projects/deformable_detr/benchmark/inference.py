@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import model_zoo
 from ..modeling import DeformableDETR
-from .models import OURS, TORCHVISION, TRANSFORMERS, Batch, build, find_peers, make_batch
+from .peers import OURS, TORCHVISION, TRANSFORMERS, Batch, build, find_peers, make_batch
 from .timing import CLOCKS, peak_memory, print_and_save, summarise, time_in_turns
 
 NOTES = """\

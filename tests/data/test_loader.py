@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from detectron2.utils import comm
 
-from deformable_detr.training import TrainLoader, sampler_from_config
+from deformable_detr.data.loader import TrainLoader
+from deformable_detr.data.sampler import sampler_from_config
 
 RECORDS = [{"id": n, "width": 10 + n % 3, "height": 11, "annotations": [{"category_id": n % 2}]} for n in range(10)]
 

@@ -8,7 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from omegaconf import DictConfig
 
-from .config import get_device, get_value, overridden_keys, set_value
+from ..config import get_device, get_value, overridden_keys, set_value
 
 logger = logging.getLogger(__name__)
 

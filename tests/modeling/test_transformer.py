@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-from deformable_detr.modeling.deformable_transformer import DeformableTransformer
 from deformable_detr.modeling.reference_points import (
     apply_box_deltas,
     gen_encoder_proposals,
@@ -11,6 +10,7 @@ from deformable_detr.modeling.reference_points import (
     get_valid_sizes,
     inverse_sigmoid,
 )
+from deformable_detr.modeling.transformer import DeformableTransformer
 
 
 def padding(height, width, valid_height, valid_width):

@@ -1,123 +1,24 @@
-"""Data for DETR training: augmentation, checked datasets, and the user's own COCO-format files."""
+"""Checked datasets, and the user's own COCO-format files."""
 
 import logging
 import math
 import os
-import sys
 from collections.abc import Sequence
 
-import detectron2.data.transforms as T
-import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
-    DatasetMapper,
     MetadataCatalog,
     get_detection_dataset_dicts,
 )
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
-from fvcore.transforms.transform import NoOpTransform, Transform
 from omegaconf import DictConfig
 
 from .coco_format import read_coco_json
 from .dataset_dict import describe_image, get_objects
 
 logger = logging.getLogger(__name__)
-
-# The short sides before a random crop, official value (datasets/coco.py of the reference implementation).
-PRE_CROP_SIZES = (400, 500, 600)
-
-
-class ResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's resize with the official rounding, which truncates: 640x480 becomes 1066x800, not 1067x800.
-
-    The two differ for half of all image sizes, enough to miss published logits.
-    """
-
-    def get_transform(self, image: np.ndarray) -> Transform:
-        height, width = image.shape[:2]
-        if self.is_range:
-            size = np.random.randint(self.short_edge_length[0], self.short_edge_length[1] + 1)
-        else:
-            size = np.random.choice(self.short_edge_length)
-        if size == 0:
-            # Detectron2's way to ask for the original size, as in MIN_SIZE_TEST: 0.
-            return NoOpTransform()
-        new_height, new_width = self.get_output_shape(height, width, int(size), self.max_size)
-        return T.ResizeTransform(height, width, new_height, new_width, self.interp)
-
-    @staticmethod
-    def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
-        """Size (h, w) in pixels with the given short side, or with ``max_size`` as long side where that is smaller."""
-        short, long = min(oldh, oldw), max(oldh, oldw)
-        size = short_edge_length
-        if long / short * size > max_size:
-            size = round(max_size * short / long)
-        # Of an image that is one line, the short side is rounded to nothing.
-        size, scaled_long = (size, int(size * long / short)) if size else (1, max_size)
-        return (size, scaled_long) if oldh < oldw else (scaled_long, size)
-
-
-def build_detr_augmentation(
-    *,
-    is_train: bool,
-    min_size: Sequence[int] | int,
-    max_size: int,
-    sample_style: str = "choice",
-    random_flip: bool = True,
-    crop_type: str = "absolute_range",
-    crop_size: Sequence[float] | None = (384, 600),
-) -> list[T.Augmentation]:
-    """DETR's augmentation: flip; then resize, in half of the cases after a resize and a random crop.
-
-    Args:
-        min_size: short sides in pixels to choose from.
-        max_size: limit on the long side in pixels.
-        crop_size: range of the crop's sides in pixels (``crop_type`` as in Detectron2); None never crops.
-    """
-    min_size = min_size if isinstance(min_size, int) else list(min_size)
-    resize = ResizeShortestEdge(min_size, max_size, sample_style)
-    if not is_train:
-        return [resize]
-    augmentations: list[T.Augmentation] = [T.RandomFlip()] if random_flip else []
-    if crop_size is not None:
-        crop = [ResizeShortestEdge(PRE_CROP_SIZES, sys.maxsize, "choice"), T.RandomCrop(crop_type, crop_size)]
-        augmentations.append(T.RandomApply(T.AugmentationList(crop), prob=0.5))
-    return [*augmentations, resize]
-
-
-def augmentation_from_config(cfg: CfgNode, *, is_train: bool) -> list[T.Augmentation]:
-    """:func:`build_detr_augmentation` with the values of ``cfg.INPUT``.
-
-    Raises:
-        ValueError: on a flip that this augmentation does not know.
-    """
-    node = cfg.INPUT
-    if not is_train:
-        return build_detr_augmentation(is_train=False, min_size=node.MIN_SIZE_TEST, max_size=node.MAX_SIZE_TEST)
-    if node.RANDOM_FLIP not in ("horizontal", "none"):
-        raise ValueError(f"INPUT.RANDOM_FLIP must be 'horizontal' or 'none', got {node.RANDOM_FLIP!r}")
-    return build_detr_augmentation(
-        is_train=True,
-        min_size=node.MIN_SIZE_TRAIN,
-        max_size=node.MAX_SIZE_TRAIN,
-        sample_style=node.MIN_SIZE_TRAIN_SAMPLING,
-        random_flip=node.RANDOM_FLIP == "horizontal",
-        crop_type=node.CROP.TYPE,
-        crop_size=node.CROP.SIZE if node.CROP.ENABLED else None,
-    )
-
-
-class NamedErrorsMapper(DatasetMapper):
-    """Detectron2's stock mapper whose errors about unreadable images say which image it was."""
-
-    def __call__(self, dataset_dict: dict) -> dict:
-        try:
-            return super().__call__(dataset_dict)
-        # Pillow reports broken files as OSError, SyntaxError (PNG) or ValueError (sizes).
-        except (OSError, SyntaxError, ValueError) as error:
-            raise OSError(f"cannot read {describe_image(dataset_dict)}: {error}") from error
 
 
 def check_dataset_files(names: Sequence[str]) -> None:

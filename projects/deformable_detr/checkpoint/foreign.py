@@ -5,7 +5,7 @@ import re
 from torch import Tensor, nn
 
 from .classes import COCO_CLASSES, COCO_CLASSES_BY_ID, is_encoder_head
-from .report import CheckpointError
+from .coverage import CheckpointError
 from .sources import Rule
 
 # A class that does not exist must never be detected: sigmoid(-20) is 2e-9.

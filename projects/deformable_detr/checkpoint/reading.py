@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .report import CheckpointError
+from .coverage import CheckpointError
 
 # What a checkpoint may name besides tensors and plain Python values. None of it can run code: the official files
 # hold their command line as a Namespace, and training state may hold numpy numbers.
