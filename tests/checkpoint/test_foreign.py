@@ -2,8 +2,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from deformable_detr.checkpoint import CheckpointError, convert
-from deformable_detr.checkpoint import foreign as export
+from deformable_detr.checkpoint import CheckpointError, convert, export
 
 VARIANTS = ("_single_scale", "_single_scale_dc5", "", "_box_refine", "_two_stage")
 HF_OPTIONS = {

@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from ..checkpoint import foreign as export
+from ..checkpoint import export
 from ..loading import load_model
 from ..modeling import DeformableDETR
 

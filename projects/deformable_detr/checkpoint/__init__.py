@@ -1,6 +1,6 @@
 """Weights of other projects: ``read_checkpoint`` for files, ``convert`` to our names and classes, ``export`` back.
 
-The checkpointer that training uses is in ``deformable_detr.checkpoint.checkpointer``; it alone needs Detectron2.
+Detectron2 is needed by the command line alone; the checkpointer that training uses is ``training.checkpointer``.
 """
 
 from .convert import convert
