@@ -23,7 +23,7 @@ OWN_DATA += ["--val-json", "my/val.json", "--val-images", "my/val"]
 
 
 def run(command: list[str]) -> None:
-    """Runs a Python command line in the repository root, its output passed on as it comes.
+    """Run a Python command line in the repository root, its output passed on as it comes.
 
     Raises:
         SystemExit: the command failed, with its exit status; or Ctrl-C was pressed, with 130.
@@ -40,12 +40,12 @@ def run(command: list[str]) -> None:
 
 
 def train_command(data_flags: list[str], output_dir: str | Path, *extra: str) -> list[str]:
-    """Returns the arguments to Python that train and evaluate the demo's model on COCO-format data."""
+    """Return the arguments to Python that train and evaluate the demo's model on COCO-format data."""
     return ["train_net.py", "--config-file", CONFIG, *data_flags, *extra, "OUTPUT_DIR", str(output_dir)]
 
 
 def summarize(output: Path) -> str:
-    """Returns the closing lines of the demo.
+    """Return the closing lines of the demo.
 
     Raises:
         SystemExit: the run holds no AP50, so its evaluation did not come to an end.

@@ -37,7 +37,7 @@ JPEG_QUALITY = 92
 
 
 def shape_outline(name: str) -> np.ndarray:
-    """Returns the corners of an upright shape as an (n, 2) array of (x, y) on the unit circle around the origin.
+    """Return the corners of an upright shape as an (n, 2) array of (x, y) on the unit circle around the origin.
 
     Args:
         name: one of ``CATEGORIES``; a circle comes as a polygon of 48 corners.
@@ -48,27 +48,27 @@ def shape_outline(name: str) -> np.ndarray:
 
 
 def polygon_area(corners: np.ndarray) -> float:
-    """Returns the area enclosed by (n, 2) corners (the shoelace formula)."""
+    """Return the area enclosed by (n, 2) corners (the shoelace formula)."""
     x, y = corners.T
     return 0.5 * abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))
 
 
 def rasterize(corners: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Returns how much of each pixel a polygon of (n, 2) corners covers, as (height, width) in [0, 1]."""
+    """Return how much of each pixel a polygon of (n, 2) corners covers, as (height, width) in [0, 1]."""
     canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     ImageDraw.Draw(canvas).polygon([tuple(corner) for corner in corners * SUPERSAMPLING], fill=255)
     return np.asarray(canvas.resize((width, height), Image.Resampling.BOX), dtype=np.float32) / 255
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
-    """Returns (height, width, 3) noise of about [-1, 1] whose blobs are a ``cells``-th of the image wide."""
+    """Return (height, width, 3) noise of about [-1, 1] whose blobs are a ``cells``-th of the image wide."""
     coarse = rng.uniform(-1, 1, size=(3, cells, cells)).astype(np.float32)
     resized = [Image.fromarray(channel).resize((width, height), Image.Resampling.BICUBIC) for channel in coarse]
     return np.stack([np.asarray(channel) for channel in resized], axis=-1)
 
 
 def draw_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Returns a textured (height, width, 3) float32 image in [0, 255], crossed by a few lines as clutter."""
+    """Return a textured (height, width, 3) float32 image in [0, 255], crossed by a few lines as clutter."""
     image = np.full((height, width, 3), rng.uniform(50, 205, size=3), dtype=np.float32)
     for cells, strength in ((3, 45), (9, 25), (30, 12)):
         image += strength * smooth_noise(rng, height, width, cells)
@@ -89,13 +89,13 @@ def blend(image: np.ndarray, coverage: np.ndarray, colour: np.ndarray) -> np.nda
 
 
 def contrasting_colour(rng: np.random.Generator, below: np.ndarray) -> np.ndarray:
-    """Returns that one of four random RGB colours which differs most from the (n, 3) pixels it will cover."""
+    """Return that one of four random RGB colours which differs most from the (n, 3) pixels it will cover."""
     candidates = rng.uniform(0, 255, size=(4, 3))
     return candidates[np.argmax(np.linalg.norm(candidates - below.mean(axis=0), axis=1))]
 
 
 def random_polygon(rng: np.random.Generator, name: str, height: int, width: int) -> np.ndarray:
-    """Returns the (n, 2) corners, in pixels, of a shape of random size and tilt, its centre in the image."""
+    """Return the (n, 2) corners, in pixels, of a shape of random size and tilt, its centre in the image."""
     # Log-uniform, so that small shapes are as common as large ones.
     radius = math.exp(rng.uniform(math.log(MIN_RADIUS), math.log(MAX_RADIUS * min(height, width))))
     angle = rng.uniform(-MAX_TILT, MAX_TILT)
@@ -105,7 +105,7 @@ def random_polygon(rng: np.random.Generator, name: str, height: int, width: int)
 
 
 def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[dict]]:
-    """Draws one image and lists what is visible in it.
+    """Draw one image and lists what is visible in it.
 
     Returns:
         the uint8 RGB image (height, width, 3), and per object a dict with COCO's ``category_id``, ``bbox``
@@ -132,7 +132,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[dict]]:
 
 
 def annotate(name: str, mask: np.ndarray) -> dict:
-    """Returns the COCO annotation, still without ids, of an object with visible pixels ``mask``."""
+    """Return the COCO annotation, still without ids, of an object with visible pixels ``mask``."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     x, y = int(columns[0]), int(rows[0])
     box = [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
@@ -140,13 +140,13 @@ def annotate(name: str, mask: np.ndarray) -> dict:
 
 
 def scenes(num_images: int, *, seed: int, split: int) -> Iterator[tuple[np.ndarray, list[dict]]]:
-    """Yields a split's scenes; each has its own random stream, so their number does not change them."""
+    """Yield a split's scenes; each has its own random stream, so their number does not change them."""
     for index in range(num_images):
         yield draw_scene(np.random.default_rng([seed, split, index]))
 
 
 def write_split(output: Path, name: str, num_images: int, *, seed: int, split: int) -> bool:
-    """Writes ``output/name/*.jpg`` and then ``output/name.json``; the latter stands only where the split is
+    """Write ``output/name/*.jpg`` and then ``output/name.json``; the latter stands only where the split is
     complete.
 
     Returns:

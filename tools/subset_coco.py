@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def subset(content: dict, image_ids: Collection[int]) -> dict:
-    """Returns COCO-format content with only these images and their annotations.
+    """Return COCO-format content with only these images and their annotations.
 
     Raises:
         ValueError: an image id does not occur.

@@ -8,7 +8,7 @@ from typing import IO
 
 @contextmanager
 def replacing(path: str) -> Iterator[IO[bytes]]:
-    """Opens a neighbour of ``path`` for writing, which takes its place once it is complete and on the disk.
+    """Open a neighbour of ``path`` for writing, which takes its place once it is complete and on the disk.
 
     Whenever the process or the machine stops, ``path`` is the old file or the new one, as a whole.
     """
@@ -26,7 +26,7 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
 
 
 def _flush_folder(folder: str) -> None:
-    """Puts the names in a folder on the disk; without that a crash of the machine can undo a rename."""
+    """Put the names in a folder on the disk; without that a crash of the machine can undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

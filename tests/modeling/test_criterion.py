@@ -243,7 +243,7 @@ def test_all_matchings_of_a_step_are_copied_from_the_device_at_once(monkeypatch)
 
 
 class _Operators(TorchDispatchMode):
-    """Records the names of all operators that run."""
+    """Record the names of all operators that run."""
 
     def __init__(self):
         super().__init__()

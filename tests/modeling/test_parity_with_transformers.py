@@ -28,7 +28,7 @@ BOXES_TOLERANCE = 1e-5
 
 
 def build_oracle(name: str, *, seed: int = 0) -> nn.Module:
-    """Builds transformers' model of a variant with 91 outputs, in eval mode; nothing is downloaded."""
+    """Build transformers' model of a variant with 91 outputs, in eval mode; nothing is downloaded."""
     config = transformers.DeformableDetrConfig(
         num_labels=91,
         use_timm_backbone=True,
@@ -49,7 +49,7 @@ def build_ours(name: str, *, num_classes: int = 91) -> nn.Module:
 
 @torch.no_grad()
 def randomise(model: nn.Module, *, seed: int) -> None:
-    """Gives every floating-point parameter and buffer a random value that keeps activations near unit size."""
+    """Give every floating-point parameter and buffer a random value that keeps activations near unit size."""
     generator = torch.Generator().manual_seed(seed)
     for key, tensor in model.state_dict().items():
         if not tensor.is_floating_point():

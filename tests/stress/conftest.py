@@ -41,7 +41,7 @@ def amount(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
 
 @pytest.fixture
 def outcomes(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
-    """Counts what became of the cases of a test; at the end they stand in the table of figures."""
+    """Count what became of the cases of a test; at the end they stand in the table of figures."""
     counts: Counter[str] = Counter()
     yield counts
     told = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())

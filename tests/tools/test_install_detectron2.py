@@ -70,7 +70,7 @@ def wheel(sdist, tmp_path):
 
 @pytest.fixture
 def index_folder(tmp_path, monkeypatch):
-    """Points pip at a folder instead of any package index."""
+    """Point pip at a folder instead of any package index."""
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")

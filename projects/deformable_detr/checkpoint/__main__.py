@@ -47,7 +47,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
 
 
 def export_for(args: argparse.Namespace, model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the converted weights in the names that ``--to`` asks for.
+    """Return the converted weights in the names that ``--to`` asks for.
 
     Raises:
         CheckpointError: if the weights do not fill the model; half of it would be random for the other project.
@@ -59,7 +59,7 @@ def export_for(args: argparse.Namespace, model: nn.Module, state_dict: dict[str,
 
 
 def write(path: str, state_dict: dict[str, Tensor], *, to: str, report: ConversionReport) -> None:
-    """Writes safetensors or, by any other suffix, what the project loads by torch.load."""
+    """Write safetensors or, by any other suffix, what the project loads by torch.load."""
     names = report.class_names if to == "ours" else None
     if path.endswith(".safetensors"):
         # This format does not hold two names of one tensor, such as heads that all layers share.

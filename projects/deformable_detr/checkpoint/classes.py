@@ -41,7 +41,7 @@ def fit_class_heads(
     file_classes: Names | None,
     model_classes: Names | None,
 ) -> None:
-    """Puts the rows of every class head of a checkpoint where the model has the class of that name.
+    """Put the rows of every class head of a checkpoint where the model has the class of that name.
 
     Args:
         tensors: the checkpoint by our names; changed.
@@ -71,7 +71,7 @@ def fit_class_heads(
 
 
 def match_rows(names: Names, file_names: Names) -> list[int | None]:
-    """Returns for every name the row of the same name; case, spaces, "_" and "-" do not count."""
+    """Return for every name the row of the same name; case, spaces, "_" and "-" do not count."""
     exact = {name: row for row, name in enumerate(file_names) if name is not None}
     loose = {_normalize(name): row for name, row in exact.items()}
     return [None if name is None else exact.get(name, loose.get(_normalize(name))) for name in names]
@@ -92,7 +92,7 @@ def _normalize(name: str) -> str:
 def _resolve_names(
     rows: int, wanted: int, source: Source, file_classes: Names | None, model_classes: Names | None
 ) -> tuple[Names | None, Names | None]:
-    """Returns the names of the file's and of the model's rows, COCO's where their numbers say so; None if unknown."""
+    """Return the names of the file's and of the model's rows, COCO's where their numbers say so; None if unknown."""
     theirs = tuple(file_classes) if file_classes is not None and len(file_classes) == rows else None
     ours = tuple(model_classes) if model_classes is not None else None
     if theirs is None and rows == len(COCO_CLASSES_BY_ID):
@@ -106,7 +106,7 @@ def _resolve_names(
 
 
 def _fit_encoder_head(key: str, tensors: dict[str, Tensor], initial: Tensor, report: ConversionReport) -> None:
-    """Keeps the positions: channel 0 of this head means "object", and taking the rows by class would lose it."""
+    """Keep the positions: channel 0 of this head means "object", and taking the rows by class would lose it."""
     rows, wanted = len(tensors[key]), len(initial)
     if rows != wanted:
         tensors[key] = torch.cat([tensors[key][:wanted], initial[rows:].to(tensors[key])])
@@ -116,7 +116,7 @@ def _fit_encoder_head(key: str, tensors: dict[str, Tensor], initial: Tensor, rep
 def _take_rows_by_name(
     key: str, tensors: dict[str, Tensor], initial: Tensor, *, theirs: Names, ours: Names, report: ConversionReport
 ) -> None:
-    """Takes the rows of the model's classes; those the file does not have keep the model's initial values."""
+    """Take the rows of the model's classes; those the file does not have keep the model's initial values."""
     rows = match_rows(ours, theirs)
     if theirs == ours or rows == list(range(len(theirs))):
         return

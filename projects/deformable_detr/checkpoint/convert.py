@@ -28,7 +28,7 @@ def convert(
     class_names: Names | None = None,
     file_class_names: Names | None = None,
 ) -> tuple[dict[str, Tensor], ConversionReport]:
-    """Renames a checkpoint's parameters to ours and fits its classes to the model's.
+    """Rename a checkpoint's parameters to ours and fit its classes to the model's.
 
     Known are the names of the official repository, of transformers 4.x and 5.x, of detrex, of torchvision's and
     Detectron2's ImageNet backbones, and our own. The class heads of a model with other classes are treated so:
@@ -79,7 +79,7 @@ def convert(
 
 
 def _as_tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns a plain dict of tensors without the prefix that DistributedDataParallel adds.
+    """Return a plain dict of tensors without the prefix that DistributedDataParallel adds.
 
     Plain, because the metadata of a torchvision state dict makes Detectron2's FrozenBatchNorm2d subtract eps from
     the running variances.
@@ -95,7 +95,7 @@ def _as_tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _rename(tensors: Mapping[str, Tensor], source: Source, report: ConversionReport) -> dict[str, Tensor]:
-    """Applies the source's renames. The decoder's aliases of the heads count where the heads themselves are absent."""
+    """Apply the source's renames. The decoder's aliases of the heads count where the heads themselves are absent."""
     renamed: dict[str, Tensor] = {}
     aliases = {}
     for key, tensor in tensors.items():
@@ -130,7 +130,7 @@ def _join_query_key_value(tensors: dict[str, Tensor], report: ConversionReport) 
 
 
 def _spread_shared_heads(tensors: dict[str, Tensor], target: Mapping[str, Tensor], report: ConversionReport) -> None:
-    """Gives every decoder layer its head where the file holds one for all (saved files leave out the copies)."""
+    """Give every decoder layer its head where the file holds one for all (saved files leave out the copies)."""
     for kind in ("class_embed", "bbox_embed"):
         if any(key.startswith(f"{kind}.1.") for key in tensors):
             continue
@@ -148,7 +148,7 @@ def _spread_shared_heads(tensors: dict[str, Tensor], target: Mapping[str, Tensor
 def _drop_what_has_no_place(
     tensors: dict[str, Tensor], target: Mapping[str, Tensor], source: Source, report: ConversionReport
 ) -> None:
-    """Removes what may be absent from the model without loss. What remains without a place is an error later."""
+    """Remove what may be absent from the model without loss. What remains without a place is an error later."""
     for key in [key for key in tensors if key not in target]:
         reason = next((reason for pattern, reason in _BOOKKEEPING.items() if pattern.search(key)), None)
         if reason is None and source.backbone_only:
@@ -162,7 +162,7 @@ def _drop_what_has_no_place(
 def _note_what_is_missing(
     tensors: Mapping[str, Tensor], target: Mapping[str, Tensor], source: Source, report: ConversionReport
 ) -> None:
-    """Records what the model keeps as it is, where that is to be expected."""
+    """Record what the model keeps as it is, where that is to be expected."""
     for key in target:
         if key in tensors or key in report.missing:
             continue
@@ -198,7 +198,7 @@ def _raise_unless_covered(
 
 
 def _conflicts_in_shared_parameters(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
-    """Returns the names of parameters that the model shares (one head for all layers) while the file's differ."""
+    """Return the names of parameters that the model shares (one head for all layers) while the file's differ."""
     first_name: dict[int, str] = {}
     conflicts = []
     for key, parameter in target.items():
@@ -209,7 +209,7 @@ def _conflicts_in_shared_parameters(tensors: Mapping[str, Tensor], target: Mappi
 
 
 def _compare_variants(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str:
-    """Returns one sentence on what makes the file another variant of the model than ours; empty if nothing does."""
+    """Return one sentence on what makes the file another variant of the model than ours; empty if nothing does."""
     # A model shares one head between its layers; a file holds equal copies of it.
     theirs = _describe_variant(tensors, same=torch.equal)
     ours = _describe_variant(target, same=operator.is_)

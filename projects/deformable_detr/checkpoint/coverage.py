@@ -47,7 +47,7 @@ class ConversionReport:
 
 
 def name_first(names: Sequence[str], *, limit: int = 5) -> str:
-    """Returns the first names and how many there are beyond; "none" where there are none."""
+    """Return the first names and how many there are beyond; "none" where there are none."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "") if names else "none"
 
@@ -57,7 +57,7 @@ def _first(keys: Iterable[str]) -> str:
 
 
 def _group_by_reason(reasons: Mapping[str, str]) -> list[tuple[int, str, str]]:
-    """Returns (number of keys, reason, first key) for every distinct reason."""
+    """Return (number of keys, reason, first key) for every distinct reason."""
     groups = defaultdict(list)
     for key, reason in reasons.items():
         groups[reason].append(key)

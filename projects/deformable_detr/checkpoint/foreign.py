@@ -45,7 +45,7 @@ FORMATS = tuple(_RULES)
 
 
 def export(model: nn.Module, *, to: str, coco_ids: bool = False) -> dict[str, Tensor]:
-    """Returns a model's parameters in the names of another project, its second names of the heads included.
+    """Return a model's parameters in the names of another project, its second names of the heads included.
 
     Args:
         model: a DeformableDETR with a ResNet. It is left as it is.
@@ -88,7 +88,7 @@ def _rename(key: str, to: str) -> str:
 
 
 def _split_query_key_value(tensors: dict[str, Tensor]) -> None:
-    """Replaces nn.MultiheadAttention's ``in_proj_*`` by separate query, key and value projections."""
+    """Replace nn.MultiheadAttention's ``in_proj_*`` by separate query, key and value projections."""
     for key in [key for key in tensors if ".self_attn.in_proj_" in key]:
         parts = tensors.pop(key).chunk(3)
         for letter, part in zip("qkv", parts, strict=True):

@@ -43,7 +43,7 @@ _FORBIDDEN = "Unsupported global: GLOBAL"
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
-    """Reads a ``.pth``, ``.pt``, ``.bin``, ``.pkl`` or ``.safetensors`` file onto the CPU.
+    """Read a ``.pth``, ``.pt``, ``.bin``, ``.pkl`` or ``.safetensors`` file onto the CPU.
 
     Args:
         path: a local file.
@@ -70,7 +70,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 
 
 def check_weights_file(path: str) -> None:
-    """Raises what :func:`read_checkpoint` does for a path at which there is something else than a file of weights."""
+    """Raise what :func:`read_checkpoint` does for a path at which there is something else than a file of weights."""
     if os.path.isdir(path):
         raise CheckpointError(f"{path} is a folder; name the weights file inside it, e.g. model.safetensors")
     if not os.path.isfile(path):
@@ -115,7 +115,7 @@ def _load_safetensors(path: str) -> dict[str, Any]:
 
 
 def _class_names_beside(path: str) -> list[str] | None:
-    """Returns the names that transformers saves beside its weights, unless nobody gave the classes names."""
+    """Return the names that transformers saves beside its weights, unless nobody gave the classes names."""
     config = os.path.join(os.path.dirname(path), "config.json")
     if os.path.basename(path) not in _TRANSFORMERS_FILES or not os.path.isfile(config):
         return None
@@ -151,7 +151,7 @@ def _explain(error: Exception) -> str:
 
 
 def _find_state_dict(content: Any, path: str) -> dict[str, Any]:
-    """Returns ``content`` with its state dict under "model", whatever it was called."""
+    """Return ``content`` with its state dict under "model", whatever it was called."""
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of parameters")
     for name in _STATE_DICT_KEYS:

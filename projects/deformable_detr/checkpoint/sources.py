@@ -28,7 +28,7 @@ class Source:
     backbone_only: bool = False
 
     def rename(self, key: str) -> str:
-        """Returns our name of the parameter that this source calls ``key``."""
+        """Return our name of the parameter that this source calls ``key``."""
         for pattern, replacement in self.rules:
             key = re.sub(pattern, replacement, key)
         return key

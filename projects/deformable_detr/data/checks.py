@@ -71,7 +71,7 @@ class CocoData:
 def load_coco_data(
     json_file: str, image_root: str, *, content: dict[str, Any] | None = None, for_evaluation: bool = False
 ) -> CocoData:
-    """Looks through everything in an annotation file.
+    """Look through everything in an annotation file.
 
     Args:
         json_file: in COCO's "instances" format, with images, annotations and categories.
@@ -141,7 +141,7 @@ def _readable_images(images: list[dict[str, Any]], data: CocoData) -> list[dict[
 
 
 def _find_flaw(image: dict[str, Any], data: CocoData, *, opened: bool) -> tuple[str, str] | None:
-    """Returns what is wrong with an image file, and the case; None if nothing is."""
+    """Return what is wrong with an image file, and the case; None if nothing is."""
     path = data.path(image)
     if not os.path.isfile(path):
         return "missing image file", path
@@ -159,7 +159,7 @@ def _find_flaw(image: dict[str, Any], data: CocoData, *, opened: bool) -> tuple[
 
 
 def _upright_size(path: str) -> tuple[int, int]:
-    """Returns (width, height) of an image after Detectron2 has turned it as its EXIF data say, from its header."""
+    """Return (width, height) of an image after Detectron2 has turned it as its EXIF data say, from its header."""
     with Image.open(path) as image:
         width, height = image.size
         turned = image.format in _FORMATS_WITH_ORIENTATION and image.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
@@ -171,7 +171,7 @@ def _times(size: tuple[int, int]) -> str:
 
 
 def _usable_annotations(data: CocoData, *, known_images: Iterable[Hashable]) -> list[dict[str, Any]]:
-    """Returns the annotations of the images that are left, with boxes inside of them and ids of their own."""
+    """Return the annotations of the images that are left, with boxes inside of them and ids of their own."""
     known_images = set(known_images)
     images = {image["id"]: image for image in data.content["images"]}
     categories = {category["id"] for category in data.content["categories"]}
@@ -201,7 +201,7 @@ def _usable_annotations(data: CocoData, *, known_images: Iterable[Hashable]) -> 
 
 
 def _with_box_inside(annotation: dict[str, Any], image: dict[str, Any], problems: Problems) -> dict[str, Any] | None:
-    """Returns the annotation, its box clipped to the image where it leaves it; None if no box is left."""
+    """Return the annotation, its box clipped to the image where it leaves it; None if no box is left."""
     box = annotation.get("bbox")
     case = f"annotation {annotation.get('id')}, {image['file_name']}: {box}"
     if not _is_finite_box(box):
@@ -231,7 +231,7 @@ def _is_finite_box(box: Any) -> bool:
 
 
 def _complete(annotation: dict[str, Any], problems: Problems) -> dict[str, Any]:
-    """Returns the annotation with all that the evaluation reads."""
+    """Return the annotation with all that the evaluation reads."""
     if "area" in annotation and "iscrowd" in annotation:
         return annotation
     what = "object without area or iscrowd, which the evaluation reads"

@@ -64,7 +64,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns the exit status: 1 for a program that disagrees with the model, 2 for input that cannot work."""
+    """Return the exit status: 1 for a program that disagrees with the model, 2 for input that cannot work."""
     start = time.perf_counter()
     path = args.output or Path("model").with_suffix(FORMATS[args.format].suffix)
     size = None if args.fixed_size is None else tuple(args.fixed_size)

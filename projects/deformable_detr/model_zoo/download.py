@@ -36,7 +36,7 @@ class ModelZooHandler(PathHandler):
 
 
 def register_handler() -> None:
-    """Teaches Detectron2's PathManager the scheme; harmless where it is known already."""
+    """Teach Detectron2's PathManager the scheme; harmless where it is known already."""
     PathManager.register_handler(ModelZooHandler(), allow_override=True)
 
 
@@ -50,7 +50,7 @@ def cache_folder() -> str:
 
 
 def fetch(model: PublishedModel, *, force: bool = False) -> str:
-    """Returns the path of a model's weights, downloading them where they are not there yet.
+    """Return the path of a model's weights, downloading them where they are not there yet.
 
     A file that was put into the cache by hand is taken, be it the Hub's or the official one. Of several processes one
     downloads while the others wait.
@@ -72,7 +72,7 @@ def fetch(model: PublishedModel, *, force: bool = False) -> str:
 
 
 def _download(model: PublishedModel, path: str) -> None:
-    """Downloads to a temporary name, so that only a complete and verified file appears under ``path``."""
+    """Download to a temporary name, so that only a complete and verified file appears under ``path``."""
     folder, name = os.path.split(path)
     unverified = f"{path}.unverified"
     try:

@@ -134,7 +134,7 @@ MODELS = {model.name: model for model in _PUBLISHED}
 
 
 def find_model(name: str) -> PublishedModel:
-    """Returns the record of a model.
+    """Return the record of a model.
 
     Raises:
         KeyError: if there is no such model; lists those there are.

@@ -60,16 +60,19 @@ _HEADERS = (
 
 
 def render_table() -> str:
-    """Returns the models as a Markdown table."""
+    """Return the models as a Markdown table."""
     rows = [_row(model) for model in MODELS.values()]
     return tabulate(rows, headers=_HEADERS, tablefmt="github", disable_numparse=True)
 
 
 def render_page() -> str:
-    """Returns MODEL_ZOO.md."""
+    """Return MODEL_ZOO.md."""
     models = MODELS.values()
     known = sum(model.sha256 is not None for model in models)
-    hashes = f"The sha256 of {known} of the {len(models)} downloads is known and checked; of the others the length is."
+    hashes = (
+        f"The sha256 of {known} of the {len(models)} downloads is known and checked. Of the others the length is\n"
+        "compared with what the server announces, and loading compares every key and shape with the model's."
+    )
     licences = {(model.code_licence, model.weights_licence) for model in models}
     licence = "; ".join(f"code: {code}, weights: {weights}" for code, weights in sorted(licences))
     best = max(models, key=lambda model: model.ap)

@@ -19,7 +19,7 @@ def list_models() -> list[str]:
 
 
 def get_config_file(name: str, *, suffix: str = ".yaml") -> str:
-    """Returns the path of a model's configuration.
+    """Return the path of a model's configuration.
 
     Args:
         suffix: ".yaml", or ".py" for the LazyConfig.
@@ -34,7 +34,7 @@ def get_config_file(name: str, *, suffix: str = ".yaml") -> str:
 def get_config(
     name: str, trained: bool = False, *, suffix: str = ".yaml", opts: Sequence[str] = ()
 ) -> CfgNode | DictConfig:
-    """Returns a model's configuration.
+    """Return a model's configuration.
 
     Args:
         trained: set the published weights in place of the ImageNet backbone that training starts from.
@@ -50,7 +50,7 @@ def get_config(
 
 
 def get(name: str, trained: bool = False, device: str | torch.device = "cpu") -> nn.Module:
-    """Builds a model for the 80 COCO classes, in evaluation mode.
+    """Build a model for the 80 COCO classes, in evaluation mode.
 
     Args:
         trained: load the published weights, downloading them the first time; else the model keeps its random

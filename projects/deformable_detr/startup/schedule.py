@@ -45,7 +45,7 @@ _LAZY_KEYS = {
 def plan_schedule(
     *, num_images: int, epochs: int, batch: int, reference_lr: float, reference_batch: int
 ) -> dict[str, Any]:
-    """Computes a schedule.
+    """Compute a schedule.
 
     Args:
         num_images: training images.
@@ -81,7 +81,7 @@ def apply_schedule(
     num_gpus: int,
     opts: Sequence[str] = (),
 ) -> None:
-    """Gives a configuration a schedule of some epochs; what the user set on the command line stays as it is.
+    """Give a configuration a schedule of some epochs; what the user set on the command line stays as it is.
 
     The batch is ``IMAGES_PER_GPU`` for every GPU, never above the configuration's, in mixed precision on GPUs.
 

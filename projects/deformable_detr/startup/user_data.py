@@ -24,7 +24,7 @@ SPLITS = {"train": "to train on", "val": "to evaluate on"}
 
 
 def add_user_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that :func:`apply_user_data` reads."""
+    """Add the flags that :func:`apply_user_data` reads."""
     group = parser.add_argument_group("your own data, in COCO's format (sets the datasets and the number of classes)")
     for split, use in SPLITS.items():
         group.add_argument(f"--{split}-json", metavar="FILE", help=f"annotations {use}")
@@ -102,7 +102,7 @@ def check_user_data_given(split: str, names: Sequence[str]) -> None:
 
 
 def _named_files(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
-    """Returns the annotation file and the image folder of every split that the command line names."""
+    """Return the annotation file and the image folder of every split that the command line names."""
     files = {}
     for split in SPLITS:
         json_file, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
@@ -116,7 +116,7 @@ def _named_files(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
 def _check_once(
     files: dict[str, tuple[str, str]], contents: dict[str, dict], *, repair: bool, output_dir: str
 ) -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
-    """Checks the data in one process; every process gets the result, or raises an error."""
+    """Check the data in one process; every process gets the result, or raises an error."""
     outcome = error = None
     if comm.is_main_process():
         try:
@@ -136,7 +136,7 @@ def _check_once(
 def check_user_data(
     files: dict[str, tuple[str, str]], contents: dict[str, dict] | None = None, *, repair: bool, output_dir: str
 ) -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
-    """Looks through all splits together.
+    """Look through all splits together.
 
     Args:
         files: split -> annotation file and image folder.
@@ -183,7 +183,7 @@ def _list_problems(found: list[Problems]) -> str:
 def _set_datasets(
     cfg: CfgNode | DictConfig, files: dict[str, tuple[str, str]], *, num_classes: int, opts: Sequence[str]
 ) -> None:
-    """Points a configuration at the registered data; a split that was not named is not used."""
+    """Point a configuration at the registered data; a split that was not named is not used."""
     names = {split: (f"user_{split}",) if split in files else () for split in SPLITS}
     if isinstance(cfg, CfgNode):
         classes_key, keys = "MODEL.DEFORMABLE_DETR.NUM_CLASSES", {"train": "DATASETS.TRAIN", "val": "DATASETS.TEST"}
@@ -201,7 +201,7 @@ def _set_datasets(
 
 
 def _set(cfg: CfgNode | DictConfig, key: str, value: Any, *, flag: str, opts: Sequence[str]) -> None:
-    """Sets what follows from a flag; an override that says something else would be ignored."""
+    """Set what follows from a flag; an override that says something else would be ignored."""
     if key in overridden_keys(cfg, opts) and (given := get_value(cfg, key)) != value:
         raise ValueError(f"{key} is {value!r} by {flag}, but {given!r} by its override: leave out one of the two")
     set_value(cfg, key, value)

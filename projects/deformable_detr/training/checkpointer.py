@@ -44,7 +44,7 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         self.class_names = class_names
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Loads a checkpoint.
+        """Load a checkpoint.
 
         Args:
             path: file or URL of any handler of Detectron2's PathManager; if empty, nothing is loaded.
@@ -66,7 +66,7 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         return super(DetectionCheckpointer, self).load(path, checkpointables)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Resumes from the last checkpoint of ``save_dir`` where asked and there is one, else loads ``path``.
+        """Resume from the last checkpoint of ``save_dir`` where asked and there is one, else load ``path``.
 
         Raises:
             CheckpointError: if the last checkpoint is of another model than the present one, besides the cases of
@@ -88,7 +88,7 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         return read_checkpoint(path)
 
     def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
-        """Writes ``<save_dir>/<name>.pth``: either the whole file appears under that name, or none.
+        """Write ``<save_dir>/<name>.pth``: either the whole file appears under that name, or none.
 
         Args:
             name: file name without folder and suffix.
@@ -108,7 +108,7 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
             self.tag_last_checkpoint(os.path.basename(file))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Records the file to resume from."""
+        """Record the file to resume from."""
         with replacing(os.path.join(self.save_dir, "last_checkpoint")) as stream:
             stream.write(last_filename_basename.encode())
 

@@ -137,7 +137,7 @@ def _numbers_of(step: Step, model: nn.Module, precision: Precision) -> tuple[dic
 
 @contextmanager
 def _watching(model: nn.Module, found: dict[str, str], *, stop_at_losses: bool) -> Iterator[None]:
-    """Records the first module whose output, and the first whose output's gradient, is not finite."""
+    """Record the first module whose output, and the first whose output's gradient, is not finite."""
 
     def watch_gradient(name: str, gradient: Tensor) -> None:
         if not _is_finite(gradient):
