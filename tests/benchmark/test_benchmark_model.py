@@ -92,6 +92,13 @@ def test_model_benchmark_has_a_row_for_every_combination(run):
     assert rows[2]["MiB"] > rows[0]["MiB"] and rows[2]["GFLOPs"] == rows[0]["GFLOPs"]
 
 
+def test_launches_of_a_step_are_those_of_its_model_and_its_optimizer(run):
+    (row,) = run("train", "--sizes", "64x96", "--launches", "--peers", "--options", "default")
+    assert row["forward"] > 100 and row["backward"] > 100 and 0 < row["optimizer"] < 20 and "ms" not in row
+    (detection,) = run("model", "--sizes", "64x96", "--launches", "--peers")
+    assert detection["forward"] < row["forward"] and "backward" not in detection
+
+
 def test_train_benchmark_shows_what_checkpointing_saves(run):
     # So wide that the peak is in the transformer.
     opts = ["MODEL.DEFORMABLE_DETR.ENC_LAYERS", "4", "MODEL.DEFORMABLE_DETR.DIM_FEEDFORWARD", "4096"]

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,12 +15,17 @@ from torch import Tensor, nn
 
 from .. import model_zoo
 from ..modeling import DeformableDETR
+from .launches import count_launches, format_launches, sum_by_phase
 from .peers import OURS, TORCHVISION, TRANSFORMERS, Batch, build, find_peers, make_batch
-from .timing import CLOCKS, peak_memory, print_and_save, summarise, time_in_turns
+from .timing import CLOCKS, Call, peak_memory, print_and_save, summarise, time_in_turns
 
 NOTES = """\
 ms: median of the rounds; spread: quartile range / median; ratio: median over rounds of time / time of the first row of
 the same input; MiB: peak on top of weights and input; GFLOPs: multiply-adds, as papers count (first rows only)."""
+
+LAUNCH_NOTES = """\
+Operations that PyTorch dispatches in one call, the first one (which fills caches) left out: ATen's, without views and
+empty allocations. The optimizer's come on top of the model's, forward and backward."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +59,14 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, size: str, variant:
     parser.add_argument("--warmup", type=int, default=1, help="untimed calls of each before the rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="processor: for a busy machine, one thread")
+    parser.add_argument(
+        "--launches",
+        nargs="?",
+        type=int,
+        const=3,
+        metavar="DEPTH",
+        help="measure nothing, and count the operations of a call by module, DEPTH names deep (3)",
+    )
     parser.add_argument("--no-memory", action="store_true", help="its profile takes longer than the call on the CPU")
     parser.add_argument("--opts", nargs="+", default=[], help="overrides of the config")
     parser.add_argument("--json", type=Path, help="also write all numbers to this file")
@@ -60,56 +74,96 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, size: str, variant:
 
 def run(args: argparse.Namespace) -> None:
     """Measure every combination, print a table and write the JSON file."""
-    run_combinations(measure, args, NOTES)
+    run_combinations(make_contenders, measure, args, NOTES)
 
 
-def run_combinations(measure: Callable[..., list[dict]], args: argparse.Namespace, notes: str) -> None:
-    """Call ``measure(device, variant, size, batch size, args)`` for every input of :func:`add_common_arguments`."""
+@dataclass(frozen=True)
+class Contender:
+    """An implementation in one of its forms: what tells it from others in the table, and the call to measure."""
+
+    columns: dict[str, str]
+    model: nn.Module
+    call: Call
+
+
+def run_combinations(
+    make_contenders: Callable[[str, Batch, argparse.Namespace], list[Contender]],
+    measure: Callable[[list[Contender], str, Batch, argparse.Namespace], list[dict]],
+    args: argparse.Namespace,
+    notes: str,
+) -> None:
+    """Measure, or count, the contenders of every variant and batch of :func:`add_common_arguments`."""
     torch.set_num_threads(args.threads)
+    if args.launches is not None:
+        measure, notes = show_launches, LAUNCH_NOTES
     rows = []
-    for combination in itertools.product(args.devices, args.variants, args.sizes, args.batches):
-        rows += measure(*combination, args)
+    for device, variant, size, number in itertools.product(args.devices, args.variants, args.sizes, args.batches):
+        batch = make_batch(*size, size=number, device=device)
+        contenders = make_contenders(variant, batch, args)
+        common = {"variant": variant, "device": device, "size": "x".join(map(str, size)), "N": number}
+        found = measure(contenders, variant, batch, args)
+        rows += [{**common, **c.columns, **row} for c, row in zip(contenders, found, strict=True)]
     print_and_save(rows, args, notes)
 
 
-def measure(
-    device: str, variant: str, size: tuple[int, int], batch_size: int, args: argparse.Namespace
-) -> list[dict[str, object]]:
-    """Rows of the table for one input: every implementation, dtype and mode."""
-    batch = make_batch(*size, size=batch_size, device=device)
-    models = {}
+def make_contenders(variant: str, batch: Batch, args: argparse.Namespace) -> list[Contender]:
+    """Our model in every mode, and its peers, in every dtype."""
+    contenders = []
     for name in [OURS, *find_peers(args.peers)]:
         for mode in args.modes if name == OURS else ["eager"]:
-            models[name, mode] = build(name, variant, batch, opts=args.opts)
+            model = build(name, variant, batch, opts=args.opts)
             if mode == "compiled":
-                models[name, mode].model.transformer.compile()
-    calls = {
-        (name, mode, dtype): make_inference(model, batch, dtype=dtype)
-        for (name, mode), model in models.items()
-        for dtype in args.dtypes
-    }
-    times = time_in_turns(calls, rounds=args.rounds, warmup=args.warmup, device=device, clock=args.clock)
+                model.model.transformer.compile()
+            contenders += [
+                Contender(
+                    {"implementation": name, "dtype": dtype, "mode": mode},
+                    model,
+                    make_inference(model, batch, dtype=dtype),
+                )
+                for dtype in args.dtypes
+            ]
+    return contenders
+
+
+def measure(
+    contenders: list[Contender], variant: str, batch: Batch, args: argparse.Namespace
+) -> list[dict[str, object]]:
+    """Times, memory and size of every contender."""
     flops = count_flops(build(OURS, variant, batch, opts=args.opts).model, batch)
-    first = next(iter(times.values()))
     rows = []
-    for (name, mode, dtype), samples in times.items():
-        numbers = summarise(samples, first)
+    for contender, numbers in zip(contenders, time_contenders(contenders, batch, args), strict=True):
+        own_flops = contender.columns["implementation"] in (OURS, TRANSFORMERS)
         rows.append(
             {
-                "variant": variant,
-                "device": device,
-                "size": "x".join(map(str, size)),
-                "N": batch_size,
-                "implementation": name,
-                "dtype": dtype,
-                "mode": mode,
                 **numbers,
-                "images/s": 1e3 * batch_size / numbers["ms"],
-                "MiB": None if args.no_memory else peak_memory(calls[name, mode, dtype], device),
-                "M params": sum(p.numel() for p in models[name, mode].parameters()) / 1e6,
-                "GFLOPs": flops if name in (OURS, TRANSFORMERS) else None,
+                "images/s": 1e3 * len(batch.images) / numbers["ms"],
+                "MiB": None if args.no_memory else peak_memory(contender.call, batch.device),
+                "M params": sum(p.numel() for p in contender.model.parameters()) / 1e6,
+                "GFLOPs": flops if own_flops else None,
             }
         )
+    return rows
+
+
+def time_contenders(contenders: list[Contender], batch: Batch, args: argparse.Namespace) -> list[dict[str, float]]:
+    """Medians, spreads and ratios to the first, measured in turns."""
+    calls = {i: contender.call for i, contender in enumerate(contenders)}
+    times = time_in_turns(calls, rounds=args.rounds, warmup=args.warmup, device=batch.device, clock=args.clock)
+    return [summarise(samples, times[0]) for samples in times.values()]
+
+
+def show_launches(
+    contenders: list[Contender], variant: str, batch: Batch, args: argparse.Namespace
+) -> list[dict[str, int]]:
+    """Print the operations of every contender by module; returns their sums."""
+    rows = []
+    for contender in contenders:
+        contender.call()  # It fills caches, and the optimizer makes its state.
+        counts = count_launches(contender.call, contender.model)
+        print(
+            f"{variant}: {', '.join(contender.columns.values())}", format_launches(counts, args.launches), "", sep="\n"
+        )
+        rows.append(sum_by_phase(counts))
     return rows
 
 

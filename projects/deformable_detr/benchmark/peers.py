@@ -29,6 +29,11 @@ class Batch:
     boxes: list[Tensor]
     labels: list[Tensor]
 
+    @property
+    def device(self) -> str:
+        """Of all tensors."""
+        return str(self.images[0].device)
+
 
 def make_batch(height: int, width: int, *, size: int, device: str, num_objects: int = 7) -> Batch:
     """Random images; seven objects are the average of COCO."""

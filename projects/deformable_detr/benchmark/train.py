@@ -8,9 +8,9 @@ from collections.abc import Callable
 from torch import nn
 
 from ..solver import ClippedAdamW
-from .inference import add_common_arguments, autocast, run_combinations
-from .peers import OURS, TRANSFORMERS, Batch, build, find_peers, make_batch
-from .timing import peak_memory, summarise, time_in_turns
+from .inference import Contender, add_common_arguments, autocast, run_combinations, time_contenders
+from .peers import OURS, TRANSFORMERS, Batch, build, find_peers
+from .timing import peak_memory
 
 NOTES = """\
 ms: median of the rounds; spread: quartile range / median; ratio: median over rounds of time / time of the first row of
@@ -30,42 +30,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure every combination, print a table and write the JSON file."""
-    run_combinations(measure, args, NOTES)
+    run_combinations(make_contenders, measure, args, NOTES)
 
 
-def measure(
-    device: str, variant: str, size: tuple[int, int], batch_size: int, args: argparse.Namespace
-) -> list[dict[str, object]]:
-    """Rows of the table for one input: every implementation, option and dtype."""
-    batch = make_batch(*size, size=batch_size, device=device)
-    calls = {}
+def make_contenders(variant: str, batch: Batch, args: argparse.Namespace) -> list[Contender]:
+    """Our model with every option, and its peers, in every dtype."""
+    contenders = []
     for name in [OURS, *find_peers(args.peers)]:
         for option in args.options if name == OURS else ["default"]:
             model = build(name, variant, batch, opts=args.opts)
             if option == "checkpoint":
                 transformer = model.model.transformer
                 transformer.encoder.activation_checkpoint = transformer.decoder.activation_checkpoint = True
-            calls |= {(name, option, dtype): make_step(model, batch, dtype=dtype) for dtype in args.dtypes}
-    times = {}
-    if not args.memory_only:
-        times = time_in_turns(calls, rounds=args.rounds, warmup=args.warmup, device=device, clock=args.clock)
-    rows = []
-    for (name, option, dtype), call in calls.items():
-        if not args.no_memory and not times:
-            call()  # The optimizer makes its state in its first step.
-        row = {
-            "variant": variant,
-            "device": device,
-            "size": "x".join(map(str, size)),
-            "N": batch_size,
-            "implementation": name,
-            "option": option,
-            "dtype": dtype,
-        }
-        if times:
-            row |= summarise(times[name, option, dtype], next(iter(times.values())))
-        rows.append(row | {"MiB": None if args.no_memory else peak_memory(call, device)})
-    return rows
+            contenders += [
+                Contender(
+                    {"implementation": name, "option": option, "dtype": dtype},
+                    model,
+                    make_step(model, batch, dtype=dtype),
+                )
+                for dtype in args.dtypes
+            ]
+    return contenders
+
+
+def measure(
+    contenders: list[Contender], variant: str, batch: Batch, args: argparse.Namespace
+) -> list[dict[str, object]]:
+    """Times, unless it is the memory alone that is asked for, and memory of every contender."""
+    rows = [{}] * len(contenders) if args.memory_only else time_contenders(contenders, batch, args)
+    if args.memory_only:
+        for contender in contenders:
+            contender.call()  # The optimizer makes its state in its first step.
+    memory = [None if args.no_memory else peak_memory(contender.call, batch.device) for contender in contenders]
+    return [{**row, "MiB": mib} for row, mib in zip(rows, memory, strict=True)]
 
 
 def make_step(model: nn.Module, batch: Batch, *, dtype: str) -> Callable[[], float]:
