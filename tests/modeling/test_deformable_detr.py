@@ -3,9 +3,12 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
+from torchvision.ops import box_convert
 
 from deformable_detr import load_config
 from deformable_detr.modeling import deformable_detr as room
+from deformable_detr.modeling.detections import select_detections
+from deformable_detr.modeling.padding import padding_masks
 
 # Total and trainable parameters of the official models with 91 classes.
 OFFICIAL_PARAMETERS = {
@@ -43,7 +46,8 @@ def test_padded_features_do_not_change_predictions(make_model, make_input, rando
         return features
 
     sizes = torch.tensor([[64, 96], [96, 64]])
-    masks = room._padding_masks((96, 96), sizes, list(forward(torch.zeros(2, 3, 96, 96)).values()))
+    shapes = [feature.shape[-2:] for feature in forward(torch.zeros(2, 3, 96, 96)).values()]
+    masks = padding_masks((96, 96), sizes, shapes)
     monkeypatch.setattr(model.backbone, "forward", with_garbage_at_padding)
     polluted = model.predict_raw(images)
     assert all(torch.equal(clean[k], polluted[k]) for k in ("pred_logits", "pred_boxes"))
@@ -62,7 +66,7 @@ def test_batch_mates_do_not_change_predictions_on_a_fixed_canvas(make_model, mak
 
 
 def test_padding_mask_samples_the_nearest_pixel_of_the_full_mask():
-    (mask,) = room._padding_masks((800, 480), torch.tensor([[647, 480], [800, 480]]), [torch.empty(2, 1, 100, 60)])
+    (mask,) = padding_masks((800, 480), torch.tensor([[647, 480], [800, 480]]), [(100, 60)])
     assert mask.shape == (2, 100, 60)
     # Cell i looks at pixel 8 i: 81 of 100 cells see pixels below 647.
     assert (~mask[0, :, 0]).sum() == 81 and not mask[1].any()
@@ -189,7 +193,7 @@ def test_detections_equal_the_raw_predictions_of_the_last_layer(make_model, make
     model = randomize(make_model(two_stage=True, with_box_refine=True)).eval()
     images = [make_input(64, 96), make_input(96, 64, seed=1)]
     raw = model.predict_raw(images)
-    boxes, scores, labels = model.select_detections(raw["pred_logits"][-1], raw["pred_boxes"][-1])
+    boxes, scores, labels, _ = model.select_detections(raw["pred_logits"][-1], raw["pred_boxes"][-1])
     with torch.no_grad():
         detections = [result["instances"] for result in model(images)]
     for i, (height, width) in enumerate([(64, 96), (96, 64)]):
@@ -198,6 +202,14 @@ def test_detections_equal_the_raw_predictions_of_the_last_layer(make_model, make
         torch.testing.assert_close(
             detections[i].pred_boxes.tensor, boxes[i] * torch.tensor([width, height, width, height])
         )
+
+
+def test_a_selected_detection_names_its_query():
+    logits = torch.tensor([[[0.0, 3.0], [1.0, -4.0], [-9.0, 2.0]]])
+    boxes = torch.rand(1, 3, 4)
+    found = select_detections(logits, boxes, 4)
+    assert found.labels.tolist() == [[1, 1, 0, 0]] and found.queries.tolist() == [[0, 2, 1, 0]]
+    assert torch.equal(found.boxes[0], box_convert(boxes[0], "cxcywh", "xyxy")[found.queries[0]])
 
 
 def test_training_logs_its_errors_into_the_trainers_storage(make_model, make_input):

@@ -186,8 +186,8 @@ def test_prediction_that_the_matcher_refuses_is_explained(run_yaml, monkeypatch,
         outputs = predict(self, images)
         return {**outputs, "pred_boxes": outputs["pred_boxes"] * float("nan")}
 
-    predict = DeformableDETR._predict
-    monkeypatch.setattr(DeformableDETR, "_predict", predict_nan)
+    predict = DeformableDETR.predict
+    monkeypatch.setattr(DeformableDETR, "predict", predict_nan)
     with pytest.raises(NonFiniteError, match=r"Iteration 0: .* must be finite.*(?s:.*)Images of the batch: .*png"):
         run_yaml(tmp_path / "output")
 

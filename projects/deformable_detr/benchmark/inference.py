@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from detectron2.structures import ImageList
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
@@ -202,7 +203,7 @@ class _Predict(nn.Module):
         self.model = model
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        return self.model.predict_padded(pixels, torch.tensor([pixels.shape[2:]], device=pixels.device))
+        return self.model.predict(ImageList(pixels, [pixels.shape[2:]]))
 
 
 def _count_op(inputs: list, outputs: list) -> int:

@@ -4,8 +4,7 @@ import difflib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-
+from ..modeling.detections import select_detections
 from .recorder import Recording
 
 
@@ -32,16 +31,14 @@ class Detection(NamedTuple):
 
 
 def rank_detections(recording: Recording, limit: int) -> list[Detection]:
-    """The model's detections with their queries, best first, as ``DeformableDETR.inference`` selects them.
+    """The model's detections with their queries, best first.
 
     Args:
         limit: how many, ``model.test_topk_per_image``.
     """
-    scores = recording.pred_logits[-1].sigmoid()
-    best, index = scores.flatten().topk(min(limit, scores.numel()))
-    queries = torch.div(index, scores.shape[1], rounding_mode="floor").tolist()
-    labels = (index % scores.shape[1]).tolist()
-    return [make_detection(recording, *found) for found in zip(queries, labels, best.tolist(), strict=True)]
+    found = select_detections(recording.pred_logits[-1:], recording.pred_boxes[-1:], limit)
+    columns = (column[0].tolist() for column in (found.queries, found.labels, found.scores))
+    return [make_detection(recording, *row) for row in zip(*columns, strict=True)]
 
 
 def make_detection(recording: Recording, query: int, label: int, score: float) -> Detection:

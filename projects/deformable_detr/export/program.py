@@ -18,6 +18,7 @@ from torchvision.ops import box_convert
 from ..layers import ms_deform_attn_pytorch
 from ..modeling import DeformableDETR
 from ..modeling.frozen_bn import FrozenBNConv2d
+from ..modeling.padding import padding_mask
 
 # The longest side, in pixels, that a program of dynamic size accepts; torch.export asks for a limit.
 MAX_SIDE = 2**14
@@ -49,28 +50,20 @@ class DetectionProgram(nn.Module):
             may appear with several classes; k is ``test_topk_per_image``, less for very small images.
         """
         outputs = self.predict(images, image_sizes)
-        return self.model.select_detections(outputs["pred_logits"][-1], outputs["pred_boxes"][-1])
+        found = self.model.select_detections(outputs["pred_logits"][-1], outputs["pred_boxes"][-1])
+        return found.boxes, found.scores, found.labels
 
     def predict(self, images: Tensor, image_sizes: Tensor) -> dict[str, Tensor]:
         """What the model predicts before the best are selected; see ``DeformableDETR.predict_raw``."""
         if self.model.input_format == "BGR":
             images = images.flip(1)
-        normalised = (images - self.model.pixel_mean) / self.model.pixel_std
-        inside = _inside(images, image_sizes)
-        return self.model.predict_padded(normalised * inside, image_sizes, all_proposals=False)
+        inside = ~padding_mask(images.shape[-2:], image_sizes)[:, None]
+        return self.model.predict_padded(self.model.normalise(images) * inside, image_sizes, all_proposals=False)
 
     def scores_and_boxes(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (N, Lq, K) of all classes and boxes (N, Lq, 4) xyxy in [0, 1] of all queries."""
         outputs = self.predict(images, image_sizes)
         return outputs["pred_logits"][-1].float().sigmoid(), box_convert(outputs["pred_boxes"][-1], "cxcywh", "xyxy")
-
-
-def _inside(images: Tensor, image_sizes: Tensor) -> Tensor:
-    """(N, 1, H, W) bool, False at padding."""
-    height, width = images.shape[-2:]
-    rows = torch.arange(height, device=images.device) < image_sizes[:, :1]
-    columns = torch.arange(width, device=images.device) < image_sizes[:, 1:]
-    return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from ..data.dataset_dict import describe_image
 from ..layers import PositionEmbeddingSine
 from .criterion import SetCriterion
+from .detections import Detections, select_detections, to_instances
 from .matcher import HungarianMatcher, Target
+from .padding import padding_masks
 from .transformer import DeformableTransformer
 
 # Prior probability of every class at initialisation (focal loss paper, section 4.1).
@@ -158,10 +160,10 @@ class DeformableDETR(nn.Module):
         """
         images = self.preprocess_image(batched_inputs)
         if not self.training:
-            outputs = self._predict(images, all_proposals=False)
+            outputs = self.predict(images, all_proposals=False)
             return self.inference(outputs["pred_logits"][-1], outputs["pred_boxes"][-1], images, batched_inputs)
         targets = self.prepare_targets(batched_inputs)
-        return self.criterion(self._predict(images), targets)
+        return self.criterion(self.predict(images), targets)
 
     @torch.no_grad()
     def predict_raw(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
@@ -174,14 +176,18 @@ class DeformableDETR(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            return self._predict(self.preprocess_image(batched_inputs))
+            return self.predict(self.preprocess_image(batched_inputs))
         finally:
             self.train(was_training)
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise, then pad with zeros to the largest height and width of the batch."""
-        images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
+        images = [self.normalise(x["image"].to(self.device)) for x in batched_inputs]
         return ImageList.from_tensors(images, self.backbone.size_divisibility)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Subtract the mean and divide by the deviation of every channel: (..., 3, H, W), range 0-255."""
+        return (images - self.pixel_mean) / self.pixel_std
 
     def prepare_targets(self, batched_inputs: list[dict]) -> list[Target]:
         """Ground truth as "labels" (n,) and "boxes" (n, 4) cxcywh in [0, 1] of the unpadded image, on the device."""
@@ -201,43 +207,22 @@ class DeformableDETR(nn.Module):
     def inference(
         self, logits: Tensor, boxes: Tensor, images: ImageList, batched_inputs: list[dict]
     ) -> list[dict[str, Instances]]:
-        """Select the highest class scores over all queries, as in the official evaluation.
-
-        A query may appear with several classes. Boxes are scaled to the wanted size and neither clipped to the image
-        nor filtered, exactly as the published APs were measured.
+        """Turn predictions of one layer into detections of the wanted sizes.
 
         Args:
             logits: (N, Lq, K).
             boxes: (N, Lq, 4) cxcywh in [0, 1].
+            images: the batch, for its sizes.
+            batched_inputs: as for the model; "height" and "width" are the size in which boxes are wanted.
         """
-        boxes, scores, labels = self.select_detections(logits, boxes)
-        results = []
-        for i, (x, size) in enumerate(zip(batched_inputs, images.image_sizes, strict=True)):
-            height, width = x.get("height", int(size[0])), x.get("width", int(size[1]))
-            result = Instances((height, width))
-            result.pred_boxes = Boxes(boxes[i] * boxes.new_tensor([width, height, width, height]))
-            result.scores = scores[i]
-            result.pred_classes = labels[i]
-            results.append({"instances": result})
-        return results
+        return to_instances(self.select_detections(logits, boxes), wanted_sizes(images, batched_inputs))
 
-    def select_detections(self, logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The k highest class scores of every image over all queries, best first; k is at most test_topk_per_image.
+    def select_detections(self, logits: Tensor, boxes: Tensor) -> Detections:
+        """Select the best ``test_topk_per_image`` of :func:`select_detections`."""
+        return select_detections(logits, boxes, self.test_topk_per_image)
 
-        Args:
-            logits: (N, Lq, K).
-            boxes: (N, Lq, 4) cxcywh in [0, 1].
-
-        Returns:
-            Boxes (N, k, 4) xyxy in [0, 1], scores (N, k) and labels (N, k).
-        """
-        scores = logits.float().sigmoid().flatten(1)
-        scores, index = scores.topk(min(self.test_topk_per_image, scores.shape[1]), dim=1)
-        queries = index.div(self.num_classes, rounding_mode="floor")
-        boxes = box_convert(boxes.float(), "cxcywh", "xyxy").gather(1, queries[..., None].expand(-1, -1, 4))
-        return boxes, scores, index % self.num_classes
-
-    def _predict(self, images: ImageList, *, all_proposals: bool = True) -> dict[str, Tensor]:
+    def predict(self, images: ImageList, *, all_proposals: bool = True) -> dict[str, Tensor]:
+        """Predict for a batch of :meth:`preprocess_image`, in the model's own mode; see :meth:`predict_padded`."""
         sizes = torch.tensor(images.image_sizes, device=images.tensor.device)
         return self.predict_padded(images.tensor, sizes, all_proposals=all_proposals)
 
@@ -253,7 +238,8 @@ class DeformableDETR(nn.Module):
             What :meth:`predict_raw` documents.
         """
         features = list(self.backbone(images).values())
-        masks = _padding_masks(images.shape[-2:], image_sizes, features)
+        shapes = [tuple(feature.shape[-2:]) for feature in features]
+        masks = padding_masks(images.shape[-2:], image_sizes, shapes)
         output = self.transformer(
             features,
             masks,
@@ -300,19 +286,12 @@ class DeformableDETR(nn.Module):
             nn.init.constant_(self.bbox_embed[0].layers[-1].bias.data[2:], -2.0)
 
 
-def _padding_masks(canvas: Sequence[int], image_sizes: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
-    """Padding of every feature map, (N, H_l, W_l) bool: nearest samples of the full-size mask, as the official code.
-
-    Args:
-        canvas: padded height and width.
-        image_sizes: (N, 2) valid heights and widths.
-        features: L maps (N, C, H_l, W_l).
-    """
-    height, width = canvas
-    rows = torch.arange(height, device=image_sizes.device) >= image_sizes[:, 0, None]
-    columns = torch.arange(width, device=image_sizes.device) >= image_sizes[:, 1, None]
-    mask = (rows[:, :, None] | columns[:, None, :]).float()[None]
-    return [F.interpolate(mask, size=feature.shape[-2:])[0].bool() for feature in features]
+def wanted_sizes(images: ImageList, batched_inputs: Sequence[dict]) -> list[tuple[int, int]]:
+    """Heights and widths in which boxes are wanted: "height" and "width" of the inputs, or those of the images."""
+    return [
+        (x.get("height", int(height)), x.get("width", int(width)))
+        for x, (height, width) in zip(batched_inputs, images.image_sizes, strict=True)
+    ]
 
 
 def _check_ground_truth(boxes: Tensor, labels: Tensor, num_classes: int, x: dict) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
@@ -25,7 +24,7 @@ class EveryLayer(nn.Module):
         self.model = unwrap(model)
         # Detectron2 puts a model back into the mode in which it was; this one has none of its own.
         self.training = self.model.training
-        if not hasattr(self.model, "predict_padded"):
+        if not hasattr(self.model, "predict"):
             raise TypeError(f"TEST.PER_LAYER_AP needs a DeformableDETR, got {type(self.model).__name__}")
 
     @property
@@ -35,8 +34,7 @@ class EveryLayer(nn.Module):
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         """Detections by layer and image, each as :meth:`DeformableDETR.inference` returns them."""
         images = self.model.preprocess_image(batched_inputs)
-        sizes = torch.tensor(images.image_sizes, device=images.tensor.device)
-        outputs = self.model.predict_padded(images.tensor, sizes, all_proposals=False)
+        outputs = self.model.predict(images, all_proposals=False)
         layers = zip(outputs["pred_logits"], outputs["pred_boxes"], strict=True)
         return [self.model.inference(logits, boxes, images, batched_inputs) for logits, boxes in layers]
 
