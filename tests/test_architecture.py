@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "engine": {"config", "data", "files", "solver", "startup", "training"},
     "loading": {"checkpoint", "config", "data", "model_zoo", "modeling", "training"},
     "collect_env": {"layers"},
-    "detect": {"checkpoint", "loading"},
+    "detect": {"checkpoint", "data", "loading"},
     "explain": {"data", "detect", "layers", "loading", "modeling"},
     "report": {"data", "training"},
     "export": {"layers", "loading", "modeling"},

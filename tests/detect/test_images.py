@@ -56,7 +56,7 @@ def test_arrays_are_rgb_unless_said_otherwise(pixels):
         (np.zeros((3, 4, 5), np.uint8), r"got \(3, 4, 5\)"),
         (np.zeros((0, 4, 3), np.uint8), r"got \(0, 4, 3\)"),
         (7, "got int"),
-        (Image.new("F", (2, 2)), "floating-point"),
+        (Image.new("F", (2, 2), 2), "floating-point .* from 2.0 to 2.0"),
         (Image.new("I", (2, 2), 70_000), "from 70000 to 70000"),
     ],
 )

@@ -218,3 +218,10 @@ def test_training_logs_its_errors_into_the_trainers_storage(make_model, make_inp
     latest = storage.latest()
     # A fresh model finds nothing: every class has the probability 0.01.
     assert latest["cardinality_error"][0] == 1 and latest["class_error"][0] in (0, 100)
+
+
+@pytest.mark.parametrize("image_format", ["L", "YUV-BT.601"])
+def test_channel_orders_that_not_every_tool_knows_are_refused_when_the_model_is_built(image_format):
+    opts = ["MODEL.DEVICE", "cpu", "INPUT.FORMAT", image_format]
+    with pytest.raises(ValueError, match=rf'INPUT\.FORMAT .* must be "RGB" or "BGR", got \'{image_format}\''):
+        build_model(load_config("configs/COCO-Detection/deformable_detr_R_50.yaml", opts))

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from .coco_format import DatasetError, read_coco_json
+from .images import check_readable, upright_size
 
 # Reading the header of an image takes about 0.2 ms where the disk is fast. Of larger datasets an evenly spaced sample
 # of this size is opened; that the files exist is checked for all.
@@ -19,9 +20,6 @@ MAX_OPENED_IMAGES = 20_000
 # Boxes that leave the image by less are rounding errors; training clips them.
 TOLERANCE = 1.0  # px
 _MAX_EXAMPLES = 3
-_EXIF_ORIENTATION = 0x0112
-# Detectron2 turns images upright as it reads them. Formats whose header tells how; a PNG would have to be decoded.
-_FORMATS_WITH_ORIENTATION = ("JPEG", "MPO", "WEBP", "TIFF")
 
 
 @dataclass
@@ -148,7 +146,9 @@ def _find_flaw(image: dict[str, Any], data: CocoData, *, opened: bool) -> tuple[
     if not opened:
         return None
     try:
-        size = _upright_size(path)
+        with Image.open(path) as header:
+            size = upright_size(header)
+            check_readable(header)
     # Pillow reports broken files as OSError, SyntaxError (PNG) or ValueError (sizes).
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return "unreadable image file", f"{path} ({error})"
@@ -156,14 +156,6 @@ def _find_flaw(image: dict[str, Any], data: CocoData, *, opened: bool) -> tuple[
     if size != expected:
         return "image of another size than in the annotations", f"{path} is {_times(size)}, not {_times(expected)}"
     return None
-
-
-def _upright_size(path: str) -> tuple[int, int]:
-    """Return (width, height) of an image after Detectron2 has turned it as its EXIF data say, from its header."""
-    with Image.open(path) as image:
-        width, height = image.size
-        turned = image.format in _FORMATS_WITH_ORIENTATION and image.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
-    return (height, width) if turned else (width, height)
 
 
 def _times(size: tuple[int, int]) -> str:

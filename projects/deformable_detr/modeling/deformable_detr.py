@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from ..data.dataset_dict import describe_image
+from ..data.images import check_format
 from ..layers import PositionEmbeddingSine
 from .criterion import SetCriterion
 from .detections import Detections, select_detections, to_instances
@@ -79,6 +80,7 @@ class DeformableDETR(nn.Module):
         super().__init__()
         _check_positive(num_classes=num_classes, num_queries=num_queries, test_topk_per_image=test_topk_per_image)
         _check_levels(backbone, transformer)
+        check_format(input_format, "INPUT.FORMAT (the model's input_format)")
         self.backbone = backbone
         self.position_embedding = position_embedding
         self.transformer = transformer

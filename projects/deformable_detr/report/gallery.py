@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.data import Metadata
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.visualizer import Visualizer
 from matplotlib import colormaps
@@ -17,6 +16,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from ..data.dataset_dict import get_objects
+from ..data.images import read_file
 
 # What stands left and right in a pair.
 PAIR = ("ground truth", "detections")
@@ -122,7 +122,7 @@ def draw_pair(
         OSError: the image cannot be read.
     """
     found = predictions[predictions.scores >= score_threshold]
-    pixels = read_image(image["file_name"], "RGB")
+    pixels = read_file(image["file_name"])
     objects = get_objects(image)
     boxes = [BoxMode.convert(entry["bbox"], entry["bbox_mode"], BoxMode.XYXY_ABS) for entry in objects]
     truth = _draw_panel(pixels, boxes, [entry["category_id"] for entry in objects], metadata)
