@@ -157,6 +157,7 @@ setup(
     package_data={
         "deformable_detr.model_zoo.configs": ["*/*.yaml", "*/*.py"],
         "deformable_detr.explain": ["page.html"],
+        "deformable_detr.report": ["page.html"],
     },
     install_requires=[
         "detectron2",
@@ -165,6 +166,7 @@ setup(
         "fvcore",
         "hydra-core",
         "iopath",
+        "jinja2",
         "omegaconf",
         "pycocotools",
         "scipy",

@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 
-from deformable_detr.report.evaluation import load_evaluation, precision_recall
+from deformable_detr.report.evaluation import load_evaluation
 from deformable_detr.report.run import NoData, read_run
 
 CAT, DOG = 7, 3
@@ -22,7 +22,7 @@ def test_precision_and_recall_are_as_worked_out_by_hand(run_folder):
     """Right, wrong, right: precision 1 up to recall 1/2, then 2/3. The other class has no object, and no say."""
     run_folder.write_truth((1, CAT, BOX), (2, CAT, BOX))
     run_folder.write_detections((1, CAT, BOX, 0.9), (1, CAT, [60, 60, 20, 20], 0.8), (2, CAT, BOX, 0.7))
-    result = precision_recall(load(run_folder))
+    result = load(run_folder).precision_recall()
     for curve in (*result.curves().values(), *result.curves(1).values()):
         assert curve == pytest.approx(np.where(result.recall <= 0.5, 1, 2 / 3))
     ap = (51 + 50 * 2 / 3) / 101
@@ -32,7 +32,7 @@ def test_precision_and_recall_are_as_worked_out_by_hand(run_folder):
 def test_a_loose_box_counts_at_low_thresholds_only(run_folder):
     run_folder.write_truth((1, CAT, [0, 0, 10, 10]))
     run_folder.write_detections((1, CAT, [0, 0, 10, 7], 0.9))  # IoU 0.7: right at .50, .55, .60, .65 and .70
-    means = {label: curve.mean() for label, curve in precision_recall(load(run_folder)).curves().items()}
+    means = {label: curve.mean() for label, curve in load(run_folder).precision_recall().curves().items()}
     assert means == pytest.approx({"IoU .50": 1, "IoU .75": 0, "IoU .50:.95": 0.5})
 
 
@@ -59,7 +59,7 @@ def test_ap_per_category_equals_that_of_detectron2s_evaluator(run_folder):
         found.pred_classes = torch.tensor(classes)
         evaluator.process([image], [{"instances": found}])
     expected = evaluator.evaluate()["bbox"]
-    result = precision_recall(load(run_folder))
+    result = load(run_folder).precision_recall()
     assert result.ap_per_class() == pytest.approx([expected["AP-dog"], expected["AP-cat"]])
     overall = [100 * curve.mean() for curve in result.curves().values()]
     assert overall == pytest.approx([expected["AP50"], expected["AP75"], expected["AP"]])
@@ -68,7 +68,8 @@ def test_ap_per_category_equals_that_of_detectron2s_evaluator(run_folder):
 
 def test_detections_are_left_as_they_are_in_the_file(evaluated):
     evaluation = load(evaluated)
-    precision_recall(evaluation)
+    assert len(evaluation.matches.scores) == 7
+    evaluation.precision_recall()
     assert evaluation.detections == json.loads((evaluated.path / "inference/coco_instances_results.json").read_text())
 
 
@@ -107,5 +108,5 @@ def test_a_model_that_detects_nothing_has_no_curve_but_misses_everything(evaluat
     evaluated.write_detections()
     evaluation = load(evaluated)
     with pytest.raises(NoData, match="detected nothing"):
-        precision_recall(evaluation)
+        evaluation.precision_recall()
     assert evaluation.matches.confusion(0.3)[:, -1].tolist() == [2, 2, 0]

@@ -2,13 +2,12 @@
 
 import base64
 import io
-import json
 import math
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader
 from matplotlib.colors import to_hex
 from PIL import Image
 
@@ -48,10 +47,9 @@ def write_page(
     data["layer"] = check_layer(layer, len(recording.decoder), "decoder")
     if recording.encoder:
         data["encoder"]["layer"] = check_layer(encoder_layer, len(recording.encoder), "encoder")
-    # "<" would end the script element that holds the data, if a class or a file were called "</script>".
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    Path(path).write_text(template.replace("@DATA@", text), encoding="utf-8")
+    environment = Environment(loader=PackageLoader(__package__, ""), autoescape=True)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    Path(path).write_text(environment.get_template("page.html").render(data=data), encoding="utf-8")
     return Path(path)
 
 

@@ -1,21 +1,122 @@
-"""The last evaluation of a run, counted again from its detections and the ground truth."""
+"""The last evaluation of a run, counted again from its detections and the ground truth by pycocotools.
+
+D detections and T true objects of a whole dataset lie in flat arrays.
+"""
 
 import contextlib
 import io
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.evaluation.coco_evaluation import COCOeval_opt
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-from .matching import BoxTable, Matches, match_detections
 from .run import RESULTS, NoData, Run, find_dataset
 
 # Positions of IoU 0.50 and 0.75 among COCO's thresholds 0.50, 0.55, ..., 0.95.
 IOU_50, IOU_75 = 0, 5
+# In place of an index into the true objects: nothing is there, or only a crowd region, which counts for nothing.
+NOTHING, IN_CROWD = -1, -2
+
+
+@dataclass(frozen=True)
+class Matches:
+    """A dataset's objects and detections, paired whatever their classes, the surest detection first.
+
+    A detection gets the free object of its image with which it overlaps most, if their IoU is at least 0.5. As stronger
+    detections choose first, the pairs above any score threshold are those of a matching of the detections above it.
+
+    Attributes:
+        images, classes: (D,) of the detections, by index; images ascend.
+        scores: (D,), descending within an image.
+        matched: (D,) index of the object of each detection; ``NOTHING`` or ``IN_CROWD`` where it has none.
+        true_images, true_classes: (T,) of the objects.
+        crowd: (T,) bool, whether an object is a crowd region.
+    """
+
+    images: np.ndarray
+    classes: np.ndarray
+    scores: np.ndarray
+    matched: np.ndarray
+    true_images: np.ndarray
+    true_classes: np.ndarray
+    crowd: np.ndarray
+    num_images: int
+    num_classes: int
+
+    def is_correct(self) -> np.ndarray:
+        """(D,) whether a detection lies on an object of its class."""
+        # An index of no object reads the entry that is added at the end.
+        return np.append(self.true_classes, -1)[np.maximum(self.matched, NOTHING)] == self.classes
+
+    def confusion(self, score_threshold: float) -> np.ndarray:
+        """Count pairs of classes.
+
+        Returns:
+            (K + 1, K + 1): true class by predicted class. The last row is the background: detections where nothing is.
+            The last column are missed objects. Crowd regions and detections in them are not counted.
+        """
+        used = (self.scores >= score_threshold) & (self.matched != IN_CROWD)
+        matched = self.matched[used]
+        missed = ~self.crowd
+        missed[matched[matched >= 0]] = False
+        true = np.append(self.true_classes, self.num_classes)[matched]
+        rows = np.concatenate([true, self.true_classes[missed]])
+        columns = np.concatenate([self.classes[used], np.full(missed.sum(), self.num_classes)])
+        size = self.num_classes + 1
+        return np.bincount(rows * size + columns, minlength=size * size).reshape(size, size)
+
+    def errors(self, score_threshold: float) -> tuple[np.ndarray, np.ndarray]:
+        """Count what is wrong in every image.
+
+        Returns:
+            Two (num_images,) arrays: objects that no detection of their class lies on; and detections, not in crowd
+            regions, that lie on no object of their class. A detection with a wrong class counts in both.
+        """
+        used = self.scores >= score_threshold
+        correct = self.is_correct() & used
+        missed = ~self.crowd
+        missed[self.matched[correct]] = False
+        false = used & ~correct & (self.matched != IN_CROWD)
+        return (
+            np.bincount(self.true_images[missed], minlength=self.num_images),
+            np.bincount(self.images[false], minlength=self.num_images),
+        )
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Precision at recalls 0, 0.01, ..., 1, by COCO's rules, objects of every size, at most 100 detections an image.
+
+    Attributes:
+        precision: (10 IoU thresholds 0.50, ..., 0.95; 101 recalls; K classes); NaN in classes without objects.
+    """
+
+    precision: np.ndarray
+
+    @property
+    def recall(self) -> np.ndarray:
+        """(101,) the recalls."""
+        return np.linspace(0, 1, self.precision.shape[1])
+
+    def curves(self, class_index: int | None = None) -> dict[str, np.ndarray]:
+        """(101,) precision at IoU .50, at .75, and their mean over all thresholds.
+
+        Args:
+            class_index: one class; None averages over the classes that have objects.
+        """
+        classes = ~np.isnan(self.precision[0, 0]) if class_index is None else [class_index]
+        precision = self.precision[..., classes].mean(axis=-1)
+        return {"IoU .50": precision[IOU_50], "IoU .75": precision[IOU_75], "IoU .50:.95": precision.mean(axis=0)}
+
+    def ap_per_class(self) -> np.ndarray:
+        """(K,) AP in percent over all IoU thresholds, the numbers of Detectron2's COCOEvaluator."""
+        return 100 * self.precision.mean(axis=(0, 1))
 
 
 @dataclass(frozen=True)
@@ -30,9 +131,8 @@ class Evaluation:
     name: str
     metadata: Metadata
     dicts: list[dict]
-    coco: COCO
+    truth: Mapping
     detections: list[dict]
-    matches: Matches
 
     @property
     def class_names(self) -> list[str]:
@@ -41,12 +141,74 @@ class Evaluation:
 
     def objects_per_class(self) -> np.ndarray:
         """(K,) number of objects, crowd regions not counted."""
-        truth = self.matches.truth
-        return np.bincount(truth.classes[~truth.crowd], minlength=self.matches.num_classes)
+        classes = self.matches.true_classes[~self.matches.crowd]
+        return np.bincount(classes, minlength=self.matches.num_classes)
+
+    @cached_property
+    def matches(self) -> Matches:
+        """Pairs by COCO's own matching at IoU 0.50, without regard to classes, sizes and the number of detections."""
+        objects = self.truth["annotations"]
+        # A match is told by the id of its annotation, with 0 for none: whatever the file says, they count from 1.
+        renumbered = [{**entry, "id": number} for number, entry in enumerate(objects, start=1)]
+        evaluator = self._coco_eval(renumbered)
+        evaluator.params.useCats = 0
+        evaluator.params.iouThrs = np.array([0.5])
+        evaluator.params.maxDets = [max(len(self.detections), 1)]
+        _silently(evaluator.evaluate)
+        image_index = {image["image_id"]: index for index, image in enumerate(self.dicts)}
+        class_index = self.metadata.thing_dataset_id_to_contiguous_id
+        by_image = sorted(filter(None, evaluator.evalImgs), key=lambda result: image_index[result["image_id"]])
+        found = [self.detections[number - 1] for result in by_image for number in result["dtIds"]]
+        numbers = np.concatenate([np.zeros(0), *(result["dtMatches"][0] for result in by_image)]).astype(np.int64)
+        ignored = np.concatenate([np.zeros(0), *(result["dtIgnore"][0] for result in by_image)]).astype(bool)
+        return Matches(
+            images=_indices(found, "image_id", image_index),
+            classes=_indices(found, "category_id", class_index),
+            scores=np.array([entry["score"] for entry in found], dtype=np.float64),
+            matched=np.where(ignored, IN_CROWD, numbers - 1),
+            true_images=_indices(objects, "image_id", image_index),
+            true_classes=_indices(objects, "category_id", class_index),
+            crowd=np.array([entry.get("iscrowd", 0) for entry in objects], dtype=bool),
+            num_images=len(self.dicts),
+            num_classes=len(self.class_names),
+        )
+
+    def precision_recall(self) -> PrecisionRecall:
+        """COCO's evaluation.
+
+        Raises:
+            NoData: there is no detection, or no object.
+        """
+        if not self.detections:
+            raise NoData("The last evaluation detected nothing at all.")
+        if not self.objects_per_class().any():
+            raise NoData(f"The dataset {self.name} has no object.")
+        evaluator = self._coco_eval(self.truth["annotations"])
+        _silently(evaluator.evaluate)
+        _silently(evaluator.accumulate)
+        # (IoU, recall, class, size, limit of detections); -1 where a class has no object.
+        precision = evaluator.eval["precision"][:, :, :, 0, -1]
+        return PrecisionRecall(np.where(precision < 0, np.nan, precision))
+
+    def _coco_eval(self, annotations: Sequence[Mapping]) -> COCOeval:
+        """An evaluation of objects of every size; of COCO's four ranges, this is the only one that is shown."""
+        truth, found = COCO(), COCO()
+        # pycocotools writes into the entries that it is given.
+        truth.dataset = {**self.truth, "annotations": [{"iscrowd": 0, "area": 0, **entry} for entry in annotations]}
+        entries = [
+            {**entry, "id": number, "area": entry["bbox"][2] * entry["bbox"][3]}
+            for number, entry in enumerate(self.detections, start=1)
+        ]
+        found.dataset = {**self.truth, "annotations": entries}
+        _silently(truth.createIndex)
+        _silently(found.createIndex)
+        evaluator = COCOeval(truth, found, "bbox")
+        evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, np.inf]], ["all"]
+        return evaluator
 
 
 def load_evaluation(run: Run, dataset_name: str | None = None) -> Evaluation:
-    """Read what a run detected last, and match it with the ground truth.
+    """Read what a run detected last, and the ground truth.
 
     Args:
         dataset_name: a registered dataset; default: that of the run's configuration.
@@ -57,22 +219,18 @@ def load_evaluation(run: Run, dataset_name: str | None = None) -> Evaluation:
     detections = _read_detections(run.folder / RESULTS)
     name = find_dataset(run) if dataset_name is None else dataset_name
     dicts, metadata = _load_dataset(name)
-    with _silent():
-        coco = COCO(metadata.json_file)
-    image_index = {image["image_id"]: index for index, image in enumerate(dicts)}
-    class_index = metadata.thing_dataset_id_to_contiguous_id
-    for key, known in (("image_id", image_index), ("category_id", class_index)):
-        unknown = next((detection[key] for detection in detections if detection[key] not in known), None)
+    known = {
+        "image_id": {image["image_id"] for image in dicts},
+        "category_id": metadata.thing_dataset_id_to_contiguous_id,
+    }
+    for key, values in known.items():
+        unknown = next((detection[key] for detection in detections if detection[key] not in values), None)
         if unknown is not None:
             raise NoData(
                 f"{run.folder / RESULTS} is not about the dataset {name}: {metadata.json_file} has no {key} {unknown}."
             )
-    indices = {"image_index": image_index, "class_index": class_index}
-    truth = BoxTable.from_coco(coco.dataset["annotations"], **indices)
-    found = BoxTable.from_coco(detections, **indices)
-    matched = match_detections(truth, found, len(dicts))
-    matches = Matches(truth, found, matched, num_images=len(dicts), num_classes=len(metadata.thing_classes))
-    return Evaluation(name, metadata, dicts, coco, detections, matches)
+    truth = json.loads(Path(metadata.json_file).read_text(encoding="utf-8"))
+    return Evaluation(name, metadata, dicts, truth, detections)
 
 
 def _read_detections(path: Path) -> list[dict]:
@@ -99,62 +257,11 @@ def _load_dataset(name: str) -> tuple[list[dict], Metadata]:
     return DatasetCatalog.get(name), metadata
 
 
-@dataclass(frozen=True)
-class PrecisionRecall:
-    """Precision at recalls 0, 0.01, ..., 1, by COCO's rules, objects of every size, at most 100 detections an image.
-
-    Attributes:
-        precision: (10 IoU thresholds 0.50, ..., 0.95; 101 recalls; K classes); NaN in classes without objects.
-    """
-
-    precision: np.ndarray
-
-    @property
-    def recall(self) -> np.ndarray:
-        """(101,) the recalls."""
-        return np.linspace(0, 1, self.precision.shape[1])
-
-    def curves(self, class_index: int | None = None) -> dict[str, np.ndarray]:
-        """(101,) precision at IoU .50, at .75, and their mean over all thresholds.
-
-        Args:
-            class_index: one class; None averages over the classes that have objects.
-        """
-        by_class = self.precision[..., class_index] if class_index is not None else _mean_over_classes(self.precision)
-        return {"IoU .50": by_class[IOU_50], "IoU .75": by_class[IOU_75], "IoU .50:.95": by_class.mean(axis=0)}
-
-    def ap_per_class(self) -> np.ndarray:
-        """(K,) AP in percent over all IoU thresholds, the numbers of Detectron2's COCOEvaluator."""
-        return 100 * self.precision.mean(axis=(0, 1))
+def _indices(entries: Sequence[Mapping], key: str, index: Mapping[object, int]) -> np.ndarray:
+    return np.array([index[entry[key]] for entry in entries], dtype=np.int64)
 
 
-def _mean_over_classes(precision: np.ndarray) -> np.ndarray:
-    return precision[..., ~np.isnan(precision[0, 0])].mean(axis=-1)
-
-
-def precision_recall(evaluation: Evaluation) -> PrecisionRecall:
-    """Run pycocotools' evaluation for objects of every size.
-
-    Raises:
-        NoData: there is no detection, or no object.
-    """
-    if not evaluation.detections:
-        raise NoData("The last evaluation detected nothing at all.")
-    if not evaluation.objects_per_class().any():
-        raise NoData(f"The dataset {evaluation.name} has no object.")
-    with _silent():
-        # loadRes writes into the entries that it is given.
-        found = evaluation.coco.loadRes([dict(detection) for detection in evaluation.detections])
-        evaluator = COCOeval_opt(evaluation.coco, found, "bbox")
-        # Three of COCO's four ranges of sizes are not asked for here, and most of the time would go into them.
-        evaluator.params.areaRng, evaluator.params.areaRngLbl = evaluator.params.areaRng[:1], ["all"]
-        evaluator.evaluate()
-        evaluator.accumulate()
-    # (IoU, recall, class, size, limit of detections); -1 where a class has no object.
-    precision = evaluator.eval["precision"][:, :, :, 0, -1]
-    return PrecisionRecall(np.where(precision < 0, np.nan, precision))
-
-
-def _silent() -> contextlib.AbstractContextManager:
+def _silently(call) -> None:
     """pycocotools reports with print."""
-    return contextlib.redirect_stdout(io.StringIO())
+    with contextlib.redirect_stdout(io.StringIO()):
+        call()

@@ -2,15 +2,15 @@
 
 import math
 import re
-from collections.abc import Callable
 from datetime import timedelta
 
 import numpy as np
 
 from ..training.metrics import series, training_seconds
-from . import figures, html
-from .evaluation import Evaluation, precision_recall
-from .gallery import PAIR, draw_pair, evenly_spaced, group_coco_detections
+from . import figures
+from .evaluation import Evaluation
+from .gallery import draw_pair, evenly_spaced, group_coco_detections
+from .page import Chart, Grid, Heading, Pair, Part, Table, Text, Verbatim
 from .run import NoData, Run
 
 _TERM = re.compile(r"(loss_[a-z_]*?[a-z])(?:_(\d+|enc))?$")
@@ -28,20 +28,12 @@ _TIMES = {"time": "iteration", "data_time": "waiting for data", "rank_data_time"
 _MAX_CLASSES, _MAX_CONFUSIONS = 20, 10
 
 
-def build_section(title: str, build: Callable[[], list[str]]) -> html.Section:
-    """A section; where there is no data for it, the sentence that says why."""
-    try:
-        return html.Section(title, build())
-    except NoData as reason:
-        return html.Section(title, [html.nothing(str(reason))])
-
-
 def metric_names(run: Run) -> list[str]:
     """All names in metrics.json, sorted."""
     return sorted({name for row in run.metrics.values() for name in row})
 
 
-def summary(run: Run) -> list[str]:
+def summary(run: Run) -> list[Part]:
     """The run in a table of few lines."""
     progress = run.progress()
     rows: list[tuple[str, object]] = [("Progress", str(progress))]
@@ -71,7 +63,7 @@ def summary(run: Run) -> list[str]:
         value = run.setting(yaml_key, lazy_key)
         if value:
             rows.append((label, value if isinstance(value, str | int | float) else ", ".join(value)))
-    return [html.table([(label, str(value)) for label, value in rows]), *_not_finite(run)]
+    return [Table([(label, str(value)) for label, value in rows]), *_not_finite(run)]
 
 
 def _last_and_best(iterations: list[int], values: list[float]) -> str:
@@ -83,7 +75,7 @@ def _last_and_best(iterations: list[int], values: list[float]) -> str:
     return f"{last}; best {best:.1f} at iteration {iteration:,}"
 
 
-def _not_finite(run: Run) -> list[str]:
+def _not_finite(run: Run) -> list[Part]:
     notes = []
     for name in metric_names(run):
         if name != "total_loss" and not _TERM.match(name):
@@ -91,36 +83,31 @@ def _not_finite(run: Run) -> list[str]:
         points = zip(*series(run.metrics, name), strict=True)
         bad = [iteration for iteration, value in points if not math.isfinite(value)]
         if bad:
-            notes.append(html.paragraph(f"{name} is not finite in {len(bad)} lines, first at iteration {bad[0]:,}."))
+            notes.append(Text(f"{name} is not finite in {len(bad)} lines, first at iteration {bad[0]:,}."))
     return notes
 
 
-def losses(run: Run) -> list[str]:
+def losses(run: Run) -> list[Part]:
     """Total loss, and the terms of the last decoder layer."""
-    names = metric_names(run)
-    if "total_loss" not in names:
-        raise NoData("metrics.json holds no total_loss: no line of training has been written yet.")
     iterations, values = series(run.metrics, "total_loss")
-    drawn = [
-        html.figure(
-            figures.curves(run.metrics, {"total_loss": "total"}),
-            alt=f"Total loss from {values[0]:.3g} to {values[-1]:.3g} over {iterations[-1] + 1} iterations",
-            caption="Total loss: the weighted sum over all layers.",
-        )
-    ]
-    main = [name for name in names if (match := _TERM.match(name)) and match[2] is None]
+    if not values:
+        raise NoData("metrics.json holds no total_loss: no line of training has been written yet.")
+    alt = f"Total loss from {values[0]:.3g} to {values[-1]:.3g} over {iterations[-1] + 1} iterations"
+    drawn = [_curves(run, {"total_loss": "total"}, "Total loss: the weighted sum over all layers.", alt=alt)]
+    main = [name for name in metric_names(run) if (match := _TERM.match(name)) and match[2] is None]
     if main:
+        alt = f"{', '.join(main)} of the last decoder layer over the iterations"
         drawn.append(
-            html.figure(
-                figures.curves(run.metrics, {name: name for name in main}),
-                alt=f"{', '.join(main)} of the last decoder layer over the iterations",
-                caption="Terms of the last decoder layer, weighted.",
-            )
+            _curves(run, dict(zip(main, main, strict=True)), "Terms of the last decoder layer, weighted.", alt=alt)
         )
-    return [html.grid(drawn)]
+    return [Grid(drawn)]
 
 
-def layers(run: Run) -> list[str]:
+def _curves(run: Run, labels: dict[str, str], caption: str, *, alt: str, **style: str) -> Chart:
+    return Chart(figures.curves(run.metrics, labels, **style), alt, caption)
+
+
+def layers(run: Run) -> list[Part]:
     """Every loss term by decoder layer."""
     terms: dict[str, dict[str, str]] = {}
     for name in metric_names(run):
@@ -136,25 +123,24 @@ def layers(run: Run) -> list[str]:
         labels |= {by_layer[str(number)]: f"decoder {number + 1}" for number in numbers}
         if "last" in by_layer:
             labels[by_layer["last"]] = f"decoder {len(numbers) + 1}"
-        alt = f"{term} of {', '.join(labels.values())} over the iterations"
-        drawn.append(html.figure(figures.curves(run.metrics, labels), alt=alt, caption=term))
+        drawn.append(_curves(run, labels, term, alt=f"{term} of {', '.join(labels.values())} over the iterations"))
     if not drawn:
         raise NoData("Only the last decoder layer has losses: the model is trained without auxiliary losses.")
-    return [html.grid(drawn)]
+    return [Grid(drawn)]
 
 
-def schedule(run: Run) -> list[str]:
+def schedule(run: Run) -> list[Part]:
     """Learning rate, times, memory, and whatever else was logged."""
     names = metric_names(run)
     drawn = []
     if "lr" in names:
         alt = f"Learning rate, at last {series(run.metrics, 'lr')[1][-1]:.2g}"
-        drawn.append(html.figure(figures.curves(run.metrics, {"lr": "lr"}), alt=alt, caption="Learning rate."))
+        drawn.append(_curves(run, {"lr": "lr"}, "Learning rate.", alt=alt))
     times = {name: label for name, label in _TIMES.items() if name in names}
     if times:
-        shown = figures.curves(run.metrics, times, ylabel="seconds")
         last = ", ".join(f"{label} {series(run.metrics, name)[1][-1]:.3f} s" for name, label in times.items())
-        drawn.append(html.figure(shown, alt=f"Seconds per iteration; at last: {last}", caption=f"At last: {last}."))
+        alt = f"Seconds per iteration; at last: {last}"
+        drawn.append(_curves(run, times, f"At last: {last}.", alt=alt, ylabel="seconds"))
     others = [
         name
         for name in names
@@ -163,17 +149,17 @@ def schedule(run: Run) -> list[str]:
     for name in others:
         values = series(run.metrics, name)[1]
         alt = f"{name} over the iterations, at last {values[-1]:.4g}"
-        drawn.append(html.figure(figures.curves(run.metrics, {name: name}), alt=alt, caption=name))
+        drawn.append(_curves(run, {name: name}, name, alt=alt))
     memory = re.findall(r"max_mem: (\d+)M", run.log)
     note = (
         f"Most GPU memory in use: {max(map(int, memory)):,} MiB."
         if memory
         else "GPU memory is not in log.txt: Detectron2 writes it when it trains on a GPU."
     )
-    return [html.grid(drawn), html.paragraph(note)]
+    return [Grid(drawn), Text(note)]
 
 
-def average_precision(run: Run) -> list[str]:
+def average_precision(run: Run) -> list[Part]:
     """AP over the iterations: overall, by size of the objects, by decoder layer, by category."""
     by_dataset: dict[str, dict[str, re.Match]] = {}
     for name in metric_names(run):
@@ -185,7 +171,7 @@ def average_precision(run: Run) -> list[str]:
     parts = []
     for dataset, matches in by_dataset.items():
         if dataset:
-            parts.append(f"<h3>{html.escape(dataset)}</h3>")
+            parts.append(Heading(dataset))
         layers = {int(m["layer"]): n for n, m in matches.items() if m["layer"] and m["name"] == "AP"}
         final = {n: m for n, m in matches.items() if m["layer"] is None}
         overall = {n: m["name"] for n, m in final.items() if not m["size"] and m["category"] is None}
@@ -196,32 +182,33 @@ def average_precision(run: Run) -> list[str]:
             *_ap_curves(run, {layers[i]: f"decoder {i + 1}" for i in sorted(layers)}, "AP by decoder layer (%)."),
             *_categories(run, final),
         ]
-        parts.append(html.grid(drawn))
+        parts.append(Grid(drawn))
         without = [label for name, label in sizes.items() if not _has_finite(run, name)]
         if without:
-            parts.append(html.paragraph(f"The test images have no object that is {', or '.join(without)}."))
+            parts.append(Text(f"The test images have no object that is {', or '.join(without)}."))
     return parts
 
 
-def _ap_curves(run: Run, labels: dict[str, str], caption: str) -> list[str]:
+def _ap_curves(run: Run, labels: dict[str, str], caption: str) -> list[Part]:
     """One figure, or none where no value is a number."""
     finite = {name: label for name, label in labels.items() if _has_finite(run, name)}
     if not finite:
         return []
     last = ", ".join(f"{label} {series(run.metrics, name)[1][-1]:.1f}" for name, label in finite.items())
-    shown = figures.curves(run.metrics, finite, ylabel="AP (%)", marker="o")
-    return [html.figure(shown, alt=f"{caption} At last: {last}", caption=f"{caption} At last: {last}.")]
+    text = f"{caption} At last: {last}"
+    return [_curves(run, finite, f"{text}.", alt=text, ylabel="AP (%)", marker="o")]
 
 
 def _has_finite(run: Run, name: str) -> bool:
     return any(math.isfinite(value) for value in series(run.metrics, name)[1])
 
 
-def _categories(run: Run, matches: dict[str, re.Match]) -> list[str]:
+def _categories(run: Run, matches: dict[str, re.Match]) -> list[Part]:
     points = {m["category"]: series(run.metrics, n)[1] for n, m in matches.items() if m["category"] is not None}
     last = {category: values[-1] for category, values in points.items() if math.isfinite(values[-1])}
     if not last:
-        return [html.nothing("AP per category is not in metrics.json: Detectron2 leaves it out for a single category.")]
+        reason = "AP per category is not in metrics.json: Detectron2 leaves it out for a single category."
+        return [Text(reason, missing=True)]
     earlier = {category: values[-2] for category, values in points.items() if len(values) > 1}
     best, worst = max(last, key=last.get), min(last, key=last.get)
     alt = f"AP of {len(last)} categories, from {worst} ({last[worst]:.1f}) to {best} ({last[best]:.1f})"
@@ -229,25 +216,17 @@ def _categories(run: Run, matches: dict[str, re.Match]) -> list[str]:
     caption = "AP per category at the last evaluation; rings: at the one before."
     if absent:
         caption += f" {absent} categories have no object in the test images."
-    return [html.figure(figures.bars(last, earlier), alt=alt, caption=caption)]
+    return [Chart(figures.bars(last, earlier), alt, caption)]
 
 
-def precision_recall_curves(evaluation: Evaluation) -> list[str]:
-    """Overall, and for the categories with the most objects."""
-    result = precision_recall(evaluation)
+def precision_recall(evaluation: Evaluation) -> list[Part]:
+    """Curves over all categories, and for those with the most objects."""
+    result = evaluation.precision_recall()
     overall = result.curves()
     last = ", ".join(f"AP {100 * values.mean():.1f} at {label}" for label, values in overall.items())
-    parts = [
-        html.grid(
-            [
-                html.figure(
-                    figures.precision_recall(result.recall, overall),
-                    alt=f"Precision over recall, mean of all categories: {last}",
-                    caption="Mean over the categories, by COCO's rules: at most 100 detections an image.",
-                )
-            ]
-        )
-    ]
+    alt = f"Precision over recall, mean of all categories: {last}"
+    caption = "Mean over the categories, by COCO's rules: at most 100 detections an image."
+    parts = [Grid([Chart(figures.precision_recall(result.recall, overall), alt, caption)])]
     counts, ap = evaluation.objects_per_class(), result.ap_per_class()
     present = [index for index in np.argsort(-counts, kind="stable") if not np.isnan(ap[index])]
     drawn = []
@@ -255,13 +234,13 @@ def precision_recall_curves(evaluation: Evaluation) -> list[str]:
         name = evaluation.class_names[index]
         shown = figures.precision_recall(result.recall, result.curves(index), small=True)
         caption = f"{name}: AP {ap[index]:.1f}, objects: {counts[index]:,}"
-        drawn.append(html.figure(shown, alt=f"Precision over recall of {caption}", caption=caption))
+        drawn.append(Chart(shown, f"Precision over recall of {caption}", caption))
     if len(present) > _MAX_CLASSES:
-        parts.append(html.paragraph(f"The {_MAX_CLASSES} categories with the most objects, of {len(present)}:"))
-    return [*parts, html.grid(drawn, small=True)]
+        parts.append(Text(f"The {_MAX_CLASSES} categories with the most objects, of {len(present)}:"))
+    return [*parts, Grid(drawn, small=True)]
 
 
-def confusion(evaluation: Evaluation, score: float) -> list[str]:
+def confusion(evaluation: Evaluation, score: float) -> list[Part]:
     """Which category is taken for which."""
     counts = evaluation.matches.confusion(score)
     used = np.flatnonzero((counts.sum(axis=0) + counts.sum(axis=1))[:-1])
@@ -277,7 +256,7 @@ def confusion(evaluation: Evaluation, score: float) -> list[str]:
     )
     alt = f"Confusion of {len(names)} categories: {right} of {total} objects detected as what they are"
     shown = figures.confusion(counts[np.ix_(index, index)], [*names, "background"], [*names, "missed"])
-    parts = [html.paragraph(text), html.figure(shown, alt=alt, caption=f"{alt}.")]
+    parts = [Text(text), Chart(shown, alt, f"{alt}.")]
     wrong = counts.copy()
     wrong[-1] = wrong[:, -1] = 0
     np.fill_diagonal(wrong, 0)
@@ -285,33 +264,27 @@ def confusion(evaluation: Evaluation, score: float) -> list[str]:
     pairs = [divmod(int(cell), len(counts)) for cell in order if wrong.flat[cell]]
     if pairs:
         rows = [(evaluation.class_names[i], evaluation.class_names[j], int(wrong[i, j])) for i, j in pairs]
-        parts.append(html.table(rows, ("is", "detected as", "times")))
+        parts.append(Table(rows, ("is", "detected as", "times")))
     return parts
 
 
-def scores(evaluation: Evaluation, score: float) -> list[str]:
+def scores(evaluation: Evaluation, score: float) -> list[Part]:
     """How sure the right and the wrong detections are."""
-    found, correct = evaluation.matches.found, evaluation.matches.is_correct()
-    if not len(found.scores):
+    values, correct = evaluation.matches.scores, evaluation.matches.is_correct()
+    if not len(values):
         raise NoData("The last evaluation detected nothing at all.")
-    share = f"{correct[found.scores >= score].mean():.0%}" if (found.scores >= score).any() else "none"
-    alt = f"Scores of {len(correct):,} detections; of those from {score:g} (dotted), {share} are right"
-    return [
-        html.paragraph("Right: the detection has an object of its category to itself, with an IoU of at least 0.5."),
-        html.grid(
-            [
-                html.figure(figures.scores(found.scores, correct, score), alt=alt, caption=f"{alt}."),
-                html.figure(
-                    figures.calibration(found.scores, correct),
-                    alt="Share of right detections by score, in tenths",
-                    caption="Share of right detections by score. On the dotted line a score is a probability.",
-                ),
-            ]
-        ),
+    share = f"{correct[values >= score].mean():.0%}" if (values >= score).any() else "none"
+    alt = f"Scores of {len(values):,} detections; of those from {score:g} (dotted), {share} are right"
+    caption = "Share of right detections by score. On the dotted line a score is a probability."
+    drawn = [
+        Chart(figures.scores(values, correct, score), alt, f"{alt}."),
+        Chart(figures.calibration(values, correct), "Share of right detections by score, in tenths", caption),
     ]
+    text = "Right: the detection has an object of its category to itself, with an IoU of at least 0.5."
+    return [Text(text), Grid(drawn)]
 
 
-def most_wrong(evaluation: Evaluation, score: float, num_images: int) -> list[str]:
+def most_wrong(evaluation: Evaluation, score: float, num_images: int) -> list[Part]:
     """The images with the most errors, drawn."""
     missed, false = evaluation.matches.errors(score)
     order = np.argsort(-(missed + false), kind="stable")[:num_images]
@@ -323,10 +296,10 @@ def most_wrong(evaluation: Evaluation, score: float, num_images: int) -> list[st
     )
     captions = [f"{missed[index]} missed, {false[index]} false" for index in chosen]
     pairs = _pairs(evaluation, [evaluation.dicts[index] for index in chosen], captions, score)
-    return [html.paragraph(text), html.grid(pairs)]
+    return [Text(text), Grid(pairs)]
 
 
-def examples(evaluation: Evaluation, score: float, num_images: int) -> list[str]:
+def examples(evaluation: Evaluation, score: float, num_images: int) -> list[Part]:
     """Images as they come."""
     if not evaluation.dicts:
         raise NoData(f"The dataset {evaluation.name} has no image.")
@@ -334,26 +307,26 @@ def examples(evaluation: Evaluation, score: float, num_images: int) -> list[str]
     text = (
         f"{len(chosen)} of {len(evaluation.dicts):,} images of {evaluation.name}, evenly spaced; scores from {score:g}."
     )
-    return [html.paragraph(text), html.grid(_pairs(evaluation, chosen, [""] * len(chosen), score))]
+    return [Text(text), Grid(_pairs(evaluation, chosen, [""] * len(chosen), score))]
 
 
-def _pairs(evaluation: Evaluation, images: list[dict], captions: list[str], score: float) -> list[str]:
+def _pairs(evaluation: Evaluation, images: list[dict], captions: list[str], score: float) -> list[Part]:
     """Ground truth and detections of images; a sentence in place of one that cannot be read."""
     predictions = group_coco_detections(evaluation.detections, images, evaluation.metadata)
     drawn = []
     for image, caption in zip(images, captions, strict=True):
         name = image["file_name"].rpartition("/")[2]
+        found = predictions[image["image_id"]]
         try:
-            left, right = draw_pair(image, evaluation.metadata, predictions[image["image_id"]], score_threshold=score)
+            pictures = draw_pair(image, evaluation.metadata, found, score_threshold=score)
         except OSError as error:
-            drawn.append(html.nothing(f"{name} cannot be read: {error}"))
-            continue
-        label = f"{name}: {caption}" if caption else name
-        drawn.append(html.picture_pair(left, right, alt=label, caption=f"{label}. Left: {PAIR[0]}, right: {PAIR[1]}."))
+            drawn.append(Text(f"{name} cannot be read: {error}", missing=True))
+        else:
+            drawn.append(Pair(pictures, f"{name}: {caption}" if caption else name))
     return drawn
 
 
-def inference_speed(run: Run) -> list[str]:
+def inference_speed(run: Run) -> list[Part]:
     """What log.txt has about the time of an evaluation."""
     found = re.findall(
         r"Total inference (pure compute )?time: \S+(?: days?, \S+)? \(([\d.]+) s / iter per device", run.log
@@ -364,22 +337,22 @@ def inference_speed(run: Run) -> list[str]:
         raise NoData(f"{note} log.txt has none yet.")
     labels = {"": "with loading the image and post-processing", "pure compute ": "in the model alone"}
     rows = [(labels[kind], f"{1000 * seconds:.1f} ms") for kind, seconds in latest.items()]
-    return [html.table(rows), html.paragraph(f"Mean time of a batch in the last evaluation. {note}")]
+    return [Table(rows), Text(f"Mean time of a batch in the last evaluation. {note}")]
 
 
-def environment(run: Run) -> list[str]:
+def environment(run: Run) -> list[Part]:
     """Configuration and versions."""
     parts = []
     path = run.folder / "config.yaml"
     if path.is_file():
-        parts.append(html.preformatted("config.yaml", path.read_text(encoding="utf-8", errors="replace")))
+        parts.append(Verbatim("config.yaml", path.read_text(encoding="utf-8", errors="replace")))
     else:
-        parts.append(html.nothing(f"There is no {path}, in which train_net.py leaves the configuration."))
+        parts.append(Text(f"There is no {path}, in which train_net.py leaves the configuration.", missing=True))
     commands = re.findall(r"Command line arguments: (Namespace\(.*\))", run.log)
     if commands:
-        parts.append(html.preformatted(f"Command lines ({len(commands)})", "\n\n".join(commands)))
+        parts.append(Verbatim(f"Command lines ({len(commands)})", "\n\n".join(commands)))
     try:
-        parts.append(html.preformatted("Versions", run.environment()))
+        parts.append(Verbatim("Versions", run.environment()))
     except NoData as reason:
-        parts.append(html.nothing(str(reason)))
+        parts.append(Text(str(reason), missing=True))
     return parts

@@ -1,14 +1,14 @@
 """Puts the page together."""
 
 import time
-from collections.abc import Callable
-from functools import partial
+from functools import cache
 from pathlib import Path
 
-from . import html, sections
-from .evaluation import Evaluation, load_evaluation
+from . import sections
+from .evaluation import load_evaluation
 from .gallery import draw_sheet
-from .run import NoData, Run, read_run
+from .page import Section, Text, render
+from .run import NoData, read_run
 
 
 def write_report(
@@ -47,48 +47,35 @@ def write_report(
     for file in (path, *([] if sheet_path is None else [Path(sheet_path)])):
         if not file.parent.is_dir():
             raise FileNotFoundError(f"cannot write {file}: there is no folder {file.parent}")
-    evaluation = _load_or_reason(run, dataset_name)
-    shown = {"num_images": num_images, "score_threshold": score_threshold}
-    built = _build_sections(run, evaluation, **shown)
-    state = f"{run.progress()}. Page made {time.strftime('%Y-%m-%d %H:%M:%S')}."
-    path.write_text(html.page(Path(output_dir).resolve().name, state, built), encoding="utf-8")
-    if sheet_path is not None:
-        drawn = _or_raise(evaluation)
-        draw_sheet(drawn.dicts, drawn.metadata, drawn.detections, sheet_path, **shown)
-    return path
 
-
-def _build_sections(
-    run: Run, evaluation: Evaluation | NoData, *, num_images: int, score_threshold: float
-) -> list[html.Section]:
-    def of_evaluation(build: Callable[..., list[str]], *args: object) -> list[str]:
-        return build(_or_raise(evaluation), *args)
-
-    parts = {
-        "Summary": partial(sections.summary, run),
-        "Loss": partial(sections.losses, run),
-        "Loss by layer": partial(sections.layers, run),
-        "Schedule": partial(sections.schedule, run),
-        "Average precision": partial(sections.average_precision, run),
-        "Precision and recall": partial(of_evaluation, sections.precision_recall_curves),
-        "Confusion": partial(of_evaluation, sections.confusion, score_threshold),
-        "Scores": partial(of_evaluation, sections.scores, score_threshold),
-        "Most wrong images": partial(of_evaluation, sections.most_wrong, score_threshold, num_images),
-        "Test images": partial(of_evaluation, sections.examples, score_threshold, num_images),
-        "Speed": partial(sections.inference_speed, run),
-        "Configuration and versions": partial(sections.environment, run),
-    }
-    return [sections.build_section(title, build) for title, build in parts.items()]
-
-
-def _load_or_reason(run: Run, dataset_name: str | None) -> Evaluation | NoData:
-    try:
+    @cache
+    def evaluation():
         return load_evaluation(run, dataset_name)
-    except NoData as reason:
-        return reason
 
-
-def _or_raise(evaluation: Evaluation | NoData) -> Evaluation:
-    if isinstance(evaluation, NoData):
-        raise evaluation
-    return evaluation
+    builders = {
+        "Summary": lambda: sections.summary(run),
+        "Loss": lambda: sections.losses(run),
+        "Loss by layer": lambda: sections.layers(run),
+        "Schedule": lambda: sections.schedule(run),
+        "Average precision": lambda: sections.average_precision(run),
+        "Precision and recall": lambda: sections.precision_recall(evaluation()),
+        "Confusion": lambda: sections.confusion(evaluation(), score_threshold),
+        "Scores": lambda: sections.scores(evaluation(), score_threshold),
+        "Most wrong images": lambda: sections.most_wrong(evaluation(), score_threshold, num_images),
+        "Test images": lambda: sections.examples(evaluation(), score_threshold, num_images),
+        "Speed": lambda: sections.inference_speed(run),
+        "Configuration and versions": lambda: sections.environment(run),
+    }
+    built = []
+    for title, build in builders.items():
+        try:
+            built.append(Section(title, build()))
+        except NoData as reason:
+            built.append(Section(title, [Text(str(reason), missing=True)]))
+    state = f"{run.progress()}. Page made {time.strftime('%Y-%m-%d %H:%M:%S')}."
+    path.write_text(render(Path(output_dir).resolve().name, state, built), encoding="utf-8")
+    if sheet_path is not None:
+        shown = evaluation()
+        options = {"num_images": num_images, "score_threshold": score_threshold}
+        draw_sheet(shown.dicts, shown.metadata, shown.detections, sheet_path, **options)
+    return path
