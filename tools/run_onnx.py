@@ -38,19 +38,21 @@ def resized_size(width: int, height: int, *, min_size: int, max_size: int) -> tu
 
 
 def prepare(image: Image.Image, canvas: list[int | str], metadata: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Resize, and pad where the model has a fixed canvas.
+    """Resize, and pad to the model's canvas: a fixed one, or multiples of its "size_divisibility".
 
     Args:
         image: RGB.
         canvas: shape of the model's input "images", (N, 3, H, W); names stand for dynamic sizes.
-        metadata: "min_size" and "max_size" in pixels.
+        metadata: "min_size", "max_size" and, in files since 0.1, "size_divisibility" in pixels.
 
     Returns:
         images (1, 3, H, W) uint8 and image_sizes (1, 2) int64.
     """
     width, height = resized_size(*image.size, min_size=metadata["min_size"], max_size=metadata["max_size"])
+    multiple = max(1, metadata.get("size_divisibility", 0))
     rows, columns = (
-        own if isinstance(size, str) else size for own, size in zip((height, width), canvas[2:], strict=True)
+        -(-own // multiple) * multiple if isinstance(size, str) else size
+        for own, size in zip((height, width), canvas[2:], strict=True)
     )
     scale = min(1.0, rows / height, columns / width)
     width, height = max(1, int(width * scale)), max(1, int(height * scale))
@@ -67,7 +69,7 @@ def detect(session: onnxruntime.InferenceSession, image: Image.Image, *, min_sco
         ValueError: if the model takes batches of a fixed size above 1.
     """
     stored = session.get_modelmeta().custom_metadata_map
-    metadata = {key: json.loads(stored[key]) for key in ("class_names", "min_size", "max_size")}
+    metadata = {key: json.loads(value) for key, value in stored.items()}
     shape = session.get_inputs()[0].shape
     if shape[0] not in (1, "batch"):
         raise ValueError(f"the model takes {shape[0]} images at a time, this program one: export it with --batch 1")

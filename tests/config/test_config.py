@@ -221,6 +221,7 @@ OTHER_VALUES = {
     "IN_FEATURES": ["res4", "res5"],
     "NUM_FEATURE_LEVELS": 3,
     "NUM_CLASSES": 3,
+    "SIZE_DIVISIBILITY": 32,
     "NUM_QUERIES": 5,
     "WITH_BOX_REFINE": True,
     "TWO_STAGE": True,

@@ -38,7 +38,7 @@ class _TinyBackbone(Backbone):
 
 def _make_model(*, levels=4, in_features=("res3", "res4", "res5"), d_model=32, n_heads=4, **options):
     criterion = {"aux_loss": options.pop("aux_loss", True)}
-    head = {name: options.pop(name) for name in ("num_queries", "num_classes") if name in options}
+    head = {name: options.pop(name) for name in ("num_queries", "num_classes", "size_divisibility") if name in options}
     torch.manual_seed(0)
     model = DeformableDETR(
         backbone=MultiScaleBackbone(

@@ -3,6 +3,7 @@ import torch
 import torchvision
 from detectron2.modeling import ResNet
 from detectron2.modeling.backbone import BasicStem
+from detectron2.structures import ImageList
 
 from deformable_detr.checkpoint import convert
 from deformable_detr.modeling import MultiScaleBackbone, dilate_res5
@@ -82,3 +83,17 @@ def test_resnet50_equals_torchvision_bit_for_bit(dilation):
 def test_dilation_needs_bottleneck_blocks():
     with pytest.raises(ValueError, match="bottleneck"):
         dilate_res5(build_resnet(depth=18))
+
+
+def test_a_backbone_that_wants_square_images_gets_them(tiny_backbone, monkeypatch):
+    monkeypatch.setattr(type(tiny_backbone), "padding_constraints", {"square_size": 96}, raising=False)
+    backbone = MultiScaleBackbone(tiny_backbone)
+    images = ImageList.from_tensors([torch.ones(3, 50, 80), torch.ones(3, 96, 20)], backbone.size_divisibility)
+    assert images.tensor.shape[-2:] == (96, 96)
+
+
+def test_a_backbone_whose_divisibility_cannot_be_read_needs_none(tiny_backbone, monkeypatch):
+    monkeypatch.setattr(type(tiny_backbone), "size_divisibility", property(lambda self: self._size_divisibility))
+    with pytest.raises(AttributeError):
+        _ = tiny_backbone.size_divisibility
+    assert MultiScaleBackbone(tiny_backbone).size_divisibility == 0

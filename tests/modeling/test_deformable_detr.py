@@ -6,6 +6,7 @@ from detectron2.utils.events import EventStorage
 from torchvision.ops import box_convert
 
 from deformable_detr import load_config
+from deformable_detr.modeling import MultiScaleBackbone
 from deformable_detr.modeling import deformable_detr as room
 from deformable_detr.modeling.detections import select_detections
 from deformable_detr.modeling.padding import padding_masks
@@ -70,6 +71,27 @@ def test_padding_mask_samples_the_nearest_pixel_of_the_full_mask():
     assert mask.shape == (2, 100, 60)
     # Cell i looks at pixel 8 i: 81 of 100 cells see pixels below 647.
     assert (~mask[0, :, 0]).sum() == 81 and not mask[1].any()
+
+
+@pytest.mark.parametrize(
+    ("own", "backbone", "canvas"), [(0, 0, (50, 81)), (32, 0, (64, 96)), (0, 9, (54, 81)), (6, 9, (54, 90))]
+)
+def test_the_canvas_is_a_multiple_of_what_model_and_backbone_ask_for(
+    make_model, make_input, monkeypatch, own, backbone, canvas
+):
+    monkeypatch.setattr(MultiScaleBackbone, "size_divisibility", backbone)
+    model = make_model(size_divisibility=own)
+    assert model.preprocess_image([make_input(50, 64), make_input(32, 81)]).tensor.shape[-2:] == canvas
+
+
+@pytest.mark.parametrize(("divisibility", "cells"), [(0, [17, 9, 5, 3]), (64, [16, 8, 4, 2])])
+def test_on_a_canvas_of_whole_strides_an_image_has_the_cells_that_fit(make_model, make_input, divisibility, cells):
+    """An image 128 pixels wide beside one of 191; strides 8, 16, 32, 64."""
+    model = make_model(size_divisibility=divisibility).eval()
+    masks = []
+    model.position_embedding.register_forward_pre_hook(lambda _, inputs: masks.append(inputs[0]))
+    model([make_input(64, 128), make_input(64, 191)])
+    assert [int((~mask[0, 0]).sum()) for mask in masks] == cells
 
 
 def test_images_are_normalised_before_they_are_padded_with_zeros(make_model, make_input):

@@ -20,6 +20,9 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     node.WITH_BOX_REFINE = False
     node.TWO_STAGE = False
 
+    # Pad batches to multiples of so many pixels; 0 for the official canvas, the largest sides of the batch.
+    node.SIZE_DIVISIBILITY = 0
+
     # Width C, heads M, layers, hidden width of the feed-forward networks, dropout probability.
     node.HIDDEN_DIM = 256
     node.NHEADS = 8

@@ -153,5 +153,10 @@ def _test_sizes(loaded: LoadedModel) -> tuple[int, int]:
 def _metadata(loaded: LoadedModel) -> dict[str, str]:
     """What a program without this package needs to know, as JSON values."""
     short, long = _test_sizes(loaded)
-    values = {"class_names": loaded.class_names, "min_size": short, "max_size": long}
+    values = {
+        "class_names": loaded.class_names,
+        "min_size": short,
+        "max_size": long,
+        "size_divisibility": loaded.model.size_divisibility,
+    }
     return {key: json.dumps(value) for key, value in values.items()}

@@ -62,11 +62,7 @@ class MultiScaleBackbone(Backbone):
     @property
     def size_divisibility(self) -> int:
         """What ``bottom_up`` needs: 0 for a ResNet, whose batches are then padded exactly like the official code's."""
-        return self.bottom_up.size_divisibility
-
-    @property
-    def padding_constraints(self) -> dict[str, int]:
-        return self.bottom_up.padding_constraints
+        return canvas_divisibility(self.bottom_up)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Args: x: (N, 3, H, W). Returns: ``{"level0": (N, hidden_dim, H_0, W_0), ...}``, finest level first."""
@@ -81,6 +77,16 @@ class MultiScaleBackbone(Backbone):
             source = project(source)
             levels.append(source)
         return dict(zip(self._out_features, levels, strict=True))
+
+
+def canvas_divisibility(backbone: Backbone) -> int:
+    """What the sides of a padded batch must be multiples of for a backbone; 0 where any size will do.
+
+    Detectron2 0.6 has no ``padding_constraints``, and later versions' Swin has a ``size_divisibility`` that raises.
+    A "square_size" there is the side to which all images are padded, the one multiple that is not smaller than they.
+    """
+    square = (getattr(backbone, "padding_constraints", None) or {}).get("square_size", 0)
+    return square or getattr(backbone, "size_divisibility", 0)
 
 
 def _projection(in_channels: int, hidden_dim: int, *, kernel_size: int) -> nn.Sequential:

@@ -19,6 +19,7 @@ from torchvision.ops import box_convert
 from ..data.dataset_dict import describe_image
 from ..data.images import check_format
 from ..layers import PositionEmbeddingSine
+from .backbone import canvas_divisibility
 from .criterion import SetCriterion
 from .detections import Detections, select_detections, to_instances
 from .matcher import HungarianMatcher, Target
@@ -55,6 +56,8 @@ class DeformableDETR(nn.Module):
         num_classes: K, class outputs. There is no background output.
         num_queries: Lq, detections per image before selection; two-stage: proposals kept.
         test_topk_per_image: detections returned per image, 100 in the official evaluation.
+        size_divisibility: pad batches to multiples of so many pixels, beyond what the backbone needs; 0 for the
+            official canvas. Where all strides divide the canvas, an image's padding masks do not depend on it.
         pixel_mean, pixel_std: per channel, in the range and channel order of the input images.
         input_format: channel order the model expects, "RGB" or "BGR"; for Detectron2's predictors and visualisers.
     """
@@ -73,6 +76,7 @@ class DeformableDETR(nn.Module):
         criterion: SetCriterion,
         # Inference and input:
         test_topk_per_image: int = 100,
+        size_divisibility: int = 0,
         pixel_mean: tuple[float, ...] = (123.675, 116.28, 103.53),
         pixel_std: tuple[float, ...] = (58.395, 57.12, 57.375),
         input_format: str = "RGB",
@@ -88,6 +92,7 @@ class DeformableDETR(nn.Module):
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.test_topk_per_image = test_topk_per_image
+        self.size_divisibility = _common_multiple(size_divisibility, canvas_divisibility(backbone))
         self.input_format = input_format
         self.register_buffer("pixel_mean", torch.tensor(list(pixel_mean)).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(list(pixel_std)).view(-1, 1, 1), persistent=False)
@@ -136,6 +141,7 @@ class DeformableDETR(nn.Module):
             "num_classes": node.NUM_CLASSES,
             "num_queries": node.NUM_QUERIES,
             "test_topk_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "size_divisibility": node.SIZE_DIVISIBILITY,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
@@ -183,9 +189,9 @@ class DeformableDETR(nn.Module):
             self.train(was_training)
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise, then pad with zeros to the largest height and width of the batch."""
+        """Normalise, then pad with zeros to the largest sides, rounded up to multiples of ``size_divisibility``."""
         images = [self.normalise(x["image"].to(self.device)) for x in batched_inputs]
-        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+        return ImageList.from_tensors(images, self.size_divisibility)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Subtract the mean and divide by the deviation of every channel: (..., 3, H, W), range 0-255."""
@@ -317,6 +323,13 @@ def _check_levels(backbone: Backbone, transformer: DeformableTransformer) -> Non
             f"the backbone must output {len(expected)} levels of {transformer.d_model} channels, as the transformer "
             f"expects, got channels {channels}"
         )
+
+
+def _common_multiple(a: int, b: int) -> int:
+    """The least common multiple of two divisibilities, of which 0 and 1 ask for nothing."""
+    if a < 0:
+        raise ValueError(f"size_divisibility must be at least 0, got {a}")
+    return math.lcm(max(a, 1), max(b, 1)) if max(a, b) > 1 else 0
 
 
 def _check_positive(**values: int) -> None:
