@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from detectron2.modeling import build_model
+from detectron2.config import get_cfg
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import FPN, build_model, build_resnet_backbone
 
 from deformable_detr import load_config
-from deformable_detr.modeling import transformer as deformable_transformer
-from deformable_detr.modeling.frozen_bn import FrozenBNConv2d, fold_frozen_batch_norm
+from deformable_detr.layers import tuned
+from deformable_detr.modeling.frozen_bn import FrozenBNConv2d, fold_for_good, fold_frozen_batch_norm
 
 TWO_STAGE = {"with_box_refine": True, "two_stage": True}
 
@@ -82,9 +83,9 @@ def test_the_transformer_compiles_to_one_graph_without_breaks(make_model, make_i
 def test_slices_of_the_feed_forward_network_change_nothing(make_model, make_input, randomize, monkeypatch):
     model = randomize(make_model(**TWO_STAGE)).eval()
     images = [make_input(96, 64), make_input(70, 90)]
-    monkeypatch.setattr(deformable_transformer, "_SLICE", 7)
+    monkeypatch.setattr(tuned, "ROWS_AT_ONCE", 7)
     sliced = model.predict_raw(images)
-    monkeypatch.setattr(deformable_transformer, "_SLICE", 10**9)
+    monkeypatch.setattr(tuned, "ROWS_AT_ONCE", 10**9)
     whole = model.predict_raw(images)
     for name in whole:
         torch.testing.assert_close(sliced[name], whole[name])
@@ -112,10 +113,35 @@ def test_folded_frozen_batch_norm_equals_the_two_layers(trainable):
     conv.requires_grad_(trainable)
     names, image = list(conv.state_dict()), torch.randn(2, 4, 9, 7)
     expected = conv(image)
-    assert fold_frozen_batch_norm(conv) is conv and type(conv) is FrozenBNConv2d
-    actual = conv(image)
+    folding = fold_frozen_batch_norm(conv)
+    assert type(folding) is FrozenBNConv2d and folding.weight is conv.weight
+    actual = folding(image)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    assert list(conv.state_dict()) == names
+    assert list(folding.state_dict()) == names
     if trainable:
         gradients = [torch.autograd.grad(output.square().sum(), conv.weight)[0] for output in (expected, actual)]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    folded = fold_for_good(folding)
+    assert type(folded) is Conv2d and list(folded.state_dict()) == ["weight", "bias"]
+    assert torch.equal(folded(image), actual)
+
+
+def test_folding_reaches_convolutions_that_a_module_keeps_in_a_list_too():
+    """Detectron2's FPN calls its convolutions from lists beside their names."""
+    torch.manual_seed(0)
+    fpn = FPN(build_resnet_backbone(resnet_cfg(), ShapeSpec(channels=3)), ["res4", "res5"], 8, norm="FrozenBN").eval()
+    image = torch.randn(1, 3, 64, 64)
+    expected = fpn(image)
+    fpn = fold_frozen_batch_norm(fpn)
+    assert {type(conv) for conv in fpn.lateral_convs} == {FrozenBNConv2d}
+    torch.testing.assert_close(fpn(image), expected, rtol=1e-4, atol=1e-4)
+    fpn = fold_for_good(fpn).double()
+    torch.testing.assert_close(fpn(image.double())["p5"].float(), expected["p5"], rtol=1e-4, atol=1e-4)
+
+
+def resnet_cfg():
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res4", "res5"]
+    return cfg

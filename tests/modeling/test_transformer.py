@@ -2,7 +2,10 @@ import math
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
 
+from deformable_detr import load_config
 from deformable_detr.modeling.reference_points import (
     apply_box_deltas,
     gen_encoder_proposals,
@@ -10,7 +13,13 @@ from deformable_detr.modeling.reference_points import (
     get_valid_sizes,
     inverse_sigmoid,
 )
-from deformable_detr.modeling.transformer import DeformableTransformer
+from deformable_detr.modeling.transformer import (
+    DeformableTransformer,
+    DeformableTransformerDecoder,
+    DeformableTransformerDecoderLayer,
+    DeformableTransformerEncoder,
+    DeformableTransformerEncoderLayer,
+)
 
 
 def padding(height, width, valid_height, valid_width):
@@ -164,3 +173,42 @@ def test_shared_heads_are_one_module_but_the_encoder_has_its_own(make_model):
 def test_impossible_sizes_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         DeformableTransformer(**options)
+
+
+class GatedEncoderLayer(DeformableTransformerEncoderLayer):
+    """Somebody's own layer: half of each step."""
+
+    def forward(self, src, *args):
+        return (src + super().forward(src, *args)) / 2
+
+
+def test_a_lazy_config_swaps_a_layer(make_input):
+    model = load_config("configs/COCO-Detection/deformable_detr_R_50.py").model
+    model.transformer.update(d_model=32, n_heads=4, num_decoder_layers=2, dim_feedforward=32)
+    model.transformer.encoder = L(DeformableTransformerEncoder)(
+        layer=L(GatedEncoderLayer)(d_model="${...d_model}", n_heads="${...n_heads}", dim_feedforward=16),
+        num_layers=3,
+    )
+    detector = instantiate(model).eval()
+    layers = detector.transformer.encoder.layers
+    assert [type(layer) for layer in layers] == [GatedEncoderLayer] * 3
+    # Copies, not one layer three times; and the decoder is still made of the flat values.
+    assert len({id(p) for p in layers.parameters()}) == 3 * len(list(layers[0].parameters()))
+    assert len(detector.transformer.decoder.layers) == 2
+    assert detector.predict_raw([make_input(64, 64)])["pred_logits"].shape == (2, 1, 300, 80)
+
+
+def test_a_decoder_of_ones_own_tells_the_number_of_heads(make_model, make_input):
+    layer = DeformableTransformerDecoderLayer(d_model=32, n_heads=4, dim_feedforward=16)
+    decoder = DeformableTransformerDecoder(layer, 2, with_box_refine=True)
+    model = make_model(decoder=decoder, with_box_refine=True).eval()
+    assert len(model.class_embed) == 2 and len(model.predict_raw([make_input(64, 64)])["pred_boxes"]) == 2
+    with pytest.raises(ValueError, match="with_box_refine is False and that of the decoder True"):
+        make_model(decoder=decoder)
+
+
+def test_parameters_of_the_flat_values_have_the_official_names(make_model):
+    names = set(make_model(num_encoder_layers=2).transformer.encoder.state_dict())
+    assert {name.partition(".")[0] for name in names} == {"layers"}
+    own = {"self_attn", "norm1", "norm2", "linear1", "linear2"}
+    assert {tuple(name.split(".")[1:3]) for name in names} == {(i, part) for i in "01" for part in own}

@@ -8,16 +8,14 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from detectron2.layers import Conv2d
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import box_convert
 
 from ..layers import ms_deform_attn_pytorch
 from ..modeling import DeformableDETR
-from ..modeling.frozen_bn import FrozenBNConv2d
+from ..modeling.frozen_bn import fold_for_good
 from ..modeling.padding import padding_mask
 
 # The longest side, in pixels, that a program of dynamic size accepts; torch.export asks for a limit.
@@ -105,7 +103,7 @@ def capture(program: DetectionProgram, shape: InputShape, *, decompose: bool) ->
         # A level of one row or column would be captured as a constant: broadcasting treats size 1 specially.
         of_images |= {2: Dim("height", min=stride + 1, max=MAX_SIDE), 3: Dim("width", min=stride + 1, max=MAX_SIDE)}
     mode = _Decompose() if decompose else contextlib.nullcontext()
-    folded = DetectionProgram(_fold_frozen_batch_norm(program.model))
+    folded = DetectionProgram(fold_for_good(copy.deepcopy(program.model)))
     with torch.no_grad(), mode:
         return torch.export.export(folded, (images, image_sizes), dynamic_shapes=(of_images, dims))
 
@@ -113,19 +111,6 @@ def capture(program: DetectionProgram, shape: InputShape, *, decompose: bool) ->
 def coarsest_stride(model: DeformableDETR) -> int:
     """Stride in pixels of the coarsest feature level."""
     return max(shape.stride for shape in model.backbone.output_shape().values())
-
-
-def _fold_frozen_batch_norm(model: DeformableDETR) -> DeformableDETR:
-    """A copy whose convolutions hold the products that the model itself, for training, computes at every call."""
-    model = copy.deepcopy(model)
-    for conv in model.modules():
-        if isinstance(conv, FrozenBNConv2d):
-            norm = conv.norm
-            conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )
-            conv.norm, conv.__class__ = None, Conv2d
-    return model
 
 
 class _Decompose(TorchFunctionMode):

@@ -1,6 +1,5 @@
-"""Layers that need torch alone: deformable attention, position encoding, dropout."""
+"""Layers that need torch alone: deformable attention, position encoding, and what is tuned for a device."""
 
-from .dropout import Dropout
 from .ms_deform_attn import (
     MSDeformAttn,
     MSDeformAttnFunction,
@@ -9,6 +8,7 @@ from .ms_deform_attn import (
     ms_deform_attn_pytorch,
 )
 from .position_encoding import PositionEmbeddingSine
+from .tuned import Dropout
 
 __all__ = [
     "Dropout",

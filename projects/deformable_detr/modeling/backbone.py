@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 
-import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet
 from torch import Tensor, nn
 
+from ..layers.tuned import in_convolution_layout
 from .frozen_bn import fold_frozen_batch_norm
 
 
@@ -66,10 +66,8 @@ class MultiScaleBackbone(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Args: x: (N, 3, H, W). Returns: ``{"level0": (N, hidden_dim, H_0, W_0), ...}``, finest level first."""
-        # oneDNN's fast layout, a quarter off a ResNet's time. Unmeasured on CUDA, and others may not take any layout.
-        if x.device.type == "cpu" and isinstance(self.bottom_up, ResNet):
-            x = x.contiguous(memory_format=torch.channels_last)
-        features = self.bottom_up(x)
+        # Other backbones may not take any layout.
+        features = self.bottom_up(in_convolution_layout(x) if isinstance(self.bottom_up, ResNet) else x)
         raw = [features[name] for name in self.in_features]
         levels = [project(feature) for project, feature in zip(self.input_proj, raw, strict=False)]
         source = raw[-1]

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits computed at a time: the intermediate results stay in the cache of a CPU.
-LOGITS_AT_ONCE = 2**18
+from ..layers.tuned import LOGITS_AT_ONCE, in_pieces
 
 
 def matched_focal_loss(logits: Tensor, positives: Tensor, *, alpha: float, gamma: float) -> Tensor:
@@ -40,7 +39,7 @@ class _MatchedFocalLoss(torch.autograd.Function):
         ctx.alpha, ctx.gamma = alpha, gamma
         losses = []
         for row, index in zip(logits, positives, strict=True):
-            background = sum(_negative(part.float(), gamma).sum() for part in row.split(LOGITS_AT_ONCE))
+            background = sum(_negative(part.float(), gamma).sum() for (part,) in in_pieces(LOGITS_AT_ONCE, row))
             matched = row[index].float()
             # A positive with logit x costs what a negative with logit -x does.
             losses.append(
@@ -55,7 +54,7 @@ class _MatchedFocalLoss(torch.autograd.Function):
         alpha, gamma = ctx.alpha, ctx.gamma
         grad = torch.empty_like(logits)
         for row, index, out, scale in zip(logits, positives, grad, grad_output, strict=True):
-            for part, out_part in zip(row.split(LOGITS_AT_ONCE), out.split(LOGITS_AT_ONCE), strict=True):
+            for part, out_part in in_pieces(LOGITS_AT_ONCE, row, out):
                 # Scaled in float32: gradients this small would vanish in half precision.
                 torch.mul(_negative_grad(part.float(), gamma), (1 - alpha) * scale, out=out_part)
             out[index] = (-alpha * scale * _negative_grad(-row[index].float(), gamma)).to(out.dtype)

@@ -14,12 +14,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou
 
+from ..layers.tuned import PAIRS_AT_ONCE, in_pieces
+
 Target = dict[str, Tensor]
 Match = tuple[Tensor, Tensor]
-
-# Pairs of one image that are compared at a time. The terms of the cost need about ten times the memory of the cost
-# itself; at this size that is 10 MiB whatever the number of proposals and objects.
-PAIRS_AT_ONCE = 2**18
 
 
 class Predictions(NamedTuple):
@@ -111,8 +109,8 @@ class HungarianMatcher(nn.Module):
     def _fill_costs(self, cost: Tensor, logits: Tensor, boxes: Tensor, target: Target) -> None:
         """Write :meth:`cost_matrix` into ``cost`` (..., n), contiguous."""
         rows = max(1, PAIRS_AT_ONCE // max(1, cost.shape[-1]))
-        parts = [tensor.flatten(0, -2).split(rows) for tensor in (cost, logits, boxes)]
-        for cost_part, logits_part, boxes_part in zip(*parts, strict=True):
+        flat = (tensor.flatten(0, -2) for tensor in (cost, logits, boxes))
+        for cost_part, logits_part, boxes_part in in_pieces(rows, *flat):
             cost_part.copy_(self._pair_costs(logits_part, boxes_part, target))
 
     def _pair_costs(self, logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
