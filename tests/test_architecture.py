@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "collect_env": {"layers"},
     "detect": {"checkpoint", "data", "loading"},
     "explain": {"data", "detect", "layers", "loading", "modeling"},
-    "report": {"data", "training"},
+    "report": {"config", "data", "training"},
     "export": {"layers", "loading", "modeling"},
     "benchmark": {"checkpoint", "layers", "loading", "model_zoo", "modeling", "solver"},
     "front door": {"config", "layers", "model_zoo", "modeling"},

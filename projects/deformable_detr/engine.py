@@ -28,7 +28,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from . import solver
-from .config import find_config_file, get_device, get_output_dir, load_config
+from .config import RunConfig, find_config_file, load_config
 from .data.augmentation import augmentation_from_config
 from .data.datasets import get_class_names, get_train_dicts
 from .data.evaluators import build_evaluator
@@ -76,7 +76,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def configured_device(args: argparse.Namespace) -> str:
     """The device of the model, such as "cuda" or "cpu", for which ``launch`` is to start processes."""
-    return get_device(_read_config(args))
+    return RunConfig(_read_config(args)).get("device")
 
 
 def setup(args: argparse.Namespace) -> CfgNode | DictConfig:
@@ -86,13 +86,11 @@ def setup(args: argparse.Namespace) -> CfgNode | DictConfig:
         What :func:`check_before_start` does, besides the errors of reading configuration and data.
     """
     cfg = _read_config(args)
-    output_dir = get_output_dir(cfg)
+    output_dir = RunConfig(cfg).get("output_dir")
     # default_setup gives a handler to the loggers of detectron2 and fvcore only.
     setup_logger(output_dir, distributed_rank=comm.get_rank(), name="deformable_detr")
     apply_user_data(cfg, args)
     check_before_start(cfg, args)
-    if isinstance(cfg, CfgNode):
-        cfg.freeze()
     is_training = not (args.eval_only or args.replay)
     with nullcontext() if is_training else _keeping(os.path.join(output_dir, "config.yaml")):
         default_setup(cfg, args)
@@ -137,7 +135,8 @@ class Trainer(DefaultTrainer):
         settings = TrainingSettings.from_config(cfg)
         loader = self.build_train_loader(cfg)
         self._trainer = TrainingLoop(_distribute(model, broadcast_buffers=False), loader, optimizer, settings)
-        self.checkpointer = _build_checkpointer(cfg, self._trainer, weakref.proxy(self))
+        loop = self._trainer
+        self.checkpointer = _build_checkpointer(cfg, loop.model, trainer=weakref.proxy(self), ema=loop.ema)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
 
@@ -180,7 +179,7 @@ class Trainer(DefaultTrainer):
         settings = TrainingSettings.from_config(cfg)
         precision = Precision.of(settings, model)
         if settings.per_layer_ap and evaluators is None:
-            model = EveryLayer(model)
+            model = EveryLayer(model, key=settings.keys["per_layer_ap"])
             evaluators = [
                 LayerEvaluators([cls.build_evaluator(cfg, name) for _ in range(model.num_layers)])
                 for name in cfg.DATASETS.TEST
@@ -243,9 +242,10 @@ def _replay(cfg: CfgNode | DictConfig, path: str) -> str:
 
 
 def _run_yaml(cfg: CfgNode, args: argparse.Namespace) -> Any:
+    cfg.freeze()
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = DeformableDETRCheckpointer(model, save_dir=cfg.OUTPUT_DIR, class_names=get_class_names(cfg))
+        checkpointer = _build_checkpointer(cfg, model)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
@@ -263,7 +263,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict | None:
     settings = TrainingSettings.from_config(cfg)
     precision = Precision.of(settings, model)
     if settings.per_layer_ap:
-        model = EveryLayer(model)
+        model = EveryLayer(model, key=settings.keys["per_layer_ap"])
         evaluator = LayerEvaluators([instantiate(cfg.dataloader.evaluator) for _ in range(model.num_layers)])
     else:
         evaluator = instantiate(cfg.dataloader.evaluator)
@@ -281,7 +281,7 @@ def do_eval(cfg: DictConfig, *, resume: bool = False) -> dict | None:
         resume: evaluate the last checkpoint in ``train.output_dir`` instead if there is one.
     """
     model = _distribute(instantiate(cfg.model).to(cfg.train.device))
-    checkpointer = DeformableDETRCheckpointer(model, cfg.train.output_dir, class_names=get_class_names(cfg))
+    checkpointer = _build_checkpointer(cfg, model)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     return do_test(cfg, model)
 
@@ -302,7 +302,7 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
     optimizer = instantiate(cfg.optimizer)
     model = _distribute(model, **cfg.train.ddp)
     loop = TrainingLoop(model, instantiate(cfg.dataloader.train), optimizer, settings)
-    checkpointer = _build_checkpointer(cfg, loop, loop)
+    checkpointer = _build_checkpointer(cfg, loop.model, trainer=loop, ema=loop.ema)
     loop.register_hooks(
         build_hooks(
             settings,
@@ -327,13 +327,14 @@ def _distribute(model: nn.Module, **kwargs: Any) -> nn.Module:
     return create_ddp_model(model, **kwargs)
 
 
-def _build_checkpointer(cfg: CfgNode | DictConfig, loop: TrainingLoop, trainer: Any) -> DeformableDETRCheckpointer:
-    checkpointer = DeformableDETRCheckpointer(
-        loop.model, loop.settings.output_dir, class_names=get_class_names(cfg), trainer=trainer
+def _build_checkpointer(
+    cfg: CfgNode | DictConfig, model: nn.Module, **checkpointables: Any
+) -> DeformableDETRCheckpointer:
+    run = RunConfig(cfg)
+    present = {name: value for name, value in checkpointables.items() if value is not None}
+    return DeformableDETRCheckpointer(
+        model, run.get("output_dir"), class_names=get_class_names(cfg), weights_key=run.key("weights"), **present
     )
-    if loop.ema is not None:
-        checkpointer.add_checkpointable("ema", loop.ema)
-    return checkpointer
 
 
 def _build_mapper(cfg: CfgNode, *, is_train: bool) -> NamedErrorsMapper:

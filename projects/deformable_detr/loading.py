@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from . import model_zoo
 from .checkpoint.coverage import CheckpointError
-from .config import get_value, load_config, overridden_keys, weights_key
+from .config import RunConfig, load_config
 from .data.augmentation import augmentation_from_config
 from .data.datasets import get_class_names
 from .modeling import DeformableDETR
@@ -82,7 +82,7 @@ def load_model(
         weights = _default_weights(model, cfg, opts)
     built = build_model(cfg, device).eval()
     # Without names of ours: what the outputs mean is for the file to say, and only then for the config's dataset.
-    checkpointer = DeformableDETRCheckpointer(built)
+    checkpointer = DeformableDETRCheckpointer(built, weights_key="--weights")
     if weights:
         checkpointer.load(weights)
         if checkpointer.report.missing:
@@ -97,8 +97,8 @@ def load_model(
 
 def build_model(cfg: CfgNode | DictConfig, device: str | torch.device = "cpu") -> DeformableDETR:
     """Build the model that a configuration of either kind describes, with random weights."""
-    if not isinstance(cfg, CfgNode):
-        return instantiate(cfg.model).to(device)
+    if (model := RunConfig(cfg).lazy_node("model")) is not None:
+        return instantiate(model).to(device)
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = str(device)
     return build_yaml_model(cfg)
@@ -121,9 +121,9 @@ def message_of(error: Exception) -> str:
 
 
 def _default_weights(model: str, cfg: CfgNode | DictConfig, opts: Sequence[str]) -> str:
-    key = weights_key(cfg)
-    configured = get_value(cfg, key)
-    if key in overridden_keys(cfg, opts):
+    run = RunConfig(cfg, opts)
+    configured = run.get("weights")
+    if run.overridden("weights"):
         return configured
     if not os.path.isdir(model):
         return model_zoo.MODELS[model].weights if model in model_zoo.MODELS else configured
@@ -135,8 +135,7 @@ def _default_weights(model: str, cfg: CfgNode | DictConfig, opts: Sequence[str])
 
 
 def _resize(cfg: CfgNode | DictConfig) -> T.Augmentation:
-    if isinstance(cfg, CfgNode):
-        augmentations = augmentation_from_config(cfg, is_train=False)
-    else:
-        augmentations = instantiate(cfg.dataloader.test.mapper.augmentations)
-    return T.AugmentationList(augmentations)
+    augmentations = RunConfig(cfg).lazy_node("dataloader.test.mapper.augmentations")
+    if augmentations is None:
+        return T.AugmentationList(augmentation_from_config(cfg, is_train=False))
+    return T.AugmentationList(instantiate(augmentations))

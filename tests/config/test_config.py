@@ -16,6 +16,7 @@ from torch import nn
 
 import deformable_detr
 from deformable_detr import add_deformable_detr_config, load_config
+from deformable_detr.config import KEYS
 from deformable_detr.data.augmentation import augmentation_from_config
 from deformable_detr.solver import build_optimizer
 from deformable_detr.training.settings import TrainingSettings
@@ -212,7 +213,9 @@ def test_every_key_is_read_somewhere():
     added = flatten(ours).keys() - flatten(plain).keys()
     assert len(added) > 20
     read = attributes_read()
-    assert not {key for key in added if key.rsplit(".", 1)[-1] not in read}
+    # The view's table is read by its names, of which another test says that they are used.
+    tabled = {yaml_key for yaml_key, _ in KEYS.values()}
+    assert not {key for key in added - tabled if key.rsplit(".", 1)[-1] not in read}
 
 
 # Another valid value for every key of the node, and nothing but that key has to change the model.

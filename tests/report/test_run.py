@@ -74,8 +74,8 @@ def test_length_of_a_run_without_a_config_is_not_known(run_folder):
 def test_lazy_config_is_read_by_its_own_names(run_folder):
     LazyConfig.save(OmegaConf.create(LAZY), str(run_folder.path / "config.yaml"))
     run = read_run(run_folder.path)
-    assert run.setting("SOLVER.MAX_ITER", "train.max_iter") == 100
-    assert run.setting("SOLVER.BASE_LR", "optimizer.lr") is None
+    assert run.setting("max_iter") == 100
+    assert run.setting("lr") is None
     assert find_dataset(run) == "last_val"  # the one whose detections are in the folder
 
 

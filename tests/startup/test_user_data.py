@@ -1,5 +1,6 @@
 """Fine-tuning from the command line: weights, schedule and repaired data, in both configuration systems."""
 
+import copy
 import json
 import logging
 import re
@@ -12,6 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from deformable_detr import load_config
+from deformable_detr.config import RunConfig
 from deformable_detr.data.coco_format import DatasetError
 from deformable_detr.engine import argument_parser, main
 from deformable_detr.startup.schedule import FINETUNE_EPOCHS, apply_schedule, plan_schedule
@@ -82,7 +84,7 @@ def test_fine_tuning_gets_a_schedule_for_one_gpu_that_is_logged(configure, write
 def test_batch_grows_with_the_gpus_up_to_the_configurations(configure):
     for num_gpus, batch in ((0, 2), (1, 2), (8, 16), (64, 32)):
         cfg = configure()
-        apply_schedule(cfg, reference=configure(), epochs=1, num_images=320, num_gpus=num_gpus)
+        apply_schedule(RunConfig(cfg), reference=RunConfig(configure()), epochs=1, num_images=320, num_gpus=num_gpus)
         assert schedule_of(cfg)["batch"] == batch
         assert schedule_of(cfg)["lr"] == pytest.approx(2e-4 * batch / 32)
 
@@ -127,7 +129,8 @@ def test_schedules_without_steps_get_their_length_alone(caplog):
     lazy.lr_multiplier.scheduler = {"_target_": target, "start_value": 1.0, "end_value": 0.0}
     yaml = load_config(f"{CONFIG}.yaml", ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"])
     for cfg in (lazy, yaml):
-        apply_schedule(cfg, reference=cfg.copy() if cfg is lazy else cfg.clone(), epochs=3, num_images=4, num_gpus=1)
+        reference = RunConfig(copy.deepcopy(cfg))
+        apply_schedule(RunConfig(cfg), reference=reference, epochs=3, num_images=4, num_gpus=1)
     assert lazy.train.max_iter == yaml.SOLVER.MAX_ITER == 6
     assert "milestones" not in lazy.lr_multiplier.scheduler and yaml.SOLVER.STEPS == (147840,)
     assert "dropped" not in caplog.text

@@ -3,9 +3,7 @@
 import difflib
 import inspect
 import os
-from collections.abc import Iterator, Sequence
-from functools import reduce
-from operator import getitem
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,37 +80,6 @@ def find_config_file(config: str, *, suffix: str = ".yaml") -> str:
     )
 
 
-def overridden_keys(cfg: CfgNode | DictConfig, opts: Sequence[str]) -> list[str]:
-    """The keys that overrides as for :func:`load_config` set."""
-    return list(opts[::2]) if isinstance(cfg, CfgNode) else [opt.partition("=")[0].lstrip("+") for opt in opts]
-
-
-def get_value(cfg: CfgNode | DictConfig, key: str) -> Any:
-    """What stands under a key with dots."""
-    return reduce(getitem, key.split("."), cfg)
-
-
-def set_value(cfg: CfgNode | DictConfig, key: str, value: Any) -> None:
-    """Set what stands under a key with dots."""
-    *parents, name = key.split(".")
-    reduce(getitem, parents, cfg)[name] = value
-
-
-def weights_key(cfg: CfgNode | DictConfig) -> str:
-    """The key of the weights to start from or to evaluate."""
-    return "MODEL.WEIGHTS" if isinstance(cfg, CfgNode) else "train.init_checkpoint"
-
-
-def get_device(cfg: CfgNode | DictConfig) -> str:
-    """The device of the model, such as "cuda" or "cpu"."""
-    return str(cfg.MODEL.DEVICE if isinstance(cfg, CfgNode) else cfg.train.device)
-
-
-def get_output_dir(cfg: CfgNode | DictConfig) -> str:
-    """The folder of a run."""
-    return cfg.OUTPUT_DIR if isinstance(cfg, CfgNode) else cfg.train.output_dir
-
-
 def _is_saved_lazy_config(path: str) -> bool:
     """Whether a yaml file is a LazyConfig: only such a file names what to call, right below its top level."""
     with g_pathmgr.open(path) as file:
@@ -173,7 +140,9 @@ def _check_lazy_key(cfg: DictConfig, key: str) -> None:
     parent = OmegaConf.select(cfg, parent_key) if parent_key else cfg
     if OmegaConf.is_list(parent) or (OmegaConf.is_dict(parent) and (name in parent or _takes(parent, name))):
         return
-    raise KeyError(f"the LazyConfig has no key {key}{_suggest(key, list(_keys(cfg)))} (+{key}=... adds it)")
+    # Interpolations as they are written: a key like any other, without what it points to.
+    known = list(_keys(OmegaConf.to_container(cfg)))
+    raise KeyError(f"the LazyConfig has no key {key}{_suggest(key, known)} (+{key}=... adds it)")
 
 
 def _suggest(key: str, known: Sequence[str]) -> str:
@@ -193,14 +162,9 @@ def _takes(call: DictConfig, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _keys(node: CfgNode | DictConfig, prefix: str = "") -> Iterator[str]:
-    """Every key of a configuration of either kind, with its way there: "train.amp.enabled"."""
-    for name in node:
+def _keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Every key of nested dictionaries, with its way there: "train.amp.enabled"."""
+    for name, value in node.items():
         yield f"{prefix}{name}"
-        # An interpolation is a key like any other, without what it points to.
-        if isinstance(node, CfgNode):
-            is_inner = isinstance(node[name], CfgNode)
-        else:
-            is_inner = not OmegaConf.is_interpolation(node, name) and OmegaConf.is_dict(node[name])
-        if is_inner:
-            yield from _keys(node[name], f"{prefix}{name}.")
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{name}.")

@@ -15,6 +15,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from omegaconf import DictConfig
 
+from ..config import RunConfig
 from .coco_format import read_coco_json
 from .dataset_dict import describe_image, get_objects
 
@@ -44,16 +45,11 @@ def check_dataset_files(names: Sequence[str]) -> None:
 
 def get_class_names(cfg: CfgNode | DictConfig) -> list[str] | None:
     """Names of the model's outputs, by the dataset they are for; None where there is no such dataset."""
-    if isinstance(cfg, CfgNode):
-        datasets, outputs = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES
-    else:
-        datasets, outputs = [], cfg.model.num_classes
-        for split in ("train", "test"):
-            names = cfg.dataloader[split].dataset.names
-            datasets += [names] if isinstance(names, str) else names
+    run = RunConfig(cfg)
+    datasets = [*run.get("train_datasets", ()), *run.get("test_datasets", ())]
     names = MetadataCatalog.get(datasets[0]).get("thing_classes", None) if datasets else None
     # A model with 91 outputs can be evaluated on COCO's 80 classes: those are not its outputs' names.
-    return list(names) if names is not None and len(names) == outputs else None
+    return list(names) if names is not None and len(names) == run.get("num_classes") else None
 
 
 def get_train_dicts(
@@ -73,7 +69,7 @@ def get_train_dicts(
             boxes with NaN or infinite values.
     """
     if not names:
-        raise ValueError("there is no dataset to train on: set DATASETS.TRAIN (yaml) or dataloader.train.dataset.names")
+        raise ValueError("there is no dataset to train on: DATASETS.TRAIN (in a LazyConfig the names here) is empty")
     dicts = get_detection_dataset_dicts(names, filter_empty=False)
     if filter_empty:
         kept = [record for record in dicts if get_objects(record)]

@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 from omegaconf import DictConfig
 from torch import nn
 
-from ..config import find_config_file, load_config
+from ..config import RunConfig, find_config_file, load_config
 from ..training.checkpointer import DeformableDETRCheckpointer
 from .records import MODELS, find_model
 
@@ -42,10 +42,8 @@ def get_config(
         opts: overrides, as for :func:`deformable_detr.load_config`.
     """
     cfg = load_config(get_config_file(name, suffix=suffix), opts)
-    if trained and isinstance(cfg, CfgNode):
-        cfg.MODEL.WEIGHTS = find_model(name).weights
-    elif trained:
-        cfg.train.init_checkpoint = find_model(name).weights
+    if trained:
+        RunConfig(cfg).set("weights", find_model(name).weights)
     return cfg
 
 

@@ -4,10 +4,12 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import LazyConfig
 from omegaconf import DictConfig
 
+from ..config import RunConfig
 from ..data.datasets import register_coco_data
 from ..training.metrics import Metrics, read_metrics, series
 from ..training.settings import TrainingSettings
@@ -61,14 +63,9 @@ class Run:
     log: str
     changed: float
 
-    def setting(self, yaml_key: str, lazy_key: str) -> object | None:
-        """Value of a configuration key, under its name in either kind of configuration; None where it is absent."""
-        if self.config is None:
-            return None
-        value = self.config
-        for part in (yaml_key if "MODEL" in self.config else lazy_key).split("."):
-            value = value.get(part) if isinstance(value, DictConfig) else None
-        return value
+    def setting(self, name: str) -> Any:
+        """Value of a setting, by its name in :data:`KEYS`; None where the configuration does not have it."""
+        return None if self.config is None else RunConfig(self.config).get(name)
 
     def progress(self, now: float | None = None) -> Progress:
         """Says whether the run has come to its end, and otherwise whether it still writes.
@@ -79,9 +76,9 @@ class Run:
         # A line of training carries the number of an iteration counted from 0; an evaluation that of the next one.
         trained = [iteration + 1 for iteration, row in self.metrics.items() if "total_loss" in row]
         done = max(trained, default=max(self.metrics))
-        total = self.setting("SOLVER.MAX_ITER", "train.max_iter")
+        total = self.setting("max_iter")
         _, seconds = series(self.metrics, "time")
-        period = self.setting("SOLVER.LOG_PERIOD", "train.log_period") or TrainingSettings.log_period
+        period = self.setting("log_period") or TrainingSettings.log_period
         allowed = max(_SILENCE, 3 * period * seconds[-1]) if seconds else _SILENCE
         silent = (time.time() if now is None else now) - self.changed > allowed
         if total is not None and done >= total and (silent or max(self.metrics) >= total):
@@ -146,11 +143,11 @@ def find_dataset(run: Run) -> str:
     """
     if run.config is None:
         raise NoData(f"The test data is not known: there is no config.yaml in {run.folder}; give --val-json.")
-    names = run.setting("DATASETS.TEST", "dataloader.test.dataset.names")
+    names = run.setting("test_datasets")
     if not names:
         raise NoData("The configuration names no dataset to evaluate on.")
     # Every evaluation of a yaml run writes the same file: the last dataset's detections are the ones that stay.
-    name = names if isinstance(names, str) else names[-1]
+    name = names[-1]
     if name == "user_val":
         register_coco_data(name, *_user_files(run))
     return name

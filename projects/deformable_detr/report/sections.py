@@ -52,17 +52,17 @@ def summary(run: Run) -> list[Part]:
         first, last = times
         starts = run.log.count("Command line arguments:")
         rows.append(("Log", f"{first} to {last} (month/day), {starts} start{'s' if starts > 1 else ''}"))
-    keys = {
-        "Images per iteration": ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size"),
-        "Learning rate": ("SOLVER.BASE_LR", "optimizer.lr"),
-        "Started from": ("MODEL.WEIGHTS", "train.init_checkpoint"),
-        "Trained on": ("DATASETS.TRAIN", "dataloader.train.dataset.names"),
-        "Evaluated on": ("DATASETS.TEST", "dataloader.test.dataset.names"),
+    settings = {
+        "Images per iteration": "batch",
+        "Learning rate": "lr",
+        "Started from": "weights",
+        "Trained on": "train_datasets",
+        "Evaluated on": "test_datasets",
     }
-    for label, (yaml_key, lazy_key) in keys.items():
-        value = run.setting(yaml_key, lazy_key)
+    for label, name in settings.items():
+        value = run.setting(name)
         if value:
-            rows.append((label, value if isinstance(value, str | int | float) else ", ".join(value)))
+            rows.append((label, ", ".join(value) if isinstance(value, tuple) else value))
     return [Table([(label, str(value)) for label, value in rows]), *_not_finite(run)]
 
 

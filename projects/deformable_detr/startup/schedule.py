@@ -2,13 +2,9 @@
 
 import logging
 import math
-from collections.abc import Sequence
 from typing import Any
 
-from detectron2.config import CfgNode
-from omegaconf import DictConfig
-
-from ..config import get_device, get_value, overridden_keys, set_value
+from ..config import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -21,25 +17,7 @@ DROP_PERCENT = 80
 IMAGES_PER_GPU = 2
 # Evaluations, and checkpoints, of a whole run.
 _MAX_EVALUATIONS = 10
-
-_YAML_KEYS = {
-    "batch": "SOLVER.IMS_PER_BATCH",
-    "lr": "SOLVER.BASE_LR",
-    "max_iter": "SOLVER.MAX_ITER",
-    "drop": "SOLVER.STEPS",
-    "amp": "SOLVER.AMP.ENABLED",
-    "eval_period": "TEST.EVAL_PERIOD",
-    "checkpoint_period": "SOLVER.CHECKPOINT_PERIOD",
-}
-_LAZY_KEYS = {
-    "batch": "dataloader.train.total_batch_size",
-    "lr": "optimizer.lr",
-    "max_iter": "train.max_iter",
-    "drop": "lr_multiplier.scheduler.milestones",
-    "amp": "train.amp.enabled",
-    "eval_period": "train.eval_period",
-    "checkpoint_period": "train.checkpointer.period",
-}
+_NAMES = ("batch", "lr", "max_iter", "milestones", "amp_enabled", "eval_period", "checkpoint_period")
 
 
 def plan_schedule(
@@ -72,52 +50,35 @@ def plan_schedule(
     }
 
 
-def apply_schedule(
-    cfg: CfgNode | DictConfig,
-    *,
-    reference: CfgNode | DictConfig,
-    epochs: int,
-    num_images: int,
-    num_gpus: int,
-    opts: Sequence[str] = (),
-) -> None:
+def apply_schedule(run: RunConfig, *, reference: RunConfig, epochs: int, num_images: int, num_gpus: int) -> None:
     """Give a configuration a schedule of some epochs; what the user set on the command line stays as it is.
 
     The batch is ``IMAGES_PER_GPU`` for every GPU, never above the configuration's, in mixed precision on GPUs.
 
     Args:
-        cfg: the configuration with ``opts`` applied; changed.
+        run: the configuration with the user's overrides; changed.
         reference: the configuration as in its file, whose learning rate and batch fit each other.
         num_images: training images.
         num_gpus: over all machines; 0 counts as one.
-        opts: the user's overrides.
     """
-    is_yaml = isinstance(cfg, CfgNode)
-    keys = dict(_YAML_KEYS if is_yaml else _LAZY_KEYS)
-    if not _has_steps(cfg):
-        del keys["drop"]  # A cosine follows the number of iterations by itself.
-    overridden = overridden_keys(cfg, opts)
-    given = {name for name, key in keys.items() if key in overridden}
-    file_batch, file_lr = get_value(reference, keys["batch"]), get_value(reference, keys["lr"])
-    batch = get_value(cfg, keys["batch"]) if "batch" in given else min(file_batch, IMAGES_PER_GPU * max(num_gpus, 1))
+    # A cosine follows the number of iterations by itself.
+    names = [name for name in _NAMES if name != "milestones" or run.get("milestones") is not None]
+    given = [name for name in names if run.overridden(name)]
+    file_batch, file_lr = reference.get("batch"), reference.get("lr")
+    batch = run.get("batch") if "batch" in given else min(file_batch, IMAGES_PER_GPU * max(num_gpus, 1))
     plan = plan_schedule(
         num_images=num_images, epochs=epochs, batch=batch, reference_lr=file_lr, reference_batch=file_batch
     )
-    drop = f", dropped after iteration {plan['drop']} ({DROP_PERCENT} %)" if "drop" in keys else ""
+    drop = f", dropped after iteration {plan['drop']} ({DROP_PERCENT} %)" if "milestones" in names else ""
     logger.info(
         f"Schedule: {epochs} epochs of {num_images} images in batches of {batch} are {plan['max_iter']} iterations. "
         f"Learning rate {plan['lr']:g} = {file_lr:g} x {batch}/{file_batch}{drop}. "
         f"Evaluation and checkpoint every {plan['eval_period']} iterations."
     )
     if given:
-        logger.info("Left as set on the command line: %s", ", ".join(keys[name] for name in sorted(given)))
-    plan["drop"] = (plan["drop"],) if is_yaml else [plan["drop"], plan["max_iter"]]
-    plan["amp"] = get_device(cfg).startswith("cuda")
-    for name in keys.keys() - given:
-        set_value(cfg, keys[name], plan[name])
-
-
-def _has_steps(cfg: CfgNode | DictConfig) -> bool:
-    if isinstance(cfg, CfgNode):
-        return cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR"
-    return "milestones" in cfg.lr_multiplier.scheduler
+        logger.info("Left as set on the command line: %s", ", ".join(map(run.key, given)))
+    plan["milestones"] = (plan["drop"], plan["max_iter"])
+    plan["amp_enabled"] = run.get("device").startswith("cuda")
+    for name in names:
+        if name not in given:
+            run.set(name, plan[name])

@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
-from ..config import get_output_dir, get_value, load_config, overridden_keys, set_value, weights_key
+from ..config import RunConfig, load_config
 from ..data.checks import Problems, drop_overlap, load_coco_data
 from ..data.coco_format import DatasetError, read_coco_json
 from ..data.datasets import register_coco_data
@@ -53,8 +53,9 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None
             in their classes.
         DatasetError: if something is wrong with the data, unless ``--repair`` was given.
     """
+    run = RunConfig(cfg, args.opts)
     if args.weights is not None:
-        _set(cfg, weights_key(cfg), args.weights, flag="--weights", opts=args.opts)
+        _set(run, "weights", args.weights, flag="--weights")
     files = _named_files(args)
     if args.epochs is not None and "train" not in files:
         raise ValueError("--epochs needs --train-json: an epoch is as long as its images are many")
@@ -68,20 +69,19 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None
     }
     if len({tuple(names) for names in classes.values()}) > 1:
         raise ValueError(f"train and val must have the same categories, got {classes['train']} and {classes['val']}")
-    _set_datasets(cfg, files, num_classes=len(next(iter(classes.values()))), opts=args.opts)
-    checked, num_images = _check_once(files, contents, repair=args.repair, output_dir=get_output_dir(cfg))
+    _set_datasets(run, files, num_classes=len(next(iter(classes.values()))))
+    checked, num_images = _check_once(files, contents, repair=args.repair, output_dir=run.get("output_dir"))
     for split, paths in checked.items():
         # The repaired file.
         register_coco_data(f"user_{split}", *paths)
     epochs = FINETUNE_EPOCHS if args.epochs is None and args.weights is not None else args.epochs
     if "train" in files and epochs is not None and not args.eval_only:
         apply_schedule(
-            cfg,
-            reference=load_config(args.config_file),
+            run,
+            reference=RunConfig(load_config(args.config_file)),
             epochs=epochs,
             num_images=num_images["train"],
             num_gpus=comm.get_world_size(),
-            opts=args.opts,
         )
 
 
@@ -180,28 +180,18 @@ def _list_problems(found: list[Problems]) -> str:
     return "\n".join(map(str, found))
 
 
-def _set_datasets(
-    cfg: CfgNode | DictConfig, files: dict[str, tuple[str, str]], *, num_classes: int, opts: Sequence[str]
-) -> None:
+def _set_datasets(run: RunConfig, files: dict[str, tuple[str, str]], *, num_classes: int) -> None:
     """Point a configuration at the registered data; a split that was not named is not used."""
-    names = {split: (f"user_{split}",) if split in files else () for split in SPLITS}
-    if isinstance(cfg, CfgNode):
-        classes_key, keys = "MODEL.DEFORMABLE_DETR.NUM_CLASSES", {"train": "DATASETS.TRAIN", "val": "DATASETS.TEST"}
-    else:
-        classes_key = "model.num_classes"
-        keys = {"train": "dataloader.train.dataset.names", "val": "dataloader.test.dataset.names"}
-        # A LazyConfig's evaluator takes one name.
-        names = {split: name[0] if name else [] for split, name in names.items()}
     flag = " and ".join(f"--{split}-json" for split in files)
-    _set(cfg, classes_key, num_classes, flag=flag, opts=opts)
-    for split, key in keys.items():
-        _set(cfg, key, names[split], flag=flag, opts=opts)
-    if not isinstance(cfg, CfgNode) and "val" not in files:
-        del cfg.dataloader["evaluator"]
+    _set(run, "num_classes", num_classes, flag=flag)
+    for split, name in {"train": "train_datasets", "val": "test_datasets"}.items():
+        _set(run, name, (f"user_{split}",) if split in files else (), flag=flag)
 
 
-def _set(cfg: CfgNode | DictConfig, key: str, value: Any, *, flag: str, opts: Sequence[str]) -> None:
+def _set(run: RunConfig, name: str, value: Any, *, flag: str) -> None:
     """Set what follows from a flag; an override that says something else would be ignored."""
-    if key in overridden_keys(cfg, opts) and (given := get_value(cfg, key)) != value:
-        raise ValueError(f"{key} is {value!r} by {flag}, but {given!r} by its override: leave out one of the two")
-    set_value(cfg, key, value)
+    if run.overridden(name) and (given := run.get(name)) != value:
+        raise ValueError(
+            f"{run.key(name)} is {value!r} by {flag}, but {given!r} by its override: leave out one of the two"
+        )
+    run.set(name, value)

@@ -27,6 +27,7 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
     Args:
         class_names: of the model's classes, such as ``thing_classes`` of its dataset. By them the rows of a file
             with other classes are found, and they are saved, so that later models can do the same.
+        weights_key: the key, or the flag, by which the user names the weights; for error texts.
         args, kwargs: as for Detectron2's checkpointer.
 
     Attributes:
@@ -38,10 +39,16 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
     _takes_averages = True
 
     def __init__(
-        self, model: nn.Module, *args: Any, class_names: Sequence[str | None] | None = None, **kwargs: Any
+        self,
+        model: nn.Module,
+        *args: Any,
+        class_names: Sequence[str | None] | None = None,
+        weights_key: str = "MODEL.WEIGHTS",
+        **kwargs: Any,
     ) -> None:
         super().__init__(model, *args, **kwargs)
         self.class_names = class_names
+        self._weights_key = weights_key
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a checkpoint.
@@ -79,7 +86,7 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         if not self.report.exact:
             raise CheckpointError(
                 f"Cannot resume: {path} holds another model than the config describes. "
-                f"Start in another OUTPUT_DIR, with MODEL.WEIGHTS set to that file.\n{self.report}"
+                f"Start in another output folder, with {self._weights_key} set to that file.\n{self.report}"
             )
         return extra
 
@@ -141,14 +148,14 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
             # Detectron2's own prefix is no address to download from by hand.
             url = path.replace(Detectron2Handler.PREFIX, Detectron2Handler.S3_DETECTRON2_PREFIX)
             raise CheckpointError(
-                f"MODEL.WEIGHTS: {path} cannot be downloaded ({error}). Download {url} where there is a network, and "
-                "give the path of the local file instead; to train from scratch, set MODEL.WEIGHTS to an empty text: "
-                'MODEL.WEIGHTS "" (yaml) or train.init_checkpoint="" (LazyConfig)'
+                f"{self._weights_key}: {path} cannot be downloaded ({error}). Download {url} where there is a network, "
+                f"and give the path of the local file instead; to train from scratch, set {self._weights_key} to an "
+                'empty text: ""'
             ) from error
         if not os.path.exists(local_path):
             raise FileNotFoundError(
                 f"There is no checkpoint file {local_path} "
-                "(asked for by MODEL.WEIGHTS or train.init_checkpoint, or by last_checkpoint when resuming)"
+                f"(asked for by {self._weights_key}, or by last_checkpoint when resuming)"
             )
         check_weights_file(local_path)
         return local_path

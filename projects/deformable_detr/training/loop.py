@@ -49,8 +49,8 @@ class TrainingLoop(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         if settings.accumulation_steps > 1 and not hasattr(getattr(unwrap(model), "criterion", None), "normalise_by"):
             raise ValueError(
-                "SOLVER.ACCUMULATION_STEPS needs a model whose criterion can normalise_by a number of objects; "
-                f"{type(unwrap(model)).__name__} has none"
+                f"{settings.keys['accumulation_steps']} needs a model whose criterion can normalise_by a number of "
+                f"objects; {type(unwrap(model)).__name__} has none"
             )
         self.settings = settings
         self.precision = Precision.of(settings, model)
@@ -74,7 +74,10 @@ class TrainingLoop(SimpleTrainer):
         start = time.perf_counter()
         batch = self._next_batch()
         data_time = time.perf_counter() - start
-        step = Step(batch, self.iter, self.seed, comm.get_rank(), self.settings.accumulation_steps)
+        step = Step(
+            *(batch, self.iter, self.seed, comm.get_rank(), self.settings.accumulation_steps),
+            accumulation_key=self.settings.keys["accumulation_steps"],
+        )
         self.optimizer.zero_grad()
         statistics = [buffer.clone() for buffer in self._statistics()]
         try:

@@ -14,18 +14,19 @@ class EveryLayer(nn.Module):
 
     Args:
         model: a :class:`DeformableDETR`, also wrapped for distributed training.
+        key: of the setting that asks for it, for error texts.
 
     Raises:
         TypeError: if the model has no decoder layers to tell apart.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, key: str = "TEST.PER_LAYER_AP") -> None:
         super().__init__()
         self.model = unwrap(model)
         # Detectron2 puts a model back into the mode in which it was; this one has none of its own.
         self.training = self.model.training
         if not hasattr(self.model, "predict"):
-            raise TypeError(f"TEST.PER_LAYER_AP needs a DeformableDETR, got {type(self.model).__name__}")
+            raise TypeError(f"{key} needs a DeformableDETR, got {type(self.model).__name__}")
 
     @property
     def num_layers(self) -> int:

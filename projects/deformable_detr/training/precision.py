@@ -34,8 +34,9 @@ class Precision:
         if not settings.amp_enabled:
             return cls(device_type)
         if settings.amp_precision not in DTYPES:
-            raise ValueError(f"SOLVER.AMP.PRECISION must be one of {sorted(DTYPES)}, got {settings.amp_precision!r}")
-        _check_support(settings.amp_precision, device_type)
+            key = settings.keys["amp_precision"]
+            raise ValueError(f"{key} must be one of {sorted(DTYPES)}, got {settings.amp_precision!r}")
+        _check_support(settings, device_type)
         return cls(device_type, DTYPES[settings.amp_precision])
 
     def autocast(self) -> AbstractContextManager:
@@ -47,14 +48,15 @@ class Precision:
         return torch.amp.GradScaler(self.device_type, enabled=self.dtype is torch.float16)
 
 
-def _check_support(name: str, device_type: str) -> None:
+def _check_support(settings: TrainingSettings, device_type: str) -> None:
     """Try it: PyTorch has no list of what its kernels support on the CPU, which differs between versions."""
+    name, keys = settings.amp_precision, settings.keys
     conv = nn.Conv2d(3, 4, 3, device=device_type)
     try:
         with torch.autocast(device_type, dtype=DTYPES[name]):
             conv(torch.zeros(1, 3, 4, 4, device=device_type)).float().sum().backward()
     except RuntimeError as error:
         raise ValueError(
-            f"SOLVER.AMP.PRECISION {name} does not work on this {device_type} with PyTorch {torch.__version__} "
-            f"({error}). Take {'bfloat16' if name == 'float16' else 'float16'} or switch SOLVER.AMP.ENABLED off"
+            f"{keys['amp_precision']} {name} does not work on this {device_type} with PyTorch {torch.__version__} "
+            f"({error}). Take {'bfloat16' if name == 'float16' else 'float16'} or switch {keys['amp_enabled']} off"
         ) from error

@@ -2,16 +2,21 @@
 
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 from detectron2.config import CfgNode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from ..config import KEYS, RunConfig
 
 logger = logging.getLogger(__name__)
 
 # The official recipe (16 GPUs x 2 images).
 RECIPE_LR = 2e-4
 RECIPE_BATCH = 32
+# Of the averaged weights, in a LazyConfig that asks for them and says no more.
+EMA_DECAY = 0.9997
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,7 @@ class TrainingSettings:
         first_eval: one evaluation more, early, after so many iterations; 0 for none.
         per_layer_ap: also evaluate the predictions of every decoder layer.
         best_metric: such as "bbox/AP"; the checkpoint that is best in it is kept as ``model_best.pth``. Empty: none.
+        keys: of these settings in the user's configuration, for error texts; those of yaml where there is none.
     """
 
     output_dir: str
@@ -43,15 +49,18 @@ class TrainingSettings:
     checkpoint_period: int = 5000
     max_to_keep: int | None = None
     best_metric: str = ""
+    keys: Mapping[str, str] = field(
+        default_factory=lambda: {name: yaml_key for name, (yaml_key, _) in KEYS.items()}, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         for name in ("accumulation_steps", "log_period", "checkpoint_period"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{self.keys[name]} must be at least 1, got {getattr(self, name)}")
         if self.max_skipped_steps < 0:
-            raise ValueError(f"max_skipped_steps must be at least 0, got {self.max_skipped_steps}")
+            raise ValueError(f"{self.keys['max_skipped_steps']} must be at least 0, got {self.max_skipped_steps}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"the decay of the averaged weights must be in [0, 1), got {self.ema_decay}")
+            raise ValueError(f"{self.keys['ema_decay']} must be in [0, 1), got {self.ema_decay}")
 
     @classmethod
     def from_config(cls, cfg: CfgNode | DictConfig) -> "TrainingSettings":
@@ -60,51 +69,10 @@ class TrainingSettings:
         Raises:
             ValueError: on a value out of its range.
         """
-        return cls(**(_read_yaml(cfg) if isinstance(cfg, CfgNode) else _read_lazy(cfg)))
-
-
-def _read_yaml(cfg: CfgNode) -> dict:
-    solver, ema, test = cfg.SOLVER, cfg.MODEL.EMA, cfg.TEST
-    return {
-        "output_dir": cfg.OUTPUT_DIR,
-        "seed": cfg.SEED,
-        "amp_enabled": solver.AMP.ENABLED,
-        "amp_precision": solver.AMP.PRECISION,
-        "accumulation_steps": solver.ACCUMULATION_STEPS,
-        "max_skipped_steps": solver.MAX_SKIPPED_STEPS,
-        "ema_decay": ema.DECAY if ema.ENABLED else None,
-        "log_period": solver.LOG_PERIOD,
-        "eval_period": test.EVAL_PERIOD,
-        "first_eval": test.FIRST_EVAL,
-        "per_layer_ap": test.PER_LAYER_AP,
-        "checkpoint_period": solver.CHECKPOINT_PERIOD,
-        "best_metric": test.BEST_METRIC,
-    }
-
-
-def _read_lazy(cfg: DictConfig) -> dict:
-    train = OmegaConf.to_container(cfg.train, resolve=True)
-    ema = train.get("ema", {})
-    named = {
-        "amp_enabled": train["amp"]["enabled"],
-        "amp_precision": train["amp"].get("precision"),
-        "ema_decay": ema.get("decay", 0.9997) if ema.get("enabled") else None,
-        "checkpoint_period": train["checkpointer"]["period"],
-        "max_to_keep": train["checkpointer"].get("max_to_keep"),
-    }
-    same_name = (
-        "output_dir",
-        "seed",
-        "accumulation_steps",
-        "max_skipped_steps",
-        "log_period",
-        "eval_period",
-        "first_eval",
-        "per_layer_ap",
-        "best_metric",
-    )
-    values = named | {name: train.get(name) for name in same_name}
-    return {name: value for name, value in values.items() if value is not None}
+        run = RunConfig(cfg)
+        values = {field.name: run.get(field.name) for field in fields(cls) if field.name in KEYS}
+        values["ema_decay"] = run.get("ema_decay", EMA_DECAY) if run.get("ema_enabled") else None
+        return cls(**{name: value for name, value in values.items() if value is not None}, keys=run.keys)
 
 
 def warn_of_unscaled_learning_rate(lr: float, batch: int) -> None:

@@ -26,6 +26,7 @@ class Step:
         batch: what the model takes, of this process.
         rank: of the process.
         accumulation_steps: parts in which the batch goes through the model.
+        accumulation_key: of that setting, for error texts.
     """
 
     batch: list[dict[str, Any]]
@@ -33,6 +34,7 @@ class Step:
     seed: int
     rank: int = 0
     accumulation_steps: int = 1
+    accumulation_key: str = "SOLVER.ACCUMULATION_STEPS"
 
     @property
     def num_objects(self) -> int:
@@ -47,7 +49,7 @@ class Step:
         """
         if len(self.batch) < self.accumulation_steps:
             raise ValueError(
-                f"a process must have at least one image for every accumulation step: SOLVER.ACCUMULATION_STEPS is "
+                f"a process must have at least one image for every accumulation step: {self.accumulation_key} is "
                 f"{self.accumulation_steps}, but the batch of a process has {len(self.batch)} images"
             )
         parts = np.array_split(np.arange(len(self.batch)), self.accumulation_steps)
