@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deformable_detr.benchmark.__main__ import main
-from deformable_detr.benchmark.inference import count_flops
+from deformable_detr.benchmark.inference import count_flops, tf32
 from deformable_detr.benchmark.peers import build, make_batch
 from deformable_detr.benchmark.timing import peak_memory, summarise
 
@@ -81,6 +81,19 @@ def test_transformers_gets_the_same_weights():
         detections = build("deformable_detr", VARIANT, batch)(batch)[0]["instances"]
         scores, _ = build("transformers", VARIANT, batch)(batch)
     torch.testing.assert_close(detections.scores, scores[0])
+
+
+def test_tf32_is_on_within_its_calls_alone():
+    def flags():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before = flags()
+    with tf32("float32"):
+        assert flags() == before
+    with pytest.raises(ZeroDivisionError), tf32("tf32"):
+        assert before != flags() == (True, True)
+        raise ZeroDivisionError
+    assert flags() == before
 
 
 def test_model_benchmark_has_a_row_for_every_combination(run):

@@ -42,8 +42,28 @@ def test_op_benchmark_has_a_row_for_every_combination(monkeypatch, capsys, tmp_p
     assert [(row["dtype"], row["pass"]) for row in twin] == expected
     assert all(row["ratio"] == row["cold ratio"] == 1 for row in ours)
     assert all(row["ms"] > 0 and row["cold ms"] > 0 for row in ours + twin)
+    for forward, both in zip(ours[::2], ours[1::2], strict=True):
+        assert forward["bwd ms"] is None and both["bwd ms"] == both["ms"] - forward["ms"]
     inputs = make_inputs(TINY, batch=1, dtype=torch.float32, device="cpu", distribution="grid")
     assert ours[0]["bound ms"] == pytest.approx(1e-6 * inputs.bytes_once(backward=False))
+
+
+def test_op_benchmark_leaves_out_peers_and_sums_in_any_order_again_afterwards(monkeypatch, capsys):
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    monkeypatch.setattr("deformable_detr.benchmark.op.SETTLE_MS", 0.1)
+    seen = set()
+
+    def measure_bandwidth(device):
+        seen.add(torch.are_deterministic_algorithms_enabled())
+        return 1e9
+
+    monkeypatch.setattr("deformable_detr.benchmark.op.measure_bandwidth", measure_bandwidth)
+    arguments = ["op", "--devices", "cpu", "--shapes", "tiny", "--rounds", "1", "--peers", "--deterministic"]
+    monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
+    main()
+    assert seen == {True} and not torch.are_deterministic_algorithms_enabled()
+    output = capsys.readouterr().out
+    assert "deformable_detr" in output and "twin" not in output
 
 
 @pytest.fixture

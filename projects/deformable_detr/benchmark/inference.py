@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +54,15 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, size: str, variant:
     parser.add_argument("--variants", nargs="+", default=[variant], help=f"of {', '.join(model_zoo.list_models())}")
     parser.add_argument("--sizes", nargs="+", default=[_parse_size(size)], type=_parse_size, metavar="HxW")
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(_DTYPES), help="16 bits: autocast")
+    parser.add_argument(
+        "--precision",
+        "--dtypes",
+        nargs="+",
+        default=["float32"],
+        choices=["float32", "tf32", *_AUTOCAST],
+        dest="dtypes",
+        help="float32: as PyTorch is set; tf32: for products and convolutions on CUDA; 16 bits: autocast",
+    )
     parser.add_argument("--devices", nargs="+", default=["cuda" if torch.cuda.is_available() else "cpu"])
     parser.add_argument("--rounds", type=int, default=5, help="repetitions; every implementation runs in each")
     parser.add_argument("--warmup", type=int, default=1, help="untimed calls of each before the rounds")
@@ -172,17 +180,30 @@ def make_inference(model: nn.Module, batch: Batch, *, dtype: str) -> Callable[[]
     """A call that detects in ``batch``."""
 
     def call() -> object:
-        with torch.inference_mode(), autocast(batch, dtype):
+        with torch.inference_mode(), tf32(dtype), autocast(batch, dtype):
             return model(batch)
 
     return call
 
 
 def autocast(batch: Batch, dtype: str) -> contextlib.AbstractContextManager:
-    """What runs a model in 16 bits; nothing for float32."""
-    if dtype == "float32":
+    """What runs a model in 16 bits; nothing for 32."""
+    if dtype not in _AUTOCAST:
         return contextlib.nullcontext()
-    return torch.autocast(batch.images[0].device.type, _DTYPES[dtype])
+    return torch.autocast(batch.images[0].device.type, _AUTOCAST[dtype])
+
+
+@contextlib.contextmanager
+def tf32(dtype: str) -> Iterator[None]:
+    """Use the matrix units for float32 if ``dtype`` is "tf32", backward passes included."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    if dtype == "tf32":
+        products.allow_tf32 = convolutions.allow_tf32 = True
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 def count_flops(model: DeformableDETR, batch: Batch) -> float:
@@ -223,4 +244,4 @@ def _parse_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,12 +16,13 @@ from .shapes import SHAPES, Inputs, make_inputs
 from .timing import print_and_save, summarise, time_call, time_cold_and_settled
 
 Attend = Callable[[Inputs, Tensor, Tensor, Tensor], Tensor]
-OURS, TWIN, TRANSFORMERS = "deformable_detr", "twin", "transformers"
+OURS, TWIN, TRANSFORMERS, MMCV = "deformable_detr", "twin", "transformers", "mmcv"
 SETTLE_MS = 20
+CALLS_PER_GRAPH = 10
 NOTES = """\
 ms: median of the rounds, in each of which a call is repeated for 20 ms and then timed as many times; spread: quartile
-range / median; ratio: median over rounds of time / our time; cold ms, cold ratio: the same for a single call, with the
-caches as another implementation left them;
+range / median; ratio: median over rounds of time / our time; bwd ms: what forward + backward takes longer than forward;
+cold ms, cold ratio: the same for a single call, with the caches as another implementation left them;
 bound: every tensor read or written once at the measured copy speed of memory; share: bound / ms;
 GB/s: corner rows read, and in the backward pass added to, per second, which caches serve."""
 
@@ -34,6 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--distributions", nargs="+", default=["grid"], choices=["grid", "uniform"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--rounds", type=int, default=5, help="repetitions; every implementation runs in each")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        default=[TWIN, TRANSFORMERS, MMCV],
+        choices=[TWIN, TRANSFORMERS, MMCV],
+        help="those that are installed",
+    )
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help=f"{CALLS_PER_GRAPH} calls at a time, without what launching takes"
+    )
+    parser.add_argument("--deterministic", action="store_true", help="sums that do not depend on their order")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
     parser.add_argument("--json", type=Path, help="also write all numbers to this file")
     parser.set_defaults(run=run)
@@ -42,12 +54,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure every combination, print a table and write the JSON file."""
     torch.set_num_threads(args.threads)
+    # Some peers have no deterministic backward pass: they warn.
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     rows = []
     for device in args.devices:
         bandwidth = measure_bandwidth(device)
-        peers = find_peers(device)
+        peers = find_peers(device, args.peers)
         for combination in itertools.product(args.shapes, args.batches, args.dtypes, args.distributions):
-            rows += measure(*combination, device=device, rounds=args.rounds, bandwidth=bandwidth, peers=peers)
+            rows += measure(
+                *combination,
+                device=device,
+                rounds=args.rounds,
+                bandwidth=bandwidth,
+                peers=peers,
+                graphs=args.cuda_graphs,
+            )
+    torch.use_deterministic_algorithms(False)
     print_and_save(rows, args, NOTES)
 
 
@@ -61,6 +83,7 @@ def measure(
     rounds: int,
     bandwidth: float,
     peers: dict[str, Attend],
+    graphs: bool = False,
 ) -> list[dict]:
     """Rows of the table for one input: forward and forward + backward of every implementation, in turns."""
     inputs = make_inputs(
@@ -71,8 +94,11 @@ def measure(
         # are not contiguous, as transformers' are.
         peers = {peer: attend for peer, attend in peers.items() if peer != TRANSFORMERS}
     rows = []
+    forward_ms: dict[str, float] = {}
     for backward in (False, True):
         calls = {peer: _make_call(attend, inputs, backward) for peer, attend in peers.items()}
+        if graphs:
+            calls = {peer: capture(call) for peer, call in calls.items()}
         for call in calls.values():
             call()  # What only the very first call does.
         cold_times, times = time_cold_and_settled(calls, rounds=rounds, device=device, settle_ms=SETTLE_MS)
@@ -82,6 +108,11 @@ def measure(
         for peer, samples in times.items():
             numbers = summarise(samples, times[OURS])
             cold = summarise(cold_times[peer], cold_times[OURS])
+            if graphs:
+                numbers["ms"] /= CALLS_PER_GRAPH
+                cold["ms"] /= CALLS_PER_GRAPH
+            if not backward:
+                forward_ms[peer] = numbers["ms"]
             rows.append(
                 {
                     "shape": name,
@@ -91,6 +122,7 @@ def measure(
                     "pass": "fwd+bwd" if backward else "fwd",
                     "implementation": peer,
                     **numbers,
+                    "bwd ms": numbers["ms"] - forward_ms[peer] if backward else None,
                     "cold ms": cold["ms"],
                     "cold ratio": cold["ratio"],
                     "bound ms": bound,
@@ -118,6 +150,21 @@ def _make_call(attend: Attend, inputs: Inputs, backward: bool) -> Callable[[], N
     return forward_and_backward
 
 
+def capture(call: Callable[[], None]) -> Callable[[], None]:
+    """Record ``CALLS_PER_GRAPH`` calls as a CUDA graph; returns what replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # What only the very first calls do must not be recorded.
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS_PER_GRAPH):
+            call()
+    return graph.replay
+
+
 def measure_bandwidth(device: str) -> float:
     """Bytes read and written per second by a copy within main memory."""
     source = torch.ones((1 << 30 if device.startswith("cuda") else 1 << 28) // 4, device=device)
@@ -127,20 +174,19 @@ def measure_bandwidth(device: str) -> float:
     return 2 * source.nbytes / milliseconds * 1e3
 
 
-def find_peers(device: str) -> dict[str, Attend]:
-    """Ours, the twin, and what else is installed and runs on this device."""
+def find_peers(device: str, names: Sequence[str]) -> dict[str, Attend]:
+    """Ours, and those of ``names`` that are installed and run on this device."""
     peers: dict[str, Attend] = {
-        OURS: lambda inputs, value, locations, weights: ms_deform_attn(
-            value, inputs.spatial_shapes, locations, weights
-        ),
-        TWIN: lambda inputs, value, locations, weights: ms_deform_attn_pytorch(
-            value, inputs.spatial_shapes, locations, weights
-        ),
+        OURS: lambda inputs, value, locations, weights: ms_deform_attn(value, inputs.spatial_shapes, locations, weights)
     }
-    if importlib.util.find_spec("transformers") is not None:
+    if TWIN in names:
+        peers[TWIN] = lambda inputs, value, locations, weights: ms_deform_attn_pytorch(
+            value, inputs.spatial_shapes, locations, weights
+        )
+    if TRANSFORMERS in names and importlib.util.find_spec("transformers") is not None:
         peers[TRANSFORMERS] = _transformers()
-    if device.startswith("cuda") and importlib.util.find_spec("mmcv") is not None:
-        peers["mmcv"] = _mmcv()
+    if MMCV in names and device.startswith("cuda") and importlib.util.find_spec("mmcv") is not None:
+        peers[MMCV] = _mmcv()
     return peers
 
 

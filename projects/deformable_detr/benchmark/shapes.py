@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 R50_LEVELS = ((100, 134), (50, 67), (25, 34), (13, 17))  # strides 8 to 64 of an 800 x 1066 image
+R50_1333_LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))  # of an 800 x 1333 image
 SQUARE_LEVELS = ((128, 128), (64, 64), (32, 32), (16, 16))  # of a 1024 x 1024 image
 
 
@@ -36,6 +37,8 @@ class Shape:
 SHAPES = {
     "r50_encoder": Shape(R50_LEVELS),
     "r50_decoder": Shape(R50_LEVELS, 300),
+    "r50_1333": Shape(R50_1333_LEVELS),
+    "r50_1333_decoder": Shape(R50_1333_LEVELS, 300),
     "dino_5scale": Shape(((200, 267), *R50_LEVELS)),
     "dino_decoder": Shape(R50_LEVELS, 900),
     "swin_1024": Shape(SQUARE_LEVELS),

@@ -22,14 +22,10 @@ Call = Callable[[], object]
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
-def time_call(call: Call, device: str, *, clock: str = "wall", count: int = 1) -> float:
-    """Milliseconds of one of ``count`` calls in a row; ``clock`` is for the CPU."""
+def time_call(call: Call, device: str, *, count: int = 1) -> float:
+    """Milliseconds of one of ``count`` calls in a row; on CUDA by events in its stream."""
     if not device.startswith("cuda"):
-        read = CLOCKS[clock]
-        start = read()
-        for _ in range(count):
-            call()
-        return 1e3 * (read() - start) / count
+        return time_on_host(call, device, count=count)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(count):
@@ -37,6 +33,19 @@ def time_call(call: Call, device: str, *, clock: str = "wall", count: int = 1) -
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / count
+
+
+def time_on_host(call: Call, device: str, *, clock: str = "wall", count: int = 1) -> float:
+    """Milliseconds of one of ``count`` calls in a row by the host's clock, until the device has finished them."""
+    read = CLOCKS[clock]
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    start = read()
+    for _ in range(count):
+        call()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return 1e3 * (read() - start) / count
 
 
 def time_in_turns(
@@ -47,7 +56,9 @@ def time_in_turns(
     warmup: int = 0,
     clock: str = "wall",
 ) -> dict[Hashable, list[float]]:
-    """Milliseconds of every call in every round. In turns, so that a busy machine slows all of them alike.
+    """Milliseconds of every call in every round, with what the host does for it.
+
+    In turns, so that a busy machine slows all of them alike.
 
     Args:
         warmup: untimed calls of each before the rounds.
@@ -58,7 +69,7 @@ def time_in_turns(
     times: dict[Hashable, list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
         for key, call in calls.items():
-            times[key].append(time_call(call, device, clock=clock))
+            times[key].append(time_on_host(call, device, clock=clock))
     return times
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from ..solver import ClippedAdamW
-from .inference import Contender, add_common_arguments, autocast, run_combinations, time_contenders
+from .inference import Contender, add_common_arguments, autocast, run_combinations, tf32, time_contenders
 from .peers import OURS, TRANSFORMERS, Batch, build, find_peers
 from .timing import peak_memory
 
@@ -16,13 +16,13 @@ NOTES = """\
 ms: median of the rounds; spread: quartile range / median; ratio: median over rounds of time / time of the first row of
 the same input; MiB: peak on top of weights and optimizer state, gradients included. All have the same weights, images,
 objects and ClippedAdamW; transformers has no loss for the encoder's proposals."""
-OPTIONS = ("default", "checkpoint")
+OPTIONS = ("default", "checkpoint", "compiled")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line of this benchmark."""
     add_common_arguments(parser, size="480x640", variant="deformable_detr_R_50_two_stage")
-    parser.add_argument("--options", nargs="+", default=OPTIONS, choices=OPTIONS, help="of our model")
+    parser.add_argument("--options", nargs="+", default=OPTIONS[:2], choices=OPTIONS, help="of our model")
     parser.add_argument("--peers", nargs="*", default=[TRANSFORMERS], choices=[TRANSFORMERS])
     parser.add_argument("--memory-only", action="store_true", help="one step each, untimed")
     parser.set_defaults(run=run)
@@ -42,6 +42,9 @@ def make_contenders(variant: str, batch: Batch, args: argparse.Namespace) -> lis
             if option == "checkpoint":
                 transformer = model.model.transformer
                 transformer.encoder.activation_checkpoint = transformer.decoder.activation_checkpoint = True
+            if option == "compiled":
+                model.model.backbone.compile(dynamic=True)
+                model.model.transformer.compile(dynamic=True)
             contenders += [
                 Contender(
                     {"implementation": name, "option": option, "dtype": dtype},
@@ -71,9 +74,10 @@ def make_step(model: nn.Module, batch: Batch, *, dtype: str) -> Callable[[], flo
     optimizer = ClippedAdamW(model.parameters(), lr=1e-5)
 
     def call() -> float:
-        with autocast(batch, dtype):
-            loss = model(batch)
-        loss.backward()
+        with tf32(dtype):
+            with autocast(batch, dtype):
+                loss = model(batch)
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
