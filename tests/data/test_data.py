@@ -268,6 +268,32 @@ def test_dataset_that_filtering_leaves_empty_is_refused(write_coco):
         get_train_dicts("tiny", num_classes=3, filter_empty=True)
 
 
+@pytest.mark.parametrize("iscrowd", [None, 1])
+def test_dataset_without_an_object_is_refused_before_the_first_step(write_coco, iscrowd):
+    data = write_coco()
+    data.content["annotations"] = [{**a, "iscrowd": 1} for a in data.content["annotations"] if iscrowd]
+    data.save()
+    register_coco_data("tiny", data.json, data.images)
+    with pytest.raises(ValueError, match="nothing to learn: none of the 4 images of tiny has an object that is not a"):
+        get_train_dicts("tiny", num_classes=3)
+
+
+def test_classes_without_an_object_are_named_before_the_first_step(write_coco, caplog):
+    data = write_coco()
+    register_coco_data("tiny", data.json, data.images)
+    get_train_dicts("tiny", num_classes=3)
+    assert "no object" not in caplog.text
+    data.content["categories"] += [{"id": 20 + n, "name": f"new {n}"} for n in range(12)]
+    data.content["annotations"][1]["iscrowd"] = 1
+    data.save()
+    register_coco_data("tiny", data.json, data.images)
+    get_train_dicts("tiny", num_classes=15)
+    names = ", ".join(["square", *(f"new {n}" for n in range(9))])
+    assert (
+        f"13 of 15 classes have no object in the training data and are not learned: {names} and 3 more" in caplog.text
+    )
+
+
 def test_images_with_more_objects_than_queries_are_counted(write_coco, caplog):
     data = write_coco()
     extra = [{**data.content["annotations"][0], "id": 10 + n} for n in range(2)]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
 from deformable_detr import load_config
@@ -246,6 +247,30 @@ def test_bad_data_stop_the_run_before_the_first_step_and_repaired_data_do_not(st
     assert "--repair changed the data" in (output / "log.txt").read_text()
     results = json.loads((output / "inference" / "coco_instances_results.json").read_text())
     assert {x["image_id"] for x in results} == {10, 12, 13}
+
+
+@pytest.mark.parametrize("wanted", (False, True))
+def test_segmentations_are_loaded_where_the_mapper_takes_them_and_only_there(configure, write_coco, wanted):
+    data = write_coco()
+    for annotation in data.content["annotations"]:
+        annotation["segmentation"] = [[0, 0, 9, 0, 9, 9]]
+    data.save()
+    yaml, lazy = ("MODEL.MASK_ON", str(wanted)), (f"dataloader.train.mapper.use_instance_mask={wanted}",)
+    configure(*data.flags("train"), yaml=yaml, lazy=lazy)
+    loaded = [annotation for record in DatasetCatalog.get("user_train") for annotation in record["annotations"]]
+    assert [a.get("segmentation") for a in loaded] == 4 * ([[[0, 0, 9, 0, 9, 9]]] if wanted else [None])
+
+
+def test_objects_whose_segmentation_is_broken_are_trained_on(start, write_coco, tmp_path):
+    train, val = write_coco("train"), write_coco("val")
+    for annotation in train.content["annotations"] + val.content["annotations"]:
+        annotation["segmentation"] = [1, 2, 3, 4]
+    train.save()
+    # As editors on Windows write it.
+    Path(val.json).write_text(json.dumps(val.content), encoding="utf-8-sig")
+    start([*train.flags("train"), *val.flags("val")])
+    results = json.loads((tmp_path / "output" / "inference" / "coco_instances_results.json").read_text())
+    assert {x["image_id"] for x in results} == {10, 11, 12, 13}
 
 
 @pytest.mark.parametrize("is_main", (True, False))

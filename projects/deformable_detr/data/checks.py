@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from .coco_format import DatasetError, read_coco_json
+from .coco_format import DatasetError, is_readable_segmentation, read_coco_json
 from .images import check_readable, upright_size
 
 # Reading the header of an image takes about 0.2 ms where the disk is fast. Of larger datasets an evenly spaced sample
@@ -67,7 +67,12 @@ class CocoData:
 
 
 def load_coco_data(
-    json_file: str, image_root: str, *, content: dict[str, Any] | None = None, for_evaluation: bool = False
+    json_file: str,
+    image_root: str,
+    *,
+    content: dict[str, Any] | None = None,
+    for_evaluation: bool = False,
+    boxes_only: bool = True,
 ) -> CocoData:
     """Look through everything in an annotation file.
 
@@ -76,6 +81,7 @@ def load_coco_data(
         image_root: folder of the images.
         content: of the file, where :func:`read_coco_json` has read it already.
         for_evaluation: also require of every object what COCO's evaluation reads, its area and whether it is a crowd.
+        boxes_only: whether nobody reads the segmentations; otherwise those that cannot be read are faults as well.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -88,6 +94,9 @@ def load_coco_data(
         raise DatasetError(f"{json_file}: more than one category has the id {min(twice)}")
     data.content["images"] = _readable_images(_first_of_each_image(content["images"], data.problems), data)
     data.content["annotations"] = _usable_annotations(data, known_images=_group(content["images"], "id").keys())
+    data.content["annotations"] = [_without_ignore(a, data.problems) for a in data.content["annotations"]]
+    if not boxes_only:
+        data.content["annotations"] = _with_readable_segmentation(data)
     if for_evaluation:
         data.content["annotations"] = [_complete(a, data.problems) for a in data.content["annotations"]]
     return data
@@ -220,6 +229,25 @@ def _is_finite_box(box: Any) -> bool:
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
         return False
     return all(math.isfinite(value) for value in box)
+
+
+def _without_ignore(annotation: dict[str, Any], problems: Problems) -> dict[str, Any]:
+    """Returns the annotation as a crowd where it is marked "ignore", which Detectron2 does not support."""
+    if not annotation.get("ignore"):
+        return annotation
+    problems.add('object with "ignore"', f"annotation {annotation['id']}", repair="treated as a crowd")
+    return {**annotation, "ignore": 0, "iscrowd": 1}
+
+
+def _with_readable_segmentation(data: CocoData) -> list[dict[str, Any]]:
+    kept = []
+    for annotation in data.content["annotations"]:
+        if is_readable_segmentation(annotation.get("segmentation")):
+            kept.append(annotation)
+        else:
+            case = f"annotation {annotation['id']}"
+            data.problems.add("segmentation that Detectron2 cannot read", case, repair="object left out")
+    return kept
 
 
 def _complete(annotation: dict[str, Any], problems: Problems) -> dict[str, Any]:

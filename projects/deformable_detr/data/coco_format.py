@@ -1,5 +1,6 @@
 """COCO's "instances" format: what a file must look like before anything else reads it."""
 
+import codecs
 import json
 import math
 import os
@@ -30,6 +31,10 @@ def _is_image_id(value: Any) -> bool:
     return _is_id(value) or isinstance(value, str)
 
 
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, int) and value in (0, 1)
+
+
 # Boxes and missing or repeated ids of objects are not here: data_checks counts and repairs them.
 _RULES = {
     "images": {
@@ -43,7 +48,8 @@ _RULES = {
         "category_id": _Rule("a whole number", _is_id),
         "id": _Rule("a whole number or null", lambda value: value is None or _is_id(value), is_required=False),
         "area": _Rule("a number", _is_number, is_required=False),
-        "iscrowd": _Rule("0 or 1", lambda value: isinstance(value, int) and value in (0, 1), is_required=False),
+        "iscrowd": _Rule("0 or 1", _is_flag, is_required=False),
+        "ignore": _Rule("0 or 1", _is_flag, is_required=False),
         "segmentation": _Rule(
             "a list, an object or null",
             lambda value: value is None or isinstance(value, list | dict),
@@ -66,14 +72,21 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
     """
     if not os.path.isfile(json_file):
         raise FileNotFoundError(f"there is no annotation file {json_file!r}")
-    with open(json_file, encoding="utf-8") as file:
+    # As bytes: json then finds out the encoding, with the byte order marks that editors on Windows write.
+    with open(json_file, "rb") as file:
         try:
             content = json.load(file)
-        # ValueError is also that of bytes that are no UTF-8.
+        # ValueError is also that of bytes that are no text.
         except (ValueError, RecursionError) as error:
             raise DatasetError(f"{json_file} must be JSON in COCO format: {error}") from error
     check_coco_format(content, json_file)
     return content
+
+
+def has_byte_order_mark(json_file: str) -> bool:
+    """Whether a file begins with a byte order mark, which pycocotools does not read."""
+    with open(json_file, "rb") as file:
+        return file.read(4).startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
 
 
 def check_coco_format(content: Any, json_file: str) -> None:
@@ -94,8 +107,28 @@ def check_coco_format(content: Any, json_file: str) -> None:
             raise DatasetError(f"{json_file}: {kind} must be a list, got {_shorten(content[kind])}")
         for index, entry in enumerate(content[kind]):
             _check_entry(entry, rules, place=f"{json_file}: {kind}[{index}]")
+    if len({type(image["id"]) for image in content["images"]}) > 1:
+        # Detectron2 sorts them.
+        raise DatasetError(f"{json_file}: the ids of images must be all whole numbers or all text, got both")
     if not content["categories"]:
         raise DatasetError(f"{json_file} must list at least one category")
+
+
+def is_readable_segmentation(segmentation: Any) -> bool:
+    """Whether Detectron2's loader and masks can read a segmentation; it leaves out, or dies of, any other.
+
+    Args:
+        segmentation: polygons, each [x, y, x, y, ...] of three points or more, of which at least one must be left; or
+            run lengths, {"counts": ..., "size": [height, width]}; or nothing.
+    """
+    if not segmentation:
+        return True
+    if isinstance(segmentation, dict):
+        size = segmentation.get("size")
+        has_size = isinstance(size, list) and len(size) == 2 and all(map(_is_id, size))
+        return has_size and isinstance(segmentation.get("counts"), list | str)
+    is_numbers = all(isinstance(polygon, list) and all(map(_is_number, polygon)) for polygon in segmentation)
+    return is_numbers and any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation)
 
 
 def _check_entry(entry: Any, rules: dict[str, _Rule], *, place: str) -> None:

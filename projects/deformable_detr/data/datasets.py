@@ -1,9 +1,12 @@
 """Checked datasets, and the user's own COCO-format files."""
 
+import json
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Sequence
+from functools import partial
 
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -11,7 +14,7 @@ from detectron2.data import (
     MetadataCatalog,
     get_detection_dataset_dicts,
 )
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.structures import BoxMode
 from omegaconf import DictConfig
 
@@ -20,6 +23,8 @@ from .coco_format import read_coco_json
 from .dataset_dict import describe_image, get_objects
 
 logger = logging.getLogger(__name__)
+
+_MAX_NAMED = 10
 
 
 def check_dataset_files(names: Sequence[str]) -> None:
@@ -65,25 +70,36 @@ def get_train_dicts(
 
     Raises:
         KeyError: if a dataset is not registered.
-        ValueError: without a dataset, without an image that is left, on classes outside ``[0, num_classes)``, on
-            boxes with NaN or infinite values.
+        ValueError: without a dataset, without an object that is not a crowd, on classes outside
+            ``[0, num_classes)``, on boxes with NaN or infinite values.
     """
     if not names:
         raise ValueError("there is no dataset to train on: DATASETS.TRAIN (in a LazyConfig the names here) is empty")
     dicts = get_detection_dataset_dicts(names, filter_empty=False)
+    kept = [record for record in dicts if get_objects(record)]
+    if not kept:
+        raise ValueError(
+            f"there is nothing to learn: none of the {len(dicts)} images of {names} has an object that is not a crowd"
+        )
     if filter_empty:
-        kept = [record for record in dicts if get_objects(record)]
         logger.info(f"{len(dicts) - len(kept)} of {len(dicts)} training images have no objects and are left out")
-        if not kept:
-            raise ValueError(
-                f"no image is left to train on: none of the {len(dicts)} images of {names} has an object that is not "
-                "a crowd, and images without objects are filtered out"
-            )
         dicts = kept
     check_annotations(dicts, num_classes=num_classes)
+    _warn_of_empty_classes(dicts, names if isinstance(names, str) else names[0])
     if num_queries is not None:
         _warn_of_crowded_images(dicts, num_queries)
     return dicts
+
+
+def _warn_of_empty_classes(dicts: Sequence[dict], name: str) -> None:
+    classes = MetadataCatalog.get(name).get("thing_classes", None) or ()
+    seen = {annotation["category_id"] for record in dicts for annotation in get_objects(record)}
+    if empty := [name for index, name in enumerate(classes) if index not in seen]:
+        more = f" and {len(empty) - _MAX_NAMED} more" if len(empty) > _MAX_NAMED else ""
+        logger.warning(
+            f"{len(empty)} of {len(classes)} classes have no object in the training data and are not learned: "
+            f"{', '.join(empty[:_MAX_NAMED])}{more}"
+        )
 
 
 def _warn_of_crowded_images(dicts: Sequence[dict], num_queries: int) -> None:
@@ -125,7 +141,9 @@ def check_annotations(dicts: Sequence[dict], *, num_classes: int) -> None:
         )
 
 
-def register_coco_data(name: str, json_file: str, image_root: str, *, content: dict | None = None) -> list[str]:
+def register_coco_data(
+    name: str, json_file: str, image_root: str, *, content: dict | None = None, boxes_only: bool = True
+) -> list[str]:
     """Register the user's COCO-format detection data, replacing an earlier registration of the same name.
 
     Args:
@@ -133,6 +151,7 @@ def register_coco_data(name: str, json_file: str, image_root: str, *, content: d
         json_file: annotations in COCO's "instances" format.
         image_root: folder of the images.
         content: of the file, where :func:`read_coco_json` has read it already.
+        boxes_only: load neither segmentations nor keypoints, which Detectron2's loader drops objects for, or dies of.
 
     Returns:
         Class names, in the order of the model's outputs (ascending COCO category id).
@@ -149,4 +168,21 @@ def register_coco_data(name: str, json_file: str, image_root: str, *, content: d
         MetadataCatalog.remove(name)
     classes = [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
     register_coco_instances(name, {"thing_classes": classes}, json_file, image_root)
+    if boxes_only:
+        DatasetCatalog.remove(name)
+        DatasetCatalog.register(name, partial(_load_boxes, name, json_file, image_root))
     return classes
+
+
+def _load_boxes(name: str, json_file: str, image_root: str) -> list[dict]:
+    """Detectron2's loader on a copy of the file without segmentations and keypoints."""
+    content = read_coco_json(json_file)
+    for annotation in content["annotations"]:
+        for key in ("segmentation", "keypoints"):
+            annotation.pop(key, None)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "boxes.json")
+        with open(path, "w", encoding="utf-8") as file:
+            # dumps is many times as fast as dump.
+            file.write(json.dumps(content))
+        return load_coco_json(path, image_root, name)

@@ -10,12 +10,15 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 
 from ..config import RunConfig, load_config
 from ..data.checks import Problems, drop_overlap, load_coco_data
-from ..data.coco_format import DatasetError, read_coco_json
+from ..data.coco_format import DatasetError, has_byte_order_mark, read_coco_json
 from ..data.datasets import register_coco_data
+from ..data.mapper import NamedErrorsMapper
+from ..files import replacing
 from .schedule import FINETUNE_EPOCHS, apply_schedule
 
 logger = logging.getLogger(__name__)
@@ -63,17 +66,21 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None
         raise ValueError("--repair needs --train-json or --val-json, the data to repair")
     if not files:
         return
+    boxes_only = _needs_boxes_only(run)
     contents = {split: read_coco_json(paths[0]) for split, paths in files.items()}
     classes = {
-        split: register_coco_data(f"user_{split}", *paths, content=contents[split]) for split, paths in files.items()
+        split: register_coco_data(f"user_{split}", *paths, content=contents[split], boxes_only=boxes_only)
+        for split, paths in files.items()
     }
     if len({tuple(names) for names in classes.values()}) > 1:
         raise ValueError(f"train and val must have the same categories, got {classes['train']} and {classes['val']}")
     _set_datasets(run, files, num_classes=len(next(iter(classes.values()))))
-    checked, num_images = _check_once(files, contents, repair=args.repair, output_dir=run.get("output_dir"))
+    checked, num_images = _check_once(
+        files, contents, repair=args.repair, output_dir=run.get("output_dir"), boxes_only=boxes_only
+    )
     for split, paths in checked.items():
         # The repaired file.
-        register_coco_data(f"user_{split}", *paths)
+        register_coco_data(f"user_{split}", *paths, boxes_only=boxes_only)
     epochs = FINETUNE_EPOCHS if args.epochs is None and args.weights is not None else args.epochs
     if "train" in files and epochs is not None and not args.eval_only:
         apply_schedule(
@@ -101,6 +108,17 @@ def check_user_data_given(split: str, names: Sequence[str]) -> None:
         )
 
 
+def _needs_boxes_only(run: RunConfig) -> bool:
+    """Whether the mapper of the training takes neither masks nor keypoints; another project's mapper might."""
+    mapper = run.lazy_node("dataloader.train.mapper")
+    if mapper is None:
+        model = run.cfg.get("MODEL", {})
+        return not (model.get("MASK_ON") or model.get("KEYPOINT_ON"))
+    target = mapper.get("_target_")
+    is_ours = (locate(target) if isinstance(target, str) else target) is NamedErrorsMapper
+    return is_ours and not (mapper.get("use_instance_mask") or mapper.get("use_keypoint"))
+
+
 def _named_files(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
     """Return the annotation file and the image folder of every split that the command line names."""
     files = {}
@@ -114,13 +132,13 @@ def _named_files(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
 
 
 def _check_once(
-    files: dict[str, tuple[str, str]], contents: dict[str, dict], *, repair: bool, output_dir: str
+    files: dict[str, tuple[str, str]], contents: dict[str, dict], **options: Any
 ) -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
     """Check the data in one process; every process gets the result, or raises an error."""
     outcome = error = None
     if comm.is_main_process():
         try:
-            outcome = check_user_data(files, contents, repair=repair, output_dir=output_dir)
+            outcome = check_user_data(files, contents, **options)
         # Of any kind, a full disk as well: the others wait for the outcome, without one until they are killed.
         except Exception as caught:
             error = caught
@@ -134,7 +152,12 @@ def _check_once(
 
 
 def check_user_data(
-    files: dict[str, tuple[str, str]], contents: dict[str, dict] | None = None, *, repair: bool, output_dir: str
+    files: dict[str, tuple[str, str]],
+    contents: dict[str, dict] | None = None,
+    *,
+    repair: bool,
+    output_dir: str,
+    boxes_only: bool = True,
 ) -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
     """Look through all splits together.
 
@@ -142,16 +165,18 @@ def check_user_data(
         files: split -> annotation file and image folder.
         contents: split -> content of its annotation file, where :func:`read_coco_json` has read it already.
         repair: write annotation files without what is wrong into ``output_dir``.
+        boxes_only: see :func:`load_coco_data`.
 
     Returns:
-        The files to use instead, of the splits that were repaired; and the number of images of every split.
+        The files to use instead, of splits that were repaired or have a byte order mark; and the number of images of
+        every split.
 
     Raises:
         DatasetError: if something is wrong and not to be repaired, or if nothing is left after repairing.
     """
     contents = contents or {}
     data = {
-        split: load_coco_data(*paths, content=contents.get(split), for_evaluation=split == "val")
+        split: load_coco_data(*paths, content=contents.get(split), for_evaluation=split == "val", boxes_only=boxes_only)
         for split, paths in files.items()
     }
     if len(set(files.values())) < len(files):
@@ -167,11 +192,13 @@ def check_user_data(
     for split, split_data in data.items():
         if not split_data.content["images"]:
             raise DatasetError(f"{split_data.json_file} has no usable image\n{split_data.problems}")
-        if split_data.problems:
-            path = os.path.join(output_dir, f"{split}_repaired.json")
+        # COCO's evaluation reads the file once more, and does not know byte order marks.
+        if split_data.problems or has_byte_order_mark(split_data.json_file):
+            name = "repaired" if split_data.problems else "utf8"
+            path = os.path.join(output_dir, f"{split}_{name}.json")
             os.makedirs(output_dir, exist_ok=True)
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(split_data.content, file)
+            with replacing(path) as stream:
+                stream.write(json.dumps(split_data.content).encode())
             repaired[split] = (path, split_data.image_root)
     return repaired, {split: len(split_data.content["images"]) for split, split_data in data.items()}
 
