@@ -136,6 +136,8 @@ train = dict(
     per_layer_ap=False,
     best_metric="",
     log_period=20,
+    # Besides those to the terminal, metrics.json and TensorBoard: calls of what makes an EventWriter.
+    writers=[],
     device="cuda",
     seed=-1,
     cudnn_benchmark=False,

@@ -22,6 +22,7 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from omegaconf import DictConfig
@@ -46,6 +47,7 @@ from .training.metrics import cut_metrics
 from .training.per_layer_ap import EveryLayer, LayerEvaluators
 from .training.precision import Precision
 from .training.settings import TrainingSettings, warn_of_unscaled_learning_rate
+from .training.writers import build_writers
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +123,11 @@ def _keeping(path: str) -> Iterator[None]:
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's trainer around our :class:`TrainingLoop`, for yaml configurations."""
+    """Detectron2's trainer around our :class:`TrainingLoop`, for yaml configurations.
+
+    Attributes:
+        loop: makes the steps.
+    """
 
     def __init__(self, cfg: CfgNode) -> None:
         # Past DefaultTrainer, which would make a loop and a checkpointer of its own.
@@ -134,8 +140,9 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         settings = TrainingSettings.from_config(cfg)
         loader = self.build_train_loader(cfg)
-        self._trainer = TrainingLoop(_distribute(model, broadcast_buffers=False), loader, optimizer, settings)
-        loop = self._trainer
+        loop = TrainingLoop(_distribute(model, broadcast_buffers=False), loader, optimizer, settings)
+        # DefaultTrainer's own name: its run_step, model, data_loader and optimizer ask for it. There is no public one.
+        self.loop = self._trainer = loop
         self.checkpointer = _build_checkpointer(cfg, loop.model, trainer=weakref.proxy(self), ema=loop.ema)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
@@ -188,23 +195,27 @@ class Trainer(DefaultTrainer):
             return super().test(cfg, model, evaluators)
 
     def build_hooks(self) -> list[HookBase]:
-        loop = self._trainer
-
         def evaluate() -> dict:
-            self._last_eval_results = self.test(self.cfg, loop.evaluated_model)
-            return self._last_eval_results
+            results = self.test(self.cfg, self.loop.evaluated_model)
+            # DefaultTrainer's train compares them with TEST.EXPECTED_RESULTS, and returns them.
+            self._last_eval_results = results
+            return results
 
         return build_hooks(
-            loop.settings,
+            self.loop.settings,
             self.checkpointer,
             scheduler=self.scheduler,
             evaluate=evaluate,
-            max_iter=self.max_iter,
+            build_writers=self.build_writers,
             before_saving=self._build_precise_bn(),
         )
 
+    def build_writers(self) -> list[EventWriter]:
+        """Build the writers to the terminal, to ``metrics.json`` and to TensorBoard; called in the main process."""
+        return build_writers(self.cfg.OUTPUT_DIR, self.max_iter, self.loop.settings.log_period)
+
     def _build_precise_bn(self) -> list[HookBase]:
-        loop, node = self._trainer, self.cfg.TEST.PRECISE_BN
+        loop, node = self.loop, self.cfg.TEST.PRECISE_BN
         if not node.ENABLED or not get_bn_modules(loop.model):
             return []
         period = self.cfg.TEST.EVAL_PERIOD
@@ -217,11 +228,12 @@ class Trainer(DefaultTrainer):
             cut_metrics(self.cfg.OUTPUT_DIR, self.start_iter - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+        # As DefaultTrainer's own since version 0.6, which has none.
+        return {**TrainerBase.state_dict(self), "_trainer": self.loop.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._trainer.load_state_dict(state_dict["_trainer"])
+        TrainerBase.load_state_dict(self, state_dict)
+        self.loop.load_state_dict(state_dict["_trainer"])
 
 
 def main(args: argparse.Namespace) -> Any:
@@ -309,7 +321,7 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
             checkpointer,
             scheduler=scheduler,
             evaluate=lambda: do_test(cfg, loop.evaluated_model),
-            max_iter=cfg.train.max_iter,
+            build_writers=lambda: _build_lazy_writers(cfg, settings),
         )
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
@@ -318,6 +330,11 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
     if start > 0 and comm.is_main_process():
         cut_metrics(settings.output_dir, start - 1)
     loop.train(start, cfg.train.max_iter)
+
+
+def _build_lazy_writers(cfg: DictConfig, settings: TrainingSettings) -> list[EventWriter]:
+    writers = build_writers(settings.output_dir, cfg.train.max_iter, settings.log_period)
+    return writers + [instantiate(writer) for writer in cfg.train.get("writers", ())]
 
 
 def _distribute(model: nn.Module, **kwargs: Any) -> nn.Module:

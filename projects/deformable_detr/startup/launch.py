@@ -72,20 +72,22 @@ def _join(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, d
     if gpus:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if gpus else "gloo", timeout=DEFAULT_TIMEOUT)
-    comm._LOCAL_PROCESS_GROUP = _group_by_machine(local_size)
+    _group_by_machine(local_size)
     comm.synchronize()
     result = main(args)
     # Only after success: a process that fails must end at once, for torchrun to stop the others.
     dist.destroy_process_group()
-    comm._LOCAL_PROCESS_GROUP = None
     return result
 
 
-def _group_by_machine(local_size: int) -> dist.ProcessGroup:
-    """The group of this machine's processes; torchrun numbers those of a machine one after another."""
+def _group_by_machine(local_size: int) -> None:
+    """Tell Detectron2 the group of this machine's processes; torchrun numbers those of a machine one after another."""
     world_size = dist.get_world_size()
     if world_size % local_size:
         raise ValueError(f"every machine must run as many processes: {world_size} in all, {local_size} on this one")
-    # All processes must take part in making every group.
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(local_size)
+        return
+    # Version 0.6 has no call for it: its launcher sets this, too. All processes must take part in making every group.
     groups = [dist.new_group(range(start, start + local_size)) for start in range(0, world_size, local_size)]
-    return groups[dist.get_rank() // local_size]
+    comm._LOCAL_PROCESS_GROUP = groups[dist.get_rank() // local_size]

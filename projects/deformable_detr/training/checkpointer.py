@@ -35,8 +35,6 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
     """
 
     report: ConversionReport | None = None
-    # Whether weights are all that is loaded: a run that is resumed needs the trained ones, everybody else the better.
-    _takes_averages = True
 
     def __init__(
         self,
@@ -64,13 +62,17 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
             FileNotFoundError: if there is no such file.
             CheckpointError: if the file cannot be fetched or read, or does not fit the model.
         """
-        if path:
-            path = self._fetch(path)
-        wanted = self.checkpointables if checkpointables is None else checkpointables
-        self._takes_averages = not wanted
-        # Not through Detectron2's load: all it adds are the queries of URLs, which ask for the name matching that
-        # convert() replaces, and a synchronisation that models unwrapped by fvcore do not get.
-        return super(DetectionCheckpointer, self).load(path, checkpointables)
+        if not path:
+            return super().load(path, checkpointables)
+        wanted = list(self.checkpointables) if checkpointables is None else checkpointables
+        self.logger.info("Loading %s", path)
+        content = self.read(self._fetch(path))
+        # A run that is resumed needs the trained weights, everybody else the better ones.
+        self._load_weights(content, takes_averages=not wanted)
+        for name in wanted:
+            if name in content:
+                self.checkpointables[name].load_state_dict(content.pop(name))
+        return content
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume from the last checkpoint of ``save_dir`` where asked and there is one, else load ``path``.
@@ -160,14 +162,12 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         check_weights_file(local_path)
         return local_path
 
-    def _load_file(self, filename: str) -> dict[str, Any]:
-        return read_checkpoint(filename)
-
-    def _load_model(self, checkpoint: dict[str, Any]) -> None:
+    def _load_weights(self, checkpoint: dict[str, Any], *, takes_averages: bool) -> None:
+        """Load the weights; they and what means nothing to our runs are taken out of the checkpoint."""
         weights = checkpoint.pop("model")
         if "ema" not in self.checkpointables:
             averages = checkpoint.pop("ema", None)
-            if self._takes_averages and isinstance(averages, dict) and "updates" in averages:
+            if takes_averages and isinstance(averages, dict) and "updates" in averages:
                 self.logger.info("Taking the weights averaged over %s updates (ema)", averages["updates"])
                 weights = averages["model"]
         state_dict, self.report = convert(

@@ -1,21 +1,18 @@
 """What happens around the steps: the same hooks for both configuration systems."""
 
-import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 from detectron2.engine import HookBase, hooks
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
-from detectron2.utils.events import (
-    CommonMetricPrinter,
-    EventWriter,
-    JSONWriter,
-    TensorboardXWriter,
-    get_event_storage,
-)
+from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter
+from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
 
 from ..data.loader import TrainLoader
@@ -24,11 +21,9 @@ from ..files import replacing
 from .checkpointer import DeformableDETRCheckpointer
 from .loop import TrainingLoop
 from .settings import TrainingSettings
+from .writers import MetricsWriter
 
 logger = logging.getLogger(__name__)
-
-# Of Detectron2's writers.
-_SMOOTHING_WINDOW = 20
 
 
 def build_hooks(
@@ -37,7 +32,7 @@ def build_hooks(
     *,
     scheduler: Any,
     evaluate: Callable[[], dict | None],
-    max_iter: int,
+    build_writers: Callable[[], Sequence[EventWriter]],
     before_saving: Sequence[HookBase] = (),
 ) -> list[HookBase]:
     """Hooks of a run: timing, learning rate, checkpoints, evaluation, the best checkpoint, logging.
@@ -45,61 +40,39 @@ def build_hooks(
     Args:
         scheduler: of the learning rate, as ``hooks.LRScheduler`` takes it.
         evaluate: returns the metrics; called in every process.
+        build_writers: called in the main process alone.
         before_saving: hooks that change the model after the optimiser has.
     """
     built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler(scheduler=scheduler), *before_saving]
     # After the checkpoint, with which an evaluation that fails can be repeated.
-    evaluation = EvalHook(settings.eval_period, evaluate, first=settings.first_eval)
+    evaluation = EvalHook(evaluate, period=settings.eval_period, first=settings.first_eval)
     if not comm.is_main_process():
         return [*built, evaluation]
-    writers = build_writers(settings.output_dir, max_iter, settings.log_period)
+    writers = build_writers()
+    # Whatever a user has made of these classes is written once an iteration, behind all that it may want to have.
+    printers = [writer for writer in writers if type(writer) is CommonMetricPrinter]
+    early = printers + [writer for writer in writers if type(writer) is MetricsWriter]
     built += [
         # Before the checkpoint: the resumed run does not write the line of its iteration again.
-        EarlyWriter(writers[:2], period=settings.log_period),
+        EarlyWriter(early, period=settings.log_period),
         PeriodicCheckpointer(checkpointer, settings.checkpoint_period, max_to_keep=settings.max_to_keep),
         evaluation,
     ]
     if settings.best_metric:
-        built.append(BestCheckpointer(settings.eval_period, checkpointer, settings.best_metric))
-    return [*built, hooks.PeriodicWriter(writers[1:], period=settings.log_period)]
+        built.append(BestCheckpointer(checkpointer, settings.best_metric, period=settings.eval_period))
+    late = [writer for writer in writers if writer not in printers]
+    return [*built, hooks.PeriodicWriter(late, period=settings.log_period)]
 
 
-def build_writers(output_dir: str, max_iter: int, period: int) -> tuple[EventWriter, EventWriter, EventWriter]:
-    """Writers to the terminal, to ``metrics.json`` and to TensorBoard.
-
-    They smooth over the iterations since the last line, at most over 20. With a period of 1 every line holds the
-    plain values of its iteration.
-    """
-    window = min(period, _SMOOTHING_WINDOW)
-    os.makedirs(output_dir, exist_ok=True)
-    return (
-        CommonMetricPrinter(max_iter),
-        MetricsWriter(os.path.join(output_dir, "metrics.json"), window_size=window),
-        TensorboardXWriter(output_dir, window_size=window),
-    )
+def _is_due(trainer: Any, period: int) -> bool:
+    """Whether ``period`` (0 for never) iterations have been done again."""
+    return period > 0 and (trainer.iter + 1) % period == 0
 
 
-class MetricsWriter(JSONWriter):
-    """Detectron2's writer, which can write twice in an iteration: the second line has what has come since the first."""
+class PreciseBN(HookBase):
+    """Compute batch statistics anew, as Detectron2's hook does, from the batches that training takes next.
 
-    def __init__(self, json_file: str, window_size: int) -> None:
-        super().__init__(json_file, window_size)
-        self._written: dict[str, int] = {}
-
-    def write(self) -> None:
-        lines: dict[int, dict[str, float]] = {}
-        for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(self._window_size).items():
-            if iteration > self._written.get(name, -1):
-                self._written[name] = iteration
-                lines.setdefault(iteration, {"iteration": iteration})[name] = value
-        if lines:
-            self._file_handle.writelines(json.dumps(lines[key], sort_keys=True) + "\n" for key in sorted(lines))
-            self._file_handle.flush()
-            os.fsync(self._file_handle.fileno())
-
-
-class PreciseBN(hooks.PreciseBN):
-    """Detectron2's hook, made to take the batches that training takes next: a resumed run computes the same statistics.
+    A resumed run computes the same statistics.
 
     Args:
         loop: with a :class:`TrainLoader`.
@@ -114,21 +87,28 @@ class PreciseBN(hooks.PreciseBN):
     def __init__(self, loop: TrainingLoop, model: nn.Module, *, period: int, num_iter: int) -> None:
         if not isinstance(loop.data_loader, TrainLoader):
             raise TypeError(f"TEST.PRECISE_BN needs a TrainLoader, got {type(loop.data_loader).__name__}")
-        super().__init__(period, model, loop.data_loader, num_iter)
         self._loop = loop
+        self._model = model
+        self._period = period
+        self._num_iter = num_iter
+
+    def after_step(self) -> None:
+        if _is_due(self.trainer, self._period) or self.trainer.iter + 1 == self.trainer.max_iter:
+            self.update_stats()
 
     def update_stats(self) -> None:
+        """Compute the statistics now."""
         loop = self._loop
         start = loop.images_seen // loop.data_loader.total_batch_size
-        self._data_iter = loop.data_loader.batches(seed=loop.seed, start=start)
         seed_generators(loop.seed, STEP, loop.iter, comm.get_rank())
-        super().update_stats()
-        # Ends the loading processes.
-        self._data_iter.close()
+        # What the passes log goes into a storage of its own. Closing the batches ends the loading processes.
+        with EventStorage(), closing(loop.data_loader.batches(seed=loop.seed, start=start)) as batches:
+            logger.info(f"Computing batch statistics from {self._num_iter} batches")
+            update_bn_stats(self._model, batches, self._num_iter)
 
 
 class EarlyWriter(hooks.PeriodicWriter):
-    """Detectron2's hook for writers that a later one closes."""
+    """Detectron2's hook for writers that a later one closes, or that have nothing to close."""
 
     def after_train(self) -> None:
         pass
@@ -148,41 +128,77 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
             self.checkpointer.tag_last_checkpoint(final)
 
 
-class EvalHook(hooks.EvalHook):
-    """Evaluates every ``eval_period`` iterations, at the end, and once early: a mistake shows before a day has passed.
+class EvalHook(HookBase):
+    """Evaluate every ``period`` iterations, at the end, and once early: a mistake shows before a day has passed.
 
     Args:
+        evaluate: returns the metrics by task, in the main process; called in every process.
+        period: in iterations; 0 evaluates at the end alone.
         first: after how many iterations the early evaluation is; 0 for none.
     """
 
-    def __init__(self, eval_period: int, eval_function: Callable[[], dict | None], *, first: int = 0) -> None:
-        super().__init__(eval_period, eval_function)
+    def __init__(self, evaluate: Callable[[], dict | None], *, period: int, first: int = 0) -> None:
+        self._evaluate = evaluate
+        self._period = period
         self._first = first
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        is_regular = self._period > 0 and done % self._period == 0
-        if done == self._first and not is_regular and done != self.trainer.max_iter:
-            self._do_eval()
-        super().after_step()
+        if done != self.trainer.max_iter and (done == self._first or _is_due(self.trainer, self._period)):
+            self._run()
+
+    def after_train(self) -> None:
+        # Not after a step that has failed.
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            self._run()
+        # It may hold the trainer, which holds this hook.
+        del self._evaluate
+
+    def _run(self) -> None:
+        results = self._evaluate()
+        if results:
+            self.trainer.storage.put_scalars(**flatten_results_dict(results), smoothing_hint=False)
+        # Processes take different times, and begin the next iteration together.
+        comm.synchronize()
 
 
-class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's hook, which neither forgets its best when a run is resumed nor takes over ``last_checkpoint``."""
+class BestCheckpointer(HookBase):
+    """Keep the checkpoint that is best in a metric, through resumed runs and beside ``last_checkpoint``.
+
+    Args:
+        metric: of the evaluation, such as "bbox/AP"; higher is better.
+        period: of the evaluations; the last one is looked at as well.
+    """
+
+    FILE = "model_best"
+
+    def __init__(self, checkpointer: DeformableDETRCheckpointer, metric: str, *, period: int) -> None:
+        self._checkpointer = checkpointer
+        self._metric = metric
+        self._period = period
+        self._best = -math.inf
 
     def before_train(self) -> None:
-        path = os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
+        path = os.path.join(self._checkpointer.save_dir, f"{self.FILE}.pth")
         if self.trainer.start_iter > 0 and os.path.isfile(path):
             best = self._checkpointer.read(path).get("best")
-            if best is not None and best["metric"] == self._val_metric:
-                self._update_best(best["value"], best["iteration"])
+            if best is not None and best["metric"] == self._metric:
+                self._best = best["value"]
 
-    def _best_checking(self) -> None:
-        value, iteration = self.trainer.storage.latest().get(self._val_metric, (None, None))
+    def after_step(self) -> None:
+        if _is_due(self.trainer, self._period) and self.trainer.iter + 1 != self.trainer.max_iter:
+            self._check()
+
+    def after_train(self) -> None:
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            self._check()
+
+    def _check(self) -> None:
+        value, iteration = self.trainer.storage.latest().get(self._metric, (None, None))
         if value is None:
-            logger.warning(f"The evaluation gives no {self._val_metric!r}: no checkpoint is kept as the best")
-        elif self.best_metric is None or self._compare(value, self.best_metric):
-            if self._update_best(value, iteration):
-                best = {"metric": self._val_metric, "value": value, "iteration": iteration}
-                self._checkpointer.save(self._file_prefix, tag=False, iteration=iteration, best=best)
-                logger.info(f"Best {self._val_metric} so far: {value:.4f} after iteration {iteration}")
+            logger.warning(f"The evaluation gives no {self._metric!r}: no checkpoint is kept as the best")
+        elif self._best < value < math.inf:
+            self._best = value
+            best = {"metric": self._metric, "value": value, "iteration": iteration}
+            self._checkpointer.save(self.FILE, tag=False, iteration=iteration, best=best)
+            logger.info(f"Best {self._metric} so far: {value:.4f} after iteration {iteration}")

@@ -46,7 +46,9 @@ class TrainingLoop(SimpleTrainer):
     def __init__(
         self, model: nn.Module, data_loader: Any, optimizer: torch.optim.Optimizer, settings: TrainingSettings
     ) -> None:
-        super().__init__(model, data_loader, optimizer)
+        # Without the loader, whose processes Detectron2 0.6 would start right here.
+        super().__init__(model, (), optimizer)
+        self.data_loader = data_loader
         if settings.accumulation_steps > 1 and not hasattr(getattr(unwrap(model), "criterion", None), "normalise_by"):
             raise ValueError(
                 f"{settings.keys['accumulation_steps']} needs a model whose criterion can normalise_by a number of "
@@ -132,7 +134,7 @@ class TrainingLoop(SimpleTrainer):
                 start = self.images_seen // self.data_loader.total_batch_size
                 self._batches = self.data_loader.batches(seed=self.seed, start=start)
             else:
-                self._batches = self._data_loader_iter
+                self._batches = iter(self.data_loader)
         batch = next(self._batches)
         self.images_seen += len(batch) * comm.get_world_size()
         return batch
