@@ -54,6 +54,12 @@ def test_a_file_without_annotations_is_named(tmp_path, text):
         GroundTruthIds.load(tmp_path / "a.json")
 
 
+def test_a_byte_order_mark_before_the_annotations_is_read(tmp_path):
+    text = '{"images": [{"id": 5, "file_name": "a.png"}], "categories": [{"id": 3, "name": "cat"}]}'
+    (tmp_path / "a.json").write_text(text, encoding="utf-8-sig")
+    assert GroundTruthIds.load(tmp_path / "a.json") == GroundTruthIds({"a.png": 5}, {"cat": 3})
+
+
 def test_names_that_are_not_utf8_survive(tmp_path):
     results = CocoResults({"disc": 1})
     results.add("\udcff.jpg", (1, 1), [])

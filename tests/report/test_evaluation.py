@@ -66,6 +66,12 @@ def test_ap_per_category_equals_that_of_detectron2s_evaluator(run_folder):
     assert 5 < expected["AP"] < 95
 
 
+def test_ground_truth_with_a_byte_order_mark_is_read(evaluated):
+    path = evaluated.data / "val.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert len(load(evaluated).truth["annotations"]) == 5
+
+
 def test_detections_are_left_as_they_are_in_the_file(evaluated):
     evaluation = load(evaluated)
     assert len(evaluation.matches.scores) == 7

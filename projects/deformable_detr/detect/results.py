@@ -27,7 +27,8 @@ class GroundTruthIds:
             ValueError: if it is not such a file.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            # As bytes, so that a byte order mark is read.
+            content = json.loads(path.read_bytes())
             images = {image["file_name"]: image["id"] for image in content["images"]}
             return cls(images, {category["name"]: category["id"] for category in content["categories"]})
         except (ValueError, KeyError, TypeError) as error:

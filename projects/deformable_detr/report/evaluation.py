@@ -229,7 +229,7 @@ def load_evaluation(run: Run, dataset_name: str | None = None) -> Evaluation:
             raise NoData(
                 f"{run.folder / RESULTS} is not about the dataset {name}: {metadata.json_file} has no {key} {unknown}."
             )
-    truth = json.loads(Path(metadata.json_file).read_text(encoding="utf-8"))
+    truth = json.loads(Path(metadata.json_file).read_bytes())
     return Evaluation(name, metadata, dicts, truth, detections)
 
 
