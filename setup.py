@@ -194,6 +194,7 @@ setup(
             "tensorboard",
         ],
     },
+    entry_points={"console_scripts": ["deformable-detr = deformable_detr.__main__:main"]},
     ext_modules=extensions,
     cmdclass=get_commands(extensions),
     zip_safe=False,

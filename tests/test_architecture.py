@@ -18,27 +18,29 @@ LEAVES = {"benchmark", "detect", "explain", "export", "report"}
 # What each room may import, from the ground up: a room stands on rooms that are listed before it.
 MAY_IMPORT = {
     "files": set(),
+    "wording": set(),
     "layers": set(),
-    "checkpoint": {"files"},
+    "cli": {"wording"},
+    "checkpoint": {"files", "wording"},
     "config": set(),
     "data": {"config"},
     "solver": {"config"},
     "modeling": {"data", "layers"},
-    "training": {"checkpoint", "config", "data", "files"},
-    "startup": {"config", "data", "files", "training"},
+    "training": {"checkpoint", "config", "data", "files", "wording"},
+    "startup": {"cli", "config", "data", "files", "training"},
     "model_zoo": {"checkpoint", "config", "training"},
-    "engine": {"config", "data", "files", "solver", "startup", "training"},
+    "engine": {"cli", "config", "data", "files", "solver", "startup", "training"},
     "loading": {"checkpoint", "config", "data", "model_zoo", "modeling", "training"},
-    "collect_env": {"layers"},
-    "detect": {"checkpoint", "data", "loading"},
-    "explain": {"data", "detect", "layers", "loading", "modeling"},
-    "report": {"config", "data", "training"},
-    "export": {"layers", "loading", "modeling"},
-    "benchmark": {"checkpoint", "layers", "loading", "model_zoo", "modeling", "solver"},
+    "collect_env": {"cli", "layers"},
+    "detect": {"checkpoint", "data", "files", "loading", "wording"},
+    "explain": {"data", "detect", "files", "layers", "loading", "modeling", "wording"},
+    "report": {"config", "data", "files", "training"},
+    "export": {"files", "layers", "loading", "modeling"},
+    "benchmark": {"checkpoint", "cli", "files", "layers", "loading", "modeling", "solver"},
     "front door": {"config", "layers", "model_zoo", "modeling"},
 }
 # A command line, __main__.py, sees its own room, what gives it a model, and the pictures that detect reads.
-MAY_IMPORT["command lines"] = LEAVES | {"checkpoint", "config", "data", "files", "loading", "model_zoo"}
+MAY_IMPORT["command lines"] = LEAVES | {"checkpoint", "cli", "config", "data", "files", "loading", "model_zoo"}
 
 
 def imported_modules(path: Path) -> set[str]:

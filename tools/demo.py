@@ -12,8 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from deformable_detr import cli
 from deformable_detr.training.metrics import read_metrics, training_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,11 +71,11 @@ def summarize(output: Path) -> str:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="relative to the repository")
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier call left, and start over")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     output = ROOT / args.output
     dataset = args.output / "dataset"
     if args.fresh and output.exists():
@@ -88,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

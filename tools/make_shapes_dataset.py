@@ -12,12 +12,15 @@ The category ids have gaps on purpose, as COCO's have.
 import argparse
 import json
 import math
-import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from deformable_detr.cli import run
+from deformable_detr.files import write_json
 
 VERSION = 2  # of the pictures: one seed gives others than in version 1, so what that left is drawn again
 CATEGORIES = {"circle": 1, "square": 3, "triangle": 7}
@@ -154,7 +157,7 @@ def write_split(output: Path, name: str, num_images: int, *, seed: int, split: i
     """
     annotation_file = output / f"{name}.json"
     info = {"description": "coloured shapes", "version": VERSION, "split": name, "num_images": num_images, "seed": seed}
-    if annotation_file.exists() and json.loads(annotation_file.read_text())["info"] == info:
+    if annotation_file.exists() and json.loads(annotation_file.read_text()).get("info") == info:
         return False
     (output / name).mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
@@ -169,19 +172,17 @@ def write_split(output: Path, name: str, num_images: int, *, seed: int, split: i
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **entry})
     categories = [{"id": id_, "name": category} for category, id_ in CATEGORIES.items()]
     content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
-    partial = annotation_file.with_suffix(".partial")
-    partial.write_text(json.dumps(content))
-    os.replace(partial, annotation_file)
+    write_json(annotation_file, content)
     return True
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder to write to; what is complete there already is kept")
     parser.add_argument("--train", type=int, default=1500, help="number of training images")
     parser.add_argument("--val", type=int, default=100, help="number of held-out images")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for split, (name, num_images) in enumerate((("train", args.train), ("val", args.val))):
         if num_images < 1:
             parser.error(f"--{name} must be at least 1, got {num_images}")
@@ -190,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

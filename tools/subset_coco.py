@@ -8,8 +8,12 @@ overfit them::
 
 import argparse
 import json
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
+
+from deformable_detr.cli import run
+from deformable_detr.files import write_json
 
 
 def subset(content: dict, image_ids: Collection[int]) -> dict:
@@ -28,20 +32,32 @@ def subset(content: dict, image_ids: Collection[int]) -> dict:
     }
 
 
-def main() -> None:
+def read_annotations(path: Path) -> dict:
+    """Read an annotation file.
+
+    Raises:
+        ValueError: it is not JSON, or has no images and annotations.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON in COCO's format: {error}") from error
+    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
+        raise ValueError(f"{path} must be in COCO's format, with images and annotations")
+    return content
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="annotation file to choose from")
     parser.add_argument("target", type=Path, help="annotation file to write")
     parser.add_argument("image_ids", type=int, nargs="+", metavar="IMAGE_ID")
-    args = parser.parse_args()
-    try:
-        chosen = subset(json.loads(args.source.read_text()), set(args.image_ids))
-    except ValueError as error:
-        parser.error(f"{args.source}: {error}")
+    args = parser.parse_args(argv)
+    chosen = subset(read_annotations(args.source), set(args.image_ids))
     args.target.parent.mkdir(parents=True, exist_ok=True)
-    args.target.write_text(json.dumps(chosen))
+    write_json(args.target, chosen)
     print(f"{args.target}: {len(chosen['images'])} images, {len(chosen['annotations'])} annotations")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

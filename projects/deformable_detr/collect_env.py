@@ -5,19 +5,34 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
-from detectron2.utils.collect_env import collect_env_info as detectron2_env_info
-from tabulate import tabulate
+from torch.utils.collect_env import get_pretty_env_info
 
+from .cli import make_parser, run
 from .layers import _ops
 
 BUILD = "pip install --no-build-isolation -e ."
 
 
 def collect_env_info() -> str:
-    """Detectron2's report, followed by that of ms_deform_attn: built for what, what is missing, how to get it."""
-    return detectron2_env_info() + "\n\nms_deform_attn\n" + tabulate(operator_rows())
+    """Detectron2's report, followed by that of ms_deform_attn: built for what, what is missing, how to get it.
+
+    Without Detectron2, where there is the operator alone, PyTorch's report takes the place of its.
+    """
+    rows = "\n".join(f"{name:20}{value}" for name, value in operator_rows())
+    return f"{_packages()}\n\nms_deform_attn\n{rows}"
+
+
+def _packages() -> str:
+    if find_spec("detectron2") is None:
+        return get_pretty_env_info() + "\nDetectron2 is not installed: python tools/install_detectron2.py"
+    from detectron2.utils.collect_env import collect_env_info as detectron2_env_info
+
+    return detectron2_env_info()
 
 
 def operator_rows() -> list[tuple[str, str]]:
@@ -61,5 +76,12 @@ def cuda_architectures(library: str) -> str:
     return ", ".join([*binaries, *(f"{name.replace('sm', 'compute')} (PTX)" for name in ptx)])
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
+    make_parser("collect_env", description="Says what is installed and what was built, for bug reports.").parse_args(
+        argv
+    )
     print(collect_env_info())
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

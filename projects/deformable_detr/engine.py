@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from . import solver
+from .cli import add_overrides_word
 from .config import RunConfig, find_config_file, load_config
 from .data.augmentation import augmentation_from_config
 from .data.datasets import get_class_names, get_train_dicts
@@ -38,6 +39,7 @@ from .data.mapper import NamedErrorsMapper
 from .data.sampler import sampler_from_config
 from .files import replacing
 from .startup.checks import check_before_start
+from .startup.launch import launch
 from .startup.user_data import add_user_data_arguments, apply_user_data
 from .training.checkpointer import DeformableDETRCheckpointer
 from .training.failure import replay
@@ -69,6 +71,8 @@ FILE is a .yaml or .py file, the OUTPUT_DIR of a training, or the name of a mode
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's arguments and those for the user's own data and weights."""
     parser = default_argument_parser(EPILOG)
+    parser.add_argument("--model", dest="config_file", metavar="MODEL", help="another name of --config-file")
+    add_overrides_word(parser)
     parser.add_argument(
         "--replay", metavar="FILE", help="repeat the step with which a training has failed, and explain it"
     )
@@ -244,6 +248,12 @@ def main(args: argparse.Namespace) -> Any:
     if isinstance(cfg, CfgNode):
         return _run_yaml(cfg, args)
     return do_eval(cfg, resume=args.resume) if args.eval_only else do_train(cfg, resume=args.resume)
+
+
+def train_net(argv: Sequence[str] | None = None) -> None:
+    """The command line of ``train_net.py``: start :func:`main` in as many processes as are asked for."""
+    args = argument_parser().parse_args(argv)
+    launch(main, args, device=configured_device(args))
 
 
 def _replay(cfg: CfgNode | DictConfig, path: str) -> str:

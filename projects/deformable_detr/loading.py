@@ -1,6 +1,5 @@
 """A trained model by name, configuration or output folder: where every tool beside train_net.py starts."""
 
-import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,10 @@ from .data.augmentation import augmentation_from_config
 from .data.datasets import get_class_names
 from .modeling import DeformableDETR
 from .training.checkpointer import DeformableDETRCheckpointer
+from .training.precision import DTYPES as SHORT_DTYPES
+
+# Of a computation, by name.
+DTYPES = {"float32": torch.float32, **SHORT_DTYPES}
 
 
 @dataclass(frozen=True)
@@ -35,26 +38,6 @@ class LoadedModel:
     cfg: CfgNode | DictConfig
     class_names: list[str]
     resize: T.Augmentation
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that :func:`load_model` takes: ``--model --weights --device --opts``."""
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="a name of the model zoo, a config file (.yaml, .py), or the OUTPUT_DIR of train_net.py",
-    )
-    parser.add_argument(
-        "--weights", help='in place of those of the name, config or folder; "" keeps the random initialisation'
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="overrides of the config, as for train_net.py; must come last",
-    )
 
 
 def load_model(
@@ -113,11 +96,6 @@ def _check_device(device: str | torch.device) -> None:
         ) from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device} needs a GPU, and PyTorch {torch.__version__} sees none here")
-
-
-def message_of(error: Exception) -> str:
-    """What an error says, for one line on a command line: a KeyError's own text would be in quotes."""
-    return str(error.args[0] if isinstance(error, KeyError) else error)
 
 
 def _default_weights(model: str, cfg: CfgNode | DictConfig, opts: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deformable_detr.checkpoint import CheckpointError, read_checkpoint
-from deformable_detr.checkpoint.__main__ import main, parse_args
+from deformable_detr.checkpoint.__main__ import main
 from deformable_detr.config import load_config
 from deformable_detr.loading import build_model
 
@@ -18,7 +18,7 @@ def test_a_file_is_converted_and_the_report_printed(config, suffix, tmp_path, ca
     model = build_model(load_config(str(CONFIGS / config)))
     torch.save(model.backbone.bottom_up.state_dict(), source)
     overrides = ["MODEL.DEFORMABLE_DETR.NUM_QUERIES", "7"] if config.endswith(".yaml") else ["model.num_queries=7"]
-    main(parse_args([source, destination, "--config-file", str(CONFIGS / config), *overrides]))
+    main([source, destination, "--config-file", str(CONFIGS / config), *overrides])
     written = read_checkpoint(destination)["model"]
     expected = {f"backbone.bottom_up.{key}": value for key, value in model.backbone.bottom_up.state_dict().items()}
     assert written.keys() == expected.keys()
@@ -28,7 +28,7 @@ def test_a_file_is_converted_and_the_report_printed(config, suffix, tmp_path, ca
 
 def run_for_two_stage(*arguments):
     config = str(CONFIGS / "deformable_detr_R_50_two_stage.yaml")
-    main(parse_args([*map(str, arguments), "--config-file", config]))
+    main([*map(str, arguments), "--config-file", config])
 
 
 @pytest.fixture(scope="module")
@@ -62,5 +62,5 @@ def test_a_backbone_alone_is_not_exported_as_a_detector(two_stage, tmp_path):
 
 def test_raw_ids_without_another_projects_names_are_refused(capsys):
     with pytest.raises(SystemExit):
-        parse_args(["a.pth", "b.pth", "--config-file", "c.yaml", "--coco-ids"])
+        main(["a.pth", "b.pth", "--config-file", "c.yaml", "--coco-ids"])
     assert "--coco-ids needs --to" in capsys.readouterr().err

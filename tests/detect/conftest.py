@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from deformable_detr.cli import run as run_command
 from deformable_detr.detect.__main__ import main
 from deformable_detr.loading import LoadedModel, load_model
 
@@ -27,7 +28,7 @@ def detect(tiny_yaml, tmp_path) -> Callable[..., int]:
 
     def run(*arguments: str | Path) -> int:
         model = ["--model", path, "--weights", "", "--device", "cpu", "--output", str(tmp_path / "out")]
-        return main([*map(str, arguments[:1]), *model, *map(str, arguments[1:]), "--opts", *opts])
+        return run_command(main, [*map(str, arguments[:1]), *model, *map(str, arguments[1:]), "--opts", *opts])
 
     return run
 

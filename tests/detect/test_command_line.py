@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from deformable_detr.cli import run
 from deformable_detr.detect import __main__ as command
 from deformable_detr.detect import predictor as predictor_module
 from deformable_detr.detect.video import VideoReader, VideoWriter
@@ -210,7 +211,7 @@ def test_detections_so_far_are_saved_when_somebody_stops_the_run(detect, photos,
 )
 def test_arguments_that_cannot_be_obeyed_are_named(photos, tmp_path, arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        command.main([str(photos), *arguments, "--output", str(tmp_path / "out")])
+        run(command.main, [str(photos), *arguments, "--output", str(tmp_path / "out")])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
 

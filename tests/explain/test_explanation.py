@@ -1,7 +1,7 @@
 """Which queries are chosen, what they are matched to, and what is refused."""
 
 import json
-import runpy
+import re
 import sys
 
 import numpy as np
@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from deformable_detr.cli import run as run_command
 from deformable_detr.detect import prepare_image, read_image
 from deformable_detr.explain import Truth, draw_explanation, explain, record, write_page
+from deformable_detr.explain.__main__ import main
 from deformable_detr.explain.selection import Detection, class_index, rank_detections
 from deformable_detr.explain.truth import match_truth, read_truth
 from deformable_detr.modeling import HungarianMatcher
@@ -165,7 +167,7 @@ def run(tiny_yaml, monkeypatch, tmp_path):
         arguments = [str(image), "--model", config, "--weights", "", "--device", "cpu", "--score", "0", *flags]
         arguments += ["--output", str(tmp_path / "out"), "--opts", *opts]
         monkeypatch.setattr(sys, "argv", ["explain", *arguments])
-        runpy.run_module("deformable_detr.explain", run_name="__main__", alter_sys=False)
+        assert run_command(main) == 0
 
     return command
 
@@ -177,16 +179,18 @@ def test_the_command_writes_a_picture_and_a_page(run, image_file, tmp_path, caps
     assert '"layer":1' in (tmp_path / "out" / "noise_explained.html").read_text()
 
 
-def test_the_command_ends_with_one_line_about_what_is_wrong(run, tmp_path):
+def test_the_command_ends_with_one_line_about_what_is_wrong(run, tmp_path, capsys):
     (tmp_path / "text.jpg").write_text("not an image")
-    with pytest.raises(SystemExit, match=r"error: cannot read image .*text.jpg"):
+    with pytest.raises(SystemExit, match="2"):
         run(tmp_path / "text.jpg")
+    assert re.match(r"error: cannot read image .*text.jpg", capsys.readouterr().err)
 
 
-def test_an_output_folder_that_cannot_be_written_is_named(run, image_file, tmp_path):
+def test_an_output_folder_that_cannot_be_written_is_named(run, image_file, tmp_path, capsys):
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(SystemExit, match="error: cannot write to output folder .*out"):
+    with pytest.raises(SystemExit, match="2"):
         run(image_file)
+    assert re.match("error: cannot write to output folder .*out", capsys.readouterr().err)
 
 
 def test_point_and_class_exclude_each_other(run, image_file, capsys):

@@ -2,8 +2,9 @@
 
 import pytest
 
+from deformable_detr.cli import run as run_command
 from deformable_detr.export import onnx_format
-from deformable_detr.export.__main__ import main, parse_args
+from deformable_detr.export.__main__ import main
 
 
 @pytest.fixture
@@ -16,7 +17,8 @@ def fails(tiny_yaml, tmp_path, capsys, monkeypatch):
         required = ["--model", path, "--weights", "", "--device", "cpu"]
         target = [] if output is None else ["--output", str(tmp_path / output)]
         before = sorted(tmp_path.rglob("*"))
-        assert main(parse_args([*required, *target, *flags, "--opts", *opts])) == 2
+        with pytest.raises(SystemExit, match="2"):
+            run_command(main, [*required, *target, *flags, "--opts", *opts])
         assert sorted(tmp_path.rglob("*")) == before
         return capsys.readouterr().err
 
@@ -78,5 +80,6 @@ def test_missing_image(fails, tmp_path):
 
 
 def test_unknown_model(capsys):
-    assert main(parse_args(["--model", "deformable_detr_R_51", "--format", "onnx"])) == 2
+    with pytest.raises(SystemExit, match="2"):
+        run_command(main, ["--model", "deformable_detr_R_51", "--format", "onnx"])
     assert "deformable_detr_R_50_two_stage" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 import math
+import re
 import sys
 from html import unescape
 from html.parser import HTMLParser
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deformable_detr.cli import run
 from deformable_detr.report import __main__ as command_line
 from deformable_detr.report import write_report
 from deformable_detr.report.figures import thin_out
@@ -189,7 +191,7 @@ def test_many_points_are_thinned_by_their_means_and_keep_their_gaps():
 
 def run_command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
-    command_line.main()
+    assert run(command_line.main) == 0
 
 
 def test_command_writes_the_page_where_it_is_told_to(complete, tmp_path, monkeypatch, capsys):
@@ -208,9 +210,10 @@ def test_command_draws_the_sheet_beside_the_page(complete, tmp_path, monkeypatch
         assert picture.width > 4 * PANEL_SIZE  # two pairs
 
 
-def test_sheet_of_a_run_without_an_evaluation_ends_with_the_reason(run_folder, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="No evaluation has ended yet"):
+def test_sheet_of_a_run_without_an_evaluation_ends_with_the_reason(run_folder, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
         run_command(monkeypatch, run_folder.path, "--sheet", tmp_path / "sheet.png")
+    assert "error: No evaluation has ended yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -223,15 +226,18 @@ def test_sheet_of_a_run_without_an_evaluation_ends_with_the_reason(run_folder, t
         (["--val-json", "gone.json", "--val-images", "."], "no annotation file 'gone.json'"),
     ],
 )
-def test_wrong_arguments_end_with_one_line(run_folder, monkeypatch, arguments, message):
-    with pytest.raises(SystemExit, match=message):
+def test_wrong_arguments_end_with_one_line(run_folder, monkeypatch, arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
         run_command(monkeypatch, run_folder.path, *arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
 
 
-def test_folder_without_metrics_ends_with_what_is_expected(run_folder, monkeypatch):
+def test_folder_without_metrics_ends_with_what_is_expected(run_folder, monkeypatch, capsys):
     (run_folder.path / "metrics.json").unlink()
-    with pytest.raises(SystemExit, match="no metrics.json; expected the OUTPUT_DIR"):
+    with pytest.raises(SystemExit, match="2"):
         run_command(monkeypatch, run_folder.path)
+    assert "no metrics.json; expected the OUTPUT_DIR" in capsys.readouterr().err
 
 
 def test_annotations_without_images_are_refused(run_folder, monkeypatch, capsys):

@@ -1,20 +1,28 @@
 """Command line of the benchmarks."""
 
-import argparse
+import importlib
+import sys
+from collections.abc import Sequence
 
-from . import inference, op, train
+from ..cli import choose_command, make_parser, run
 
-COMMANDS = {"model": inference, "op": op, "train": train}
+# name: (module, what it measures); only the module that is asked for is imported, as the op needs PyTorch alone.
+COMMANDS = {
+    "model": ("inference", "latency, memory and FLOPs of whole models"),
+    "op": ("op", "the time of ms_deform_attn"),
+    "train": ("train", "time and peak memory of a training step"),
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m deformable_detr.benchmark", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, help=module.__doc__, description=module.__doc__))
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser("benchmark", description="Times and memory, beside other implementations that are installed.")
+    name, arguments = choose_command(parser, {name: what for name, (_, what) in COMMANDS.items()}, argv)
+    module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
+    parser = make_parser(f"benchmark {name}", description=module.__doc__)
+    module.add_arguments(parser)
+    args = parser.parse_args(arguments)
     args.run(args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -14,7 +14,8 @@ from detectron2.structures import ImageList
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
-from .. import model_zoo
+from ..cli import add_model, add_overrides
+from ..loading import DTYPES
 from ..modeling import DeformableDETR
 from .launches import count_launches, format_launches, sum_by_phase
 from .peers import OURS, TORCHVISION, TRANSFORMERS, Batch, build, find_peers, make_batch
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_common_arguments(parser: argparse.ArgumentParser, *, size: str, variant: str) -> None:
     """Arguments of the benchmarks of whole models."""
-    parser.add_argument("--variants", nargs="+", default=[variant], help=f"of {', '.join(model_zoo.list_models())}")
+    add_model(parser, "--variants", dest="variants", nargs="+", default=[variant], help="(default: %(default)s)")
     parser.add_argument("--sizes", nargs="+", default=[_parse_size(size)], type=_parse_size, metavar="HxW")
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument(
@@ -59,7 +60,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, size: str, variant:
         "--dtypes",
         nargs="+",
         default=["float32"],
-        choices=["float32", "tf32", *_AUTOCAST],
+        choices=["tf32", *DTYPES],
         dest="dtypes",
         help="float32: as PyTorch is set; tf32: for products and convolutions on CUDA; 16 bits: autocast",
     )
@@ -77,7 +78,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, size: str, variant:
         help="measure nothing, and count the operations of a call by module, DEPTH names deep (3)",
     )
     parser.add_argument("--no-memory", action="store_true", help="its profile takes longer than the call on the CPU")
-    parser.add_argument("--opts", nargs="+", default=[], help="overrides of the config")
+    # Other options may follow these overrides, as they always could.
+    add_overrides(parser, nargs="+")
     parser.add_argument("--json", type=Path, help="also write all numbers to this file")
 
 
@@ -188,9 +190,9 @@ def make_inference(model: nn.Module, batch: Batch, *, dtype: str) -> Callable[[]
 
 def autocast(batch: Batch, dtype: str) -> contextlib.AbstractContextManager:
     """What runs a model in 16 bits; nothing for 32."""
-    if dtype not in _AUTOCAST:
+    if dtype in ("float32", "tf32"):
         return contextlib.nullcontext()
-    return torch.autocast(batch.images[0].device.type, _AUTOCAST[dtype])
+    return torch.autocast(batch.images[0].device.type, DTYPES[dtype])
 
 
 @contextlib.contextmanager
@@ -242,6 +244,3 @@ def _count_attention(inputs: list, outputs: list) -> int:
 def _parse_size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
     return int(height), int(width)
-
-
-_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
+from ..files import write_json
 from ..layers import _ops
 
 Call = Callable[[], object]
@@ -143,7 +144,7 @@ def print_and_save(rows: list[dict], args: argparse.Namespace, notes: str) -> No
     print(tabulate(rows, headers="keys", floatfmt=".4g"))
     print(notes)
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "results": rows}, indent=1), encoding="utf-8")
+        write_json(args.json, {"machine": machine, "results": rows}, indent=1)
 
 
 def _cpu_name() -> str:

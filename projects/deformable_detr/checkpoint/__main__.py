@@ -2,12 +2,16 @@
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..cli import add_model, add_overrides_word, make_parser, run
 from ..config import load_config
+from ..files import check_writable, replacing_file
 from ..loading import build_model
 from .convert import convert
 from .coverage import CheckpointError, ConversionReport
@@ -25,22 +29,22 @@ Example, for the official code, which evaluates the 80 COCO classes by their 91 
 """
 
 
-def parse_args(args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m deformable_detr.checkpoint",
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser(
+        "checkpoint",
         description="Converts weights of other projects to the names and classes of a model, and says what became "
         "of every parameter. Training and evaluation do the same by themselves for MODEL.WEIGHTS.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="SRC", help=".pth, .bin, .pkl or .safetensors file")
     parser.add_argument("destination", metavar="DST", help="file to write; safetensors by that suffix, else torch.save")
-    parser.add_argument("--config-file", required=True, help="the model to convert for: .yaml, .py or a name")
+    add_model(parser, required=True)
     parser.add_argument("--to", choices=("ours", *FORMATS), default="ours", help="whose names to write (default: ours)")
     parser.add_argument("--coco-ids", action="store_true", help="with --to: spread 80 COCO classes over the 91 raw ids")
-    parser.add_argument("opts", nargs="*", help="overrides of the config, as for train_net.py")
+    add_overrides_word(parser)
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config, as for train_net.py")
     # Intermixed: options may stand between the files and the overrides.
-    parsed = parser.parse_intermixed_args(args)
+    parsed = parser.parse_intermixed_args(argv)
     if parsed.coco_ids and parsed.to == "ours":
         parser.error("--coco-ids needs --to official or --to transformers")
     return parsed
@@ -61,19 +65,22 @@ def export_for(args: argparse.Namespace, model: nn.Module, state_dict: dict[str,
 def write(path: str, state_dict: dict[str, Tensor], *, to: str, report: ConversionReport) -> None:
     """Write safetensors or, by any other suffix, what the project loads by torch.load."""
     names = report.class_names if to == "ours" else None
-    if path.endswith(".safetensors"):
-        # This format does not hold two names of one tensor, such as heads that all layers share.
-        copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state_dict.items()}
-        save_file(copies, path, metadata={"format": "pt"} | ({"class_names": json.dumps(names)} if names else {}))
-    elif to == "transformers":
-        torch.save(state_dict, path)
-    else:
-        torch.save({"model": state_dict} | ({"class_names": list(names)} if names else {}), path)
+    with replacing_file(path) as file:
+        if path.endswith(".safetensors"):
+            # This format does not hold two names of one tensor, such as heads that all layers share.
+            copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state_dict.items()}
+            save_file(copies, file, metadata={"format": "pt"} | ({"class_names": json.dumps(names)} if names else {}))
+        elif to == "transformers":
+            torch.save(state_dict, file)
+        else:
+            torch.save({"model": state_dict} | ({"class_names": list(names)} if names else {}), file)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    check_writable(args.destination)
     checkpoint = read_checkpoint(args.source)
-    model = build_model(load_config(args.config_file, args.opts))
+    model = build_model(load_config(args.model, args.opts))
     state_dict, report = convert(checkpoint["model"], model=model, file_class_names=checkpoint.get("class_names"))
     if args.to != "ours":
         state_dict = export_for(args, model, state_dict)
@@ -82,4 +89,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    sys.exit(run(main))

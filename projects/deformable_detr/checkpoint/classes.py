@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .coverage import ConversionReport, name_first
+from ..wording import name_first
+from .coverage import ConversionReport
 from .sources import DETREX, Source
 
 ENCODER_OUTPUT = "transformer.enc_output.weight"

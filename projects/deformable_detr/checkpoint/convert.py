@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..wording import name_first
 from .classes import ENCODER_OUTPUT, HEAD, Names, fit_class_heads, is_encoder_head
-from .coverage import CheckpointError, ConversionReport, name_first
+from .coverage import CheckpointError, ConversionReport
 from .sources import BOTTOM_UP, SOURCES, Source, detect_source
 
 _HEAD_ALIAS = re.compile(r"^transformer\.decoder\.((?:class|bbox)_embed\.)")

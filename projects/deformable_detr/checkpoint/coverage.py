@@ -46,12 +46,6 @@ class ConversionReport:
         return "\n".join(filter(None, (f"Checkpoint with {self.source} names:", table, self.class_note)))
 
 
-def name_first(names: Sequence[str], *, limit: int = 5) -> str:
-    """Return the first names and how many there are beyond; "none" where there are none."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "") if names else "none"
-
-
 def _first(keys: Iterable[str]) -> str:
     return next(iter(keys), "")
 

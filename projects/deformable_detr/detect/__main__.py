@@ -12,11 +12,13 @@ import numpy as np
 from detectron2.structures import Instances
 from tqdm import tqdm
 
-from ..loading import add_model_arguments, message_of
+from ..cli import add_model_arguments, make_parser, run
+from ..files import make_folder, show
+from ..loading import DTYPES
 from .drawing import LARGEST_PICTURE, VideoDrawer, draw_detections
-from .images import ImageError, make_folder, prepare_image, read_image, save_image, show, shrink
+from .images import ImageError, prepare_image, read_image, save_image, shrink
 from .inputs import Source, SourceError, find_sources, local_file, name_outputs, without_repetitions
-from .predictor import DTYPES, Predictor
+from .predictor import Predictor
 from .results import CocoResults, GroundTruthIds
 from .video import VideoError, VideoReader, VideoWriter
 
@@ -27,8 +29,8 @@ _WHOLE_VIDEO = 0.95
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m deformable_detr.detect",
+    parser = make_parser(
+        "detect",
         description="Detects objects in images and videos, and writes annotated copies of them.",
     )
     parser.add_argument(
@@ -57,7 +59,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-class Run:
+class Job:
     """One call of the command: what it detects with, where it writes, and what came of it."""
 
     def __init__(self, predictor: Predictor, results: CocoResults, *, verbose: bool) -> None:
@@ -160,44 +162,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 if an input could not be read or a result not be written.
 
     Raises:
-        SystemExit: with status 2, before anything is computed, if an argument cannot be obeyed.
+        OSError, KeyError, ValueError: before anything is computed, if an argument cannot be obeyed.
     """
     args = parse_args(argv)
     sources, failed = _find_all(args.inputs, args.output)
-    try:
-        make_folder(args.output)
-        tasks = list(zip(sources, name_outputs(sources, args.output), strict=True))
-        ids = GroundTruthIds.load(args.ids_from) if args.ids_from else None
-        predictor = _build_predictor(args) if tasks else None
-        if ids and predictor:
-            ids.check(names=[source.name for source in sources], class_names=predictor.class_names)
-    except (OSError, KeyError, ValueError) as error:
-        # A KeyError's text would come in quotes.
-        print(f"error: {message_of(error)}", file=sys.stderr)
-        raise SystemExit(2) from error
-    if predictor is None:
+    make_folder(args.output)
+    tasks = list(zip(sources, name_outputs(sources, args.output), strict=True))
+    ids = GroundTruthIds.load(args.ids_from) if args.ids_from else None
+    if not tasks:
         return 1
+    predictor = _build_predictor(args)
+    if ids:
+        ids.check(names=[source.name for source in sources], class_names=predictor.class_names)
     categories = ids.categories if ids else dict(zip(predictor.class_names, predictor.category_ids, strict=True))
     results = CocoResults(categories, ids.images if ids else None)
-    run = Run(predictor, results, verbose=len(tasks) <= _MAX_LINES)
-    run.failures = failed
+    job = Job(predictor, results, verbose=len(tasks) <= _MAX_LINES)
+    job.failures = failed
     try:
-        detect_all(run, tasks)
+        detect_all(job, tasks)
     finally:
         # Also of a run that somebody stops.
         if args.json:
             results.save(args.output / "detections.json")
-    print(run.summary())
-    return 1 if run.failures else 0
+    print(job.summary())
+    return 1 if job.failures else 0
 
 
-def detect_all(run: Run, tasks: Sequence[tuple[Source, Path]]) -> None:
+def detect_all(job: Job, tasks: Sequence[tuple[Source, Path]]) -> None:
     """Detect in all images, then in all videos; with a progress bar where there are several and someone to see it."""
     images = [task for task in tasks if not task[0].is_video]
-    run.detect_images(tqdm(images, unit="image", disable=True if len(images) < 2 else None))
+    job.detect_images(tqdm(images, unit="image", disable=True if len(images) < 2 else None))
     for source, path in tasks:
         if source.is_video:
-            run.detect_video(source, path)
+            job.detect_video(source, path)
 
 
 def _find_all(arguments: Sequence[str], output: Path) -> tuple[list[Source], int]:
@@ -227,4 +224,4 @@ def _build_predictor(args: argparse.Namespace) -> Predictor:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

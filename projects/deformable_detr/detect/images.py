@@ -1,7 +1,6 @@
 """From any image, in a file or in memory, to what the model takes."""
 
 import os
-import tempfile
 from pathlib import Path
 
 import detectron2.data.transforms as T
@@ -10,6 +9,7 @@ import torch
 from PIL import Image
 
 from ..data.images import ImageError, array_to_rgb, describe_failure, from_rgb, pillow_to_rgb, read_file
+from ..files import replacing_file, show
 from ..loading import LoadedModel
 from .inputs import local_file
 
@@ -63,11 +63,6 @@ def prepare_image(loaded: LoadedModel, rgb: np.ndarray) -> dict:
     return {"image": tensor, "height": rgb.shape[0], "width": rgb.shape[1]}
 
 
-def show(path: str | os.PathLike) -> str:
-    """A path as text that any terminal can print, also where its bytes are not UTF-8."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
 def shrink(rgb: np.ndarray, longest_side: int) -> np.ndarray:
     """Reduce an image (H, W, 3) to at most so many pixels on its longer side; smaller ones are returned as they are."""
     if max(rgb.shape[:2]) <= longest_side:
@@ -77,21 +72,8 @@ def shrink(rgb: np.ndarray, longest_side: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def make_folder(path: Path) -> None:
-    """Create a folder for results where it is missing, and try to write there: better known before the work.
-
-    Raises:
-        OSError: naming the folder and the reason.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write to output folder {show(path)}: {error.strerror or error}") from error
-
-
 def save_image(rgb: np.ndarray, path: Path) -> None:
     """Write uint8 RGB (H, W, 3), creating the folder; ``.jpg`` in a quality that keeps thin lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rgb).save(path, quality=90)
+    with replacing_file(path) as file:
+        Image.fromarray(rgb).save(file, quality=90)

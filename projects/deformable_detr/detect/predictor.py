@@ -7,10 +7,9 @@ import torch
 from detectron2.structures import Instances
 
 from ..checkpoint.classes import COCO_CLASSES_BY_ID
-from ..loading import LoadedModel, load_model
+from ..loading import DTYPES, LoadedModel, load_model
 from .images import ImageSource, prepare_image, read_image
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Batches whose images are in memory together, so that those of equal size find each other.
 _BATCHES_IN_MEMORY = 8
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import write_json
+from ..wording import name_first
+
 
 @dataclass(frozen=True)
 class GroundTruthIds:
@@ -43,10 +46,10 @@ class GroundTruthIds:
         absent = [name for name in names if name not in self.images]
         absent += [name for name in class_names if name not in self.categories]
         if absent:
-            raise ValueError(f"the annotation file has no image or category {', '.join(absent[:5])} ({len(absent)})")
+            raise ValueError(f"the annotation file has no image or category {name_first(absent)}")
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
-            raise ValueError(f"every image must be given once, got several files {', '.join(twice[:5])}")
+            raise ValueError(f"every image must be given once, got several files {name_first(twice)}")
 
 
 class CocoResults:
@@ -101,4 +104,4 @@ class CocoResults:
         """Write the file; names that are not UTF-8 keep Python's escapes, which ``json`` reads back."""
         categories = [{"id": id, "name": name} for name, id in self._categories.items()]
         content = {"images": self.images, "categories": categories, "annotations": self.annotations}
-        path.write_text(json.dumps(content), encoding="utf-8")
+        write_json(path, content)

@@ -2,11 +2,13 @@
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..detect.images import make_folder
-from ..loading import add_model_arguments, load_model, message_of
+from ..cli import add_model_arguments, make_parser, run
+from ..files import make_folder
+from ..loading import load_model
 from .drawing import draw_explanation
 from .explanation import explain
 from .page import write_page
@@ -19,12 +21,11 @@ EPILOG = """examples:
 
 
 def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m deformable_detr.explain",
+    parser = make_parser(
+        "explain",
         description="Shows where the queries of a model look: writes NAME_explained.png and .html, a page "
         "to explore in any browser, without network.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("image", help="file or address")
     add_model_arguments(parser)
@@ -44,7 +45,9 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    args = parse_args(argv)
     make_folder(args.output)
     loaded = load_model(args.model, args.weights, device=args.device, opts=args.opts)
     explanation = explain(
@@ -63,9 +66,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        main(parse_args())
-    except (KeyError, OSError, ValueError) as error:
-        # Without the quotes that str() puts around the message of a KeyError.
-        raise SystemExit(f"error: {message_of(error)}") from error
+    sys.exit(run(main))

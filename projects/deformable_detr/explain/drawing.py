@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from ..detect.images import shrink
+from ..files import replacing_file
 from .explanation import Explanation
 from .recorder import Sampling
 from .selection import Detection
@@ -67,7 +68,8 @@ def draw_explanation(
         if recording.encoder:
             _draw_pixel(row[2], explanation, detection, encoder_layer)
     figure.supxlabel(_LEGEND, fontsize=9)
-    FigureCanvasAgg(figure).print_figure(str(path))
+    with replacing_file(path) as file:
+        FigureCanvasAgg(figure).print_figure(str(file))
     return Path(path)
 
 

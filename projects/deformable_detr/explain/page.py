@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from ..files import write_text
 from .drawing import WEIGHT_COLOURS, check_layer
 from .explanation import Explanation
 from .recorder import Recording, Sampling
@@ -49,7 +50,7 @@ def write_page(
         data["encoder"]["layer"] = check_layer(encoder_layer, len(recording.encoder), "encoder")
     environment = Environment(loader=PackageLoader(__package__, ""), autoescape=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    Path(path).write_text(environment.get_template("page.html").render(data=data), encoding="utf-8")
+    write_text(path, environment.get_template("page.html").render(data=data))
     return Path(path)
 
 

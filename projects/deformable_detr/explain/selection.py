@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..modeling.detections import select_detections
+from ..wording import name_first
 from .recorder import Recording
 
 
@@ -74,6 +75,5 @@ def class_index(name: str, class_names: Sequence[str]) -> int:
     if name in class_names:
         return list(class_names).index(name)
     close = difflib.get_close_matches(name, class_names, cutoff=0.75)
-    hint = f"did you mean {' or '.join(close)}" if close else f"it knows {', '.join(class_names[:20])}"
-    more = f" and {len(class_names) - 20} more" if not close and len(class_names) > 20 else ""
-    raise ValueError(f"class {name!r} is not one of the model's {len(class_names)} classes: {hint}{more}")
+    hint = f"did you mean {' or '.join(close)}" if close else f"it knows {name_first(class_names, limit=20)}"
+    raise ValueError(f"class {name!r} is not one of the model's {len(class_names)} classes: {hint}")

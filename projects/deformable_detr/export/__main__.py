@@ -4,10 +4,12 @@ import argparse
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..cli import add_model_arguments, make_parser, run
 from ..detect import read_image
-from ..loading import add_model_arguments, load_model, message_of
+from ..loading import load_model
 from .agreement import TOLERANCE, DisagreementError
 from .exporter import FORMATS, export_model
 from .onnx_format import DEFAULT_OPSET, NEWEST_OPSET, OLDEST_OPSET
@@ -36,13 +38,8 @@ formats:
                 height and width. PyTorch has deprecated TorchScript: prefer torch_export where you can choose."""
 
 
-def parse_args(args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m deformable_detr.export",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser("export", description=DESCRIPTION, epilog=EPILOG)
     add_model_arguments(parser)
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--output", type=Path, help="file to write (default: model with the suffix of the format)")
@@ -60,17 +57,19 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--check", nargs="+", default=[], metavar="IMAGE", help="images to compare on (default: two that are drawn)"
     )
-    return parser.parse_args(args)
+    return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> int:
-    """Return the exit status: 1 for a program that disagrees with the model, 2 for input that cannot work."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Return the exit status: 1 for a program that disagrees with the model."""
+    _start_logging()
+    args = parse_args(argv)
     start = time.perf_counter()
     path = args.output or Path("model").with_suffix(FORMATS[args.format].suffix)
     size = None if args.fixed_size is None else tuple(args.fixed_size)
+    pictures = [read_image(image) for image in args.check]
+    loaded = load_model(args.model, args.weights, device=args.device, opts=args.opts)
     try:
-        pictures = [read_image(image) for image in args.check]
-        loaded = load_model(args.model, args.weights, device=args.device, opts=args.opts)
         differences = export_model(
             loaded,
             path,
@@ -83,10 +82,6 @@ def main(args: argparse.Namespace) -> int:
     except DisagreementError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (OSError, KeyError, ValueError, ModuleNotFoundError) as error:
-        # A KeyError's text would come in quotes.
-        print(f"error: {message_of(error)}", file=sys.stderr)
-        return 2
     boxes, scores = max(d.boxes for d in differences), max(d.scores for d in differences)
     print(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - start:.0f} s. Largest difference to the "
@@ -95,9 +90,12 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def _start_logging() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("deformable_detr.export").setLevel(logging.INFO)
     # It warns of every constant that it leaves alone.
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    sys.exit(main(parse_args()))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch.export import ExportedProgram
 
+from ..files import check_writable, replacing_file
 from ..loading import LoadedModel
 from .agreement import Difference, Runner, check_agreement, draw_pictures, prepare_images
 from .onnx_format import DEFAULT_OPSET, NEWEST_OPSET, OLDEST_OPSET, check_requirements, load_onnx, write_onnx
@@ -76,21 +77,18 @@ def export_model(
     kind = FORMATS[format_name]
     shape = _complete(shape or InputShape(), kind, loaded)
     options = _check_arguments(kind, path, loaded, shape=shape, opset=opset)
-    partial = _create_partial(path)
-    try:
+    check_writable(path)
+    with replacing_file(path) as unfinished:
         program = DetectionProgram(loaded.model.eval())
         logger.info("capturing the model with images %s", shape)
         captured: ExportedProgram = capture(program, shape, decompose=decompose)
         logger.info("writing %s", path)
-        kind.write(captured, partial, metadata=_metadata(loaded), **options)
+        kind.write(captured, unfinished, metadata=_metadata(loaded), **options)
         images = prepare_images(pictures or draw_pictures(), loaded.resize, shape.size)
         differences = []
-        for description, difference in check_agreement(program, kind.load(partial), images, shape):
+        for description, difference in check_agreement(program, kind.load(unfinished), images, shape):
             logger.info("%s: %s", description, difference)
             differences.append(difference)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return differences
 
 
@@ -117,20 +115,6 @@ def _check_arguments(
         raise ValueError(f"opset must be from {OLDEST_OPSET} to {NEWEST_OPSET}, got {opset}")
     check_requirements()
     return {"opset": opset}
-
-
-def _create_partial(path: Path) -> Path:
-    """The file to write until it has been compared, empty: before the minutes of work, whether that is possible."""
-    if path.is_dir():
-        raise IsADirectoryError(f"the output must be a file, {path} is a folder")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    try:
-        partial.touch()
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
-    return partial
 
 
 def _complete(shape: InputShape, kind: Format, loaded: LoadedModel) -> InputShape:

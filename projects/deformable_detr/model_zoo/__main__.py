@@ -1,22 +1,22 @@
 """Prints the published models, or writes MODEL_ZOO.md: ``python -m deformable_detr.model_zoo [--write [FILE]]``."""
 
-import argparse
-from pathlib import Path
+import sys
+from collections.abc import Sequence
 
+from ..cli import make_parser, run
+from ..files import write_text
 from .table import render_page, render_table
 
 
-def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m deformable_detr.model_zoo", description="Prints the published models as a table."
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser("model_zoo", description="Prints the published models as a table.")
     parser.add_argument("--write", nargs="?", const="MODEL_ZOO.md", metavar="FILE", help="write MODEL_ZOO.md instead")
-    file = parser.parse_args(args).write
+    file = parser.parse_args(argv).write
     if file is None:
         print(render_table())
     else:
-        Path(file).write_text(render_page(), encoding="utf-8")
+        write_text(file, render_page())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -3,16 +3,17 @@
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..cli import make_parser, run
 from ..data.datasets import register_coco_data
-from .run import NoData
 from .write import write_report
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m deformable_detr.report",
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser(
+        "report",
         description="Makes one HTML page of a finished or running training: curves, AP, precision and recall, "
         "confusion, the images with the most errors, configuration and versions.",
     )
@@ -27,32 +28,29 @@ def parse_args() -> argparse.Namespace:
         help="annotations that the run was evaluated on, where its own configuration and log do not lead to them",
     )
     parser.add_argument("--val-images", metavar="FOLDER", help="their images")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if (args.val_json is None) != (args.val_images is None):
         parser.error("--val-json and --val-images must be given together")
     return args
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    args = parse_args()
-    try:
-        if args.val_json:
-            register_coco_data("user_val", args.val_json, args.val_images)
-        path = write_report(
-            args.output_dir,
-            args.output,
-            sheet_path=args.sheet,
-            dataset_name="user_val" if args.val_json else None,
-            num_images=args.num_images,
-            score_threshold=args.score,
-        )
-    except (OSError, ValueError, NoData) as error:
-        sys.exit(f"error: {error}")
+    args = parse_args(argv)
+    if args.val_json:
+        register_coco_data("user_val", args.val_json, args.val_images)
+    path = write_report(
+        args.output_dir,
+        args.output,
+        sheet_path=args.sheet,
+        dataset_name="user_val" if args.val_json else None,
+        num_images=args.num_images,
+        score_threshold=args.score,
+    )
     print(path)
     if args.sheet:
         print(args.sheet)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..data.dataset_dict import get_objects
 from ..data.images import read_file
+from ..files import replacing_file
 
 # What stands left and right in a pair.
 PAIR = ("ground truth", "detections")
@@ -100,7 +101,8 @@ def draw_sheet(
     title = f"{metadata.name}: {len(chosen)} of {len(dataset_dicts)} images, scores from {score_threshold:.0%}"
     legend = {metadata.thing_classes[index]: _colour(index) for index in sorted(shown_classes)}
     figure = _arrange(pairs, title=title, legend=legend)
-    FigureCanvasAgg(figure).print_png(str(png_path))
+    with replacing_file(png_path) as file:
+        FigureCanvasAgg(figure).print_png(str(file))
     return Path(png_path)
 
 

@@ -4,6 +4,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+from ..files import check_writable, write_text
 from . import sections
 from .evaluation import load_evaluation
 from .gallery import draw_sheet
@@ -44,9 +45,8 @@ def write_report(
         raise ValueError(f"score_threshold must be in [0, 1], got {score_threshold}")
     path = Path(html_path) if html_path is not None else Path(output_dir) / "report.html"
     run = read_run(output_dir)
-    for file in (path, *([] if sheet_path is None else [Path(sheet_path)])):
-        if not file.parent.is_dir():
-            raise FileNotFoundError(f"cannot write {file}: there is no folder {file.parent}")
+    for file in (path, *([] if sheet_path is None else [sheet_path])):
+        check_writable(file)
 
     @cache
     def evaluation():
@@ -73,7 +73,7 @@ def write_report(
         except NoData as reason:
             built.append(Section(title, [Text(str(reason), missing=True)]))
     state = f"{run.progress()}. Page made {time.strftime('%Y-%m-%d %H:%M:%S')}."
-    path.write_text(render(Path(output_dir).resolve().name, state, built), encoding="utf-8")
+    write_text(path, render(Path(output_dir).resolve().name, state, built))
     if sheet_path is not None:
         shown = evaluation()
         options = {"num_images": num_images, "score_threshold": score_threshold}

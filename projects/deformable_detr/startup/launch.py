@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from detectron2.engine import launch as detectron2_launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
+
+from ..cli import user_errors
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -45,14 +48,21 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, 
     gpus = torch.cuda.device_count()
     if args.num_gpus > max(gpus, 1):
         raise RuntimeError(f"--num-gpus {args.num_gpus} needs as many GPUs that PyTorch can use, and there are {gpus}")
+    several = args.num_gpus * args.num_machines > 1
     return detectron2_launch(
-        main,
+        partial(_tell_mistakes, main) if several else main,
         args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
         dist_url=args.dist_url,
         args=(args,),
     )
+
+
+def _tell_mistakes(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """Run ``main`` in a process of Detectron2's launcher, which would show the stacks of this process and its own."""
+    with user_errors():
+        main(args)
 
 
 def _join(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> Any:

@@ -12,13 +12,12 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..files import replacing
+from ..wording import name_first
 from .precision import Precision
 from .settings import TrainingSettings
 from .step import Step, unwrap
 
 logger = logging.getLogger(__name__)
-
-_MAX_NAMES = 5
 
 
 class NonFiniteError(FloatingPointError):
@@ -52,9 +51,9 @@ def find_cause(step: Step, model: nn.Module, precision: Precision, *, alone: boo
     model = unwrap(model)
     # Not the buffers: the failed pass has written batch statistics into them, which training does not read.
     if bad := [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]:
-        return f"{len(bad)} weights were not finite before the step: {_shorten(bad)}"
+        return f"{len(bad)} weights were not finite before the step: {name_first(bad)}"
     if bad := [str(x.get("file_name")) for x in step.batch if not _is_finite(x["image"])]:
-        return f"pixels are not finite in {_shorten(bad)}"
+        return f"pixels are not finite in {name_first(bad)}"
     found: dict[str, str] = {}
     model.zero_grad()
     with _watching(model, found, stop_at_losses=not alone):
@@ -69,7 +68,7 @@ def find_cause(step: Step, model: nn.Module, precision: Precision, *, alone: boo
     if "backward" in found:
         return f"All outputs are finite. First non-finite gradient, from behind: of the output of {found['backward']}"
     if bad := [name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]:
-        return f"All outputs are finite. Gradients that are not: {_shorten(bad)}"
+        return f"All outputs are finite. Gradients that are not: {name_first(bad)}"
     return "Repeated in this process alone, the step has finite outputs and gradients"
 
 
@@ -177,10 +176,6 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 def _is_finite(value: Tensor | float) -> bool:
     return bool(torch.as_tensor(value).isfinite().all())
-
-
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:_MAX_NAMES]) + (", ..." if len(names) > _MAX_NAMES else "")
 
 
 def _to_plain(x: dict[str, Any]) -> dict[str, Any]:

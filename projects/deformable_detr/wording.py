@@ -1,0 +1,31 @@
+"""How messages are worded."""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+# What PyTorch puts around an error of a process that loads data; the error's own words stand behind its stack.
+_OF_A_WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*\n +[^\n]*\n[\w.]+: (.*)", re.DOTALL)
+
+
+def message_of(error: BaseException) -> str:
+    """What an error says, for one line on a command line."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        # Of a rename, the file that was to be.
+        return f"{error.filename2 or error.filename}: {error.strerror}"
+    # A KeyError's own text would be in quotes.
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    of_a_worker = _OF_A_WORKER.match(text)
+    return (of_a_worker[1] if of_a_worker else text).strip() or type(error).__name__
+
+
+def name_first(names: Sequence[str], *, limit: int = 5) -> str:
+    """Return the first names and how many there are beyond; "none" where there are none."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "") if names else "none"
+
+
+def suggest(name: str, known: Sequence[str], *, cutoff: float = 0.5) -> str:
+    """The known name that a misspelt one is nearest to, as the end of a sentence; empty where none is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
