@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "collect_env": {"cli", "layers"},
     "detect": {"checkpoint", "data", "files", "loading", "wording"},
     "explain": {"data", "detect", "files", "layers", "loading", "modeling", "wording"},
-    "report": {"config", "data", "files", "training"},
+    "report": {"config", "data", "detect", "files", "training"},
     "export": {"files", "layers", "loading", "modeling"},
     "benchmark": {"checkpoint", "cli", "files", "layers", "loading", "modeling", "solver"},
     "front door": {"config", "layers", "model_zoo", "modeling"},

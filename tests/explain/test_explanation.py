@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -197,3 +198,8 @@ def test_point_and_class_exclude_each_other(run, image_file, capsys):
     with pytest.raises(SystemExit):
         run(image_file, "--point", "1", "2", "--class", "dog")
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_names_with_dollar_signs_and_letters_of_any_script_are_drawn(explanation, tmp_path):
+    names = [r"$\nothing$ 猫"] * len(explanation.class_names)
+    assert draw_explanation(replace(explanation, class_names=names), tmp_path / "x.png").is_file()

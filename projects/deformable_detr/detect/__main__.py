@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..cli import add_model_arguments, make_parser, run
 from ..files import make_folder, show
 from ..loading import DTYPES
-from .drawing import LARGEST_PICTURE, VideoDrawer, draw_detections
+from .drawing import LARGEST_PICTURE, draw_detections, draw_frame
 from .images import ImageError, prepare_image, read_image, save_image, shrink
 from .inputs import Source, SourceError, find_sources, local_file, name_outputs, without_repetitions
 from .predictor import Predictor
@@ -116,7 +116,7 @@ class Job:
             self._say(path, instances.pred_classes.tolist())
 
     def _detect_frames(self, video: VideoReader, source: Source, output: Path) -> None:
-        draw, writer = VideoDrawer(self.predictor.class_names), VideoWriter(output, video.fps)
+        writer = VideoWriter(output, video.fps)
         before, classes = self.frames, []
         bar = tqdm(video, total=video.num_frames or None, unit="frame", desc=show(source.name), disable=None)
         with closing(video), bar, closing(writer):
@@ -127,7 +127,7 @@ class Job:
                     self._record(source, instances, frame_index=self.frames - before)
                     self.frames += 1
                     classes += instances.pred_classes.tolist()
-                    writer.write(draw(frame, instances))
+                    writer.write(draw_frame(frame, instances, self.predictor.class_names))
         if writer.path != output:
             warn(f"video {show(source.path)}: OpenCV cannot write mp4v here; wrote {writer.codec} to {writer.path}")
         if self.verbose:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from ..detect.drawing import as_text, matplotlib_letters
 from ..detect.images import shrink
 from ..files import replacing_file
 from .explanation import Explanation
@@ -57,6 +58,15 @@ def draw_explanation(
     if recording.encoder:
         encoder_layer = check_layer(encoder_layer, len(recording.encoder), "encoder")
     explanation = replace(explanation, image=shrink(explanation.image, _MAX_SIDE))
+    with matplotlib_letters(explanation.class_names):
+        figure = _draw_figure(explanation, layer, encoder_layer)
+        with replacing_file(path) as file:
+            FigureCanvasAgg(figure).print_figure(str(file))
+    return Path(path)
+
+
+def _draw_figure(explanation: Explanation, layer: int, encoder_layer: int | None) -> Figure:
+    recording = explanation.recording
     rows, columns = len(explanation.chosen), 3 if recording.encoder else 2
     height = _PANEL_WIDTH * recording.height / recording.width + _TEXT_HEIGHT
     figure = Figure((columns * _PANEL_WIDTH, rows * height), dpi=_DPI, layout="constrained")
@@ -68,9 +78,7 @@ def draw_explanation(
         if recording.encoder:
             _draw_pixel(row[2], explanation, detection, encoder_layer)
     figure.supxlabel(_LEGEND, fontsize=9)
-    with replacing_file(path) as file:
-        FigureCanvasAgg(figure).print_figure(str(file))
-    return Path(path)
+    return figure
 
 
 def check_layer(layer: int | None, count: int, stack: str) -> int:
@@ -88,7 +96,7 @@ def _draw_query(panel: Axes, explanation: Explanation, detection: Detection, lay
     _draw_box(panel, explanation.recording.boxes[layer - 1, detection.query].tolist(), BOX_COLOUR)
     _draw_truth(panel, explanation, detection)
     outside = _draw_points(panel, sampling, [detection.query], explanation)
-    panel.set_title(f"{explanation.label_of(detection)}\ndecoder layer {layer}{outside}", fontsize=9)
+    panel.set_title(f"{as_text(explanation.label_of(detection))}\ndecoder layer {layer}{outside}", fontsize=9)
 
 
 def _draw_path(panel: Axes, explanation: Explanation, detection: Detection) -> None:
@@ -107,7 +115,7 @@ def _draw_path(panel: Axes, explanation: Explanation, detection: Detection) -> N
     for sampling, shade in zip(recording.decoder, shades, strict=False):
         _draw_cross(panel, sampling.reference[query], shade)
     truth = explanation.truth_of(detection)
-    matched = f"matched {explanation.class_names[truth.label]}, IoU {truth.iou:.2f}" if truth else ""
+    matched = f"matched {as_text(explanation.class_names[truth.label])}, IoU {truth.iou:.2f}" if truth else ""
     panel.set_title(f"reference (cross) and box, light to dark\n{matched}", fontsize=9)
 
 

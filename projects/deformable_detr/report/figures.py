@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..detect.drawing import as_text
 from ..training.metrics import Metrics, series
-from .gallery import as_text
 
 _SIZE = (5.2, 3.3)  # inches
 _MAX_POINTS = 400
@@ -25,7 +25,7 @@ def _figure(size: tuple[float, float] = _SIZE) -> tuple[Figure, Axes]:
 
 
 def thin_out(iterations: Sequence[int], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Replaces groups of neighbours by their means where there are more points than can be seen.
+    """Replace groups of neighbours by their means where there are more points than can be seen.
 
     A group with a value that is not finite has no finite mean, so that the gap stays in the curve.
     """
@@ -38,7 +38,7 @@ def thin_out(iterations: Sequence[int], values: Sequence[float]) -> tuple[np.nda
 
 
 def curves(metrics: Metrics, labels: Mapping[str, str], *, ylabel: str = "", marker: str | None = None) -> Figure:
-    """Draws metrics over the iterations.
+    """Draw metrics over the iterations.
 
     Args:
         labels: metric -> its name in the legend; decoder layers and the encoder get colours by their order.
@@ -68,7 +68,7 @@ def curves(metrics: Metrics, labels: Mapping[str, str], *, ylabel: str = "", mar
 
 
 def bars(values: Mapping[str, float], earlier: Mapping[str, float]) -> Figure:
-    """Draws AP (%) of categories, the best first; a ring marks what the evaluation before had."""
+    """Draw AP (%) of categories, the best first; a ring marks what the evaluation before had."""
     names = sorted(values, key=values.get)
     figure, axes = _figure((5.2, 0.7 + 0.2 * len(names)))
     axes.barh(range(len(names)), [values[name] for name in names], color="#3b75af", height=0.7)
@@ -84,7 +84,7 @@ def bars(values: Mapping[str, float], earlier: Mapping[str, float]) -> Figure:
 
 
 def precision_recall(recall: np.ndarray, precision: Mapping[str, np.ndarray], *, small: bool = False) -> Figure:
-    """Draws precision over recall, one line for each IoU threshold; AP in percent in the legend."""
+    """Draw precision over recall, one line for each IoU threshold; AP in percent in the legend."""
     figure, axes = _figure((2.6, 2.4) if small else _SIZE)
     for label, values in precision.items():
         axes.plot(recall, values, label=f"{label}: AP {100 * values.mean():.1f}", linewidth=1.3)
@@ -95,7 +95,7 @@ def precision_recall(recall: np.ndarray, precision: Mapping[str, np.ndarray], *,
 
 
 def confusion(counts: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Figure:
-    """Draws a matrix of counts, each row shaded by the shares of its cells."""
+    """Draw a matrix of counts, each row shaded by the shares of its cells."""
     side = max(3.6, 0.9 + 0.17 * len(rows)) if len(rows) > _MAX_NUMBERED else 1.6 + 0.42 * len(rows)
     figure = Figure(figsize=(side + 0.5, side), layout="constrained")
     axes = figure.subplots()
@@ -114,7 +114,7 @@ def confusion(counts: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -
 
 
 def scores(values: np.ndarray, correct: np.ndarray, threshold: float) -> Figure:
-    """Draws how many detections have which score, those that found an object of their class apart."""
+    """Draw how many detections have which score, those that found an object of their class apart."""
     figure, axes = _figure()
     groups = [values[correct], values[~correct]]
     axes.hist(groups, bins=np.linspace(0, 1, 21), stacked=True, label=["right", "wrong"], color=["#3b8f5a", "#c8553d"])
@@ -127,7 +127,7 @@ def scores(values: np.ndarray, correct: np.ndarray, threshold: float) -> Figure:
 
 
 def calibration(values: np.ndarray, correct: np.ndarray) -> Figure:
-    """Draws the share of right detections by score; on the diagonal a score is a probability."""
+    """Draw the share of right detections by score; on the diagonal a score is a probability."""
     figure, axes = _figure()
     edges = np.linspace(0, 1, 11)
     bins = np.clip(np.digitize(values, edges) - 1, 0, 9)
