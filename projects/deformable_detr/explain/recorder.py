@@ -16,7 +16,7 @@ from torchvision.ops import box_convert
 
 from ..layers import MSDeformAttn
 from ..modeling import DeformableDETR
-from ..modeling.reference_points import get_valid_sizes
+from ..modeling.geometry import Geometry
 
 
 class Sampling(NamedTuple):
@@ -90,7 +90,7 @@ def record(model: DeformableDETR, batched_inputs: Sequence[dict[str, Any]]) -> l
     transformer = model.transformer
     recorder = _Recorder()
     hooks = [recorder.watch(module) for module in transformer.modules() if isinstance(module, MSDeformAttn)]
-    hooks.append(transformer.register_forward_pre_hook(recorder.keep_masks, with_kwargs=True))
+    hooks.append(transformer.register_forward_pre_hook(recorder.keep_geometry, with_kwargs=True))
     try:
         with recorder:
             outputs = model.predict_raw(list(batched_inputs))
@@ -99,8 +99,7 @@ def record(model: DeformableDETR, batched_inputs: Sequence[dict[str, Any]]) -> l
             hook.remove()
     encoder = [recorder.calls[layer.self_attn] for layer in transformer.encoder.layers]
     decoder = [recorder.calls[layer.cross_attn] for layer in transformer.decoder.layers]
-    valid_sizes = get_valid_sizes(recorder.masks).cpu()
-    spatial_shapes = [tuple(mask.shape[-2:]) for mask in recorder.masks]
+    valid_sizes, spatial_shapes = recorder.geometry.valid_sizes.cpu(), recorder.geometry.spatial_shapes
     recordings = []
     for index, x in enumerate(batched_inputs):
         height, width = x.get("height", x["image"].shape[-2]), x.get("width", x["image"].shape[-1])
@@ -134,14 +133,14 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[nn.Module, _Call] = {}
-        self.masks: Sequence[Tensor] = ()
+        self.geometry: Geometry | None = None
         self._running: tuple[nn.Module, Tensor] | None = None
 
     def watch(self, module: MSDeformAttn) -> torch.utils.hooks.RemovableHandle:
         return module.register_forward_pre_hook(self._start, with_kwargs=True)
 
-    def keep_masks(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.masks = _arguments(module, args, kwargs)["masks"]
+    def keep_geometry(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.geometry = _arguments(module, args, kwargs)["geometry"]
 
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._running = module, _arguments(module, args, kwargs)["reference_points"]

@@ -12,17 +12,20 @@ from torch import Tensor, nn
 def sine_embedding(positions: Tensor, num_feats: int, temperature: float = 10000.0) -> Tensor:
     """Encode scalars as interleaved sines and cosines of geometrically spaced frequencies.
 
-    Always computed in float32: in float16 the padded cells overflow to NaN, in bfloat16 valid cells are off by 0.05.
+    Always computed in float32 at least: in float16 the padded cells overflow to NaN, in bfloat16 valid cells are off by
+    0.05.
 
     Args:
         positions: (...), angles in radians at the highest frequency.
         num_feats: channels per scalar, even.
 
     Returns:
-        (..., num_feats) float32; channels 2i and 2i+1 are sin and cos of ``positions / temperature**(2i/num_feats)``.
+        (..., num_feats) float32, float64 for float64; channels 2i and 2i+1 are sin and cos of
+        ``positions / temperature**(2i/num_feats)``.
     """
-    exponent = torch.arange(0, num_feats, 2, dtype=torch.float32, device=positions.device) / num_feats
-    angles = positions.float()[..., None] / temperature**exponent
+    dtype = torch.promote_types(positions.dtype, torch.float32)
+    exponent = torch.arange(0, num_feats, 2, dtype=dtype, device=positions.device) / num_feats
+    angles = positions.to(dtype)[..., None] / temperature**exponent
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 

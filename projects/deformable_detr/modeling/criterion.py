@@ -18,6 +18,7 @@ from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from .focal_loss import matched_focal_loss
 from .matcher import HungarianMatcher, Match, Predictions, Target
+from .reference_points import at_least_float32
 
 
 class SetCriterion(nn.Module):
@@ -127,9 +128,9 @@ class SetCriterion(nn.Module):
         _, logits, boxes = predictions
         queries, objects = _flat_indices(matches, targets, num_queries=boxes.shape[2], device=boxes.device)
         labels = torch.cat([t["labels"] for t in targets])[objects]
-        target_boxes = torch.cat([t["boxes"] for t in targets]).float()[objects]
         rows = torch.arange(len(boxes), device=boxes.device)[:, None]
-        matched = boxes.flatten(1, 2)[rows, queries].float()
+        matched = at_least_float32(boxes.flatten(1, 2)[rows, queries])
+        target_boxes = torch.cat([t["boxes"] for t in targets]).to(matched.dtype)[objects]
 
         focal = matched_focal_loss(
             logits.flatten(1), queries * logits.shape[-1] + labels, alpha=self.focal_alpha, gamma=self.focal_gamma

@@ -22,8 +22,10 @@ from ..layers import PositionEmbeddingSine
 from .backbone import canvas_divisibility
 from .criterion import SetCriterion
 from .detections import Detections, select_detections, to_instances
+from .geometry import Geometry, get_geometry
 from .matcher import HungarianMatcher, Target
 from .padding import padding_masks
+from .reference_points import at_least_float32
 from .transformer import DeformableTransformer
 
 # Prior probability of every class at initialisation (focal loss paper, section 4.1).
@@ -151,6 +153,11 @@ class DeformableDETR(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; points and boxes are float32 in half precision models too."""
+        return self.transformer.level_embed.dtype
+
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """Train or detect, in Detectron2's standard format.
 
@@ -195,7 +202,7 @@ class DeformableDETR(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Subtract the mean and divide by the deviation of every channel: (..., 3, H, W), range 0-255."""
-        return (images - self.pixel_mean) / self.pixel_std
+        return (images - at_least_float32(self.pixel_mean)) / at_least_float32(self.pixel_std)
 
     def prepare_targets(self, batched_inputs: list[dict]) -> list[Target]:
         """Ground truth as "labels" (n,) and "boxes" (n, 4) cxcywh in [0, 1] of the unpadded image, on the device."""
@@ -245,13 +252,11 @@ class DeformableDETR(nn.Module):
         Returns:
             What :meth:`predict_raw` documents.
         """
-        features = list(self.backbone(images).values())
-        shapes = [tuple(feature.shape[-2:]) for feature in features]
-        masks = padding_masks(images.shape[-2:], image_sizes, shapes)
+        features = list(self.backbone(images.to(self.dtype)).values())
+        geometry = self.get_geometry(images.shape[-2:], image_sizes, features)
         output = self.transformer(
             features,
-            masks,
-            [self.position_embedding(mask) for mask in masks],
+            geometry,
             query_embed=None if self.query_embed is None else self.query_embed.weight,
             num_queries=self.num_queries,
             class_embed=self.class_embed,
@@ -265,6 +270,22 @@ class DeformableDETR(nn.Module):
         if output.enc_logits is not None:
             predictions |= {"enc_logits": output.enc_logits, "enc_boxes": output.enc_boxes}
         return predictions
+
+    def get_geometry(self, canvas: Sequence[int], image_sizes: Tensor, features: Sequence[Tensor]) -> Geometry:
+        """Masks, positions and reference points of a batch.
+
+        Args:
+            canvas: padded height and width.
+            image_sizes: (N, 2) valid heights and widths.
+            features: of the backbone, for their sizes and dtype.
+        """
+        masks = padding_masks(canvas, image_sizes, [tuple(feature.shape[-2:]) for feature in features])
+        return get_geometry(
+            masks,
+            [self.position_embedding(mask) for mask in masks],
+            dtype=torch.promote_types(features[0].dtype, torch.float32),
+            two_stage=self.transformer.two_stage,
+        )
 
     def _build_class_head(self) -> nn.Linear:
         head = nn.Linear(self.transformer.d_model, self.num_classes)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..layers.tuned import LOGITS_AT_ONCE, in_pieces
+from .reference_points import at_least_float32
 
 
 def matched_focal_loss(logits: Tensor, positives: Tensor, *, alpha: float, gamma: float) -> Tensor:
@@ -18,7 +19,7 @@ def matched_focal_loss(logits: Tensor, positives: Tensor, *, alpha: float, gamma
 
     Equals ``fvcore.nn.sigmoid_focal_loss`` with targets of 1 at ``positives`` and 0 elsewhere, but holds neither these
     targets nor anything else of the logits' size, except for their gradient; two-stage models have four million
-    logits in a batch of two. Computed and summed in float32 whatever the logits' type.
+    logits in a batch of two. Computed and summed in float32 where the logits have half precision.
 
     Args:
         logits: (Ld, E), floating point.
@@ -27,7 +28,7 @@ def matched_focal_loss(logits: Tensor, positives: Tensor, *, alpha: float, gamma
         gamma: focusing exponent.
 
     Returns:
-        (Ld,) float32, differentiable once with respect to ``logits``.
+        (Ld,) float32 (float64 for float64), differentiable once with respect to ``logits``.
     """
     return _MatchedFocalLoss.apply(logits, positives, alpha, gamma)
 
@@ -39,8 +40,10 @@ class _MatchedFocalLoss(torch.autograd.Function):
         ctx.alpha, ctx.gamma = alpha, gamma
         losses = []
         for row, index in zip(logits, positives, strict=True):
-            background = sum(_negative(part.float(), gamma).sum() for (part,) in in_pieces(LOGITS_AT_ONCE, row))
-            matched = row[index].float()
+            background = sum(
+                _negative(at_least_float32(part), gamma).sum() for (part,) in in_pieces(LOGITS_AT_ONCE, row)
+            )
+            matched = at_least_float32(row[index])
             # A positive with logit x costs what a negative with logit -x does.
             losses.append(
                 (1 - alpha) * (background - _negative(matched, gamma).sum()) + alpha * _negative(-matched, gamma).sum()
@@ -56,8 +59,8 @@ class _MatchedFocalLoss(torch.autograd.Function):
         for row, index, out, scale in zip(logits, positives, grad, grad_output, strict=True):
             for part, out_part in in_pieces(LOGITS_AT_ONCE, row, out):
                 # Scaled in float32: gradients this small would vanish in half precision.
-                torch.mul(_negative_grad(part.float(), gamma), (1 - alpha) * scale, out=out_part)
-            out[index] = (-alpha * scale * _negative_grad(-row[index].float(), gamma)).to(out.dtype)
+                torch.mul(_negative_grad(at_least_float32(part), gamma), (1 - alpha) * scale, out=out_part)
+            out[index] = (-alpha * scale * _negative_grad(-at_least_float32(row[index]), gamma)).to(out.dtype)
         return grad, None, None, None
 
 

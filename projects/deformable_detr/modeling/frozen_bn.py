@@ -6,6 +6,8 @@ import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 
+from .reference_points import at_least_float32
+
 
 class FrozenBNConv2d(Conv2d):
     """Detectron2's convolution with its FrozenBN multiplied into the weights at every call.
@@ -21,10 +23,11 @@ class FrozenBNConv2d(Conv2d):
         return x if self.activation is None else self.activation(x)
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the convolution that does the work of both."""
-        norm = self.norm
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        return self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+        """Weight and bias of the convolution that does the work of both, multiplied in float32 at least."""
+        norm, dtype = self.norm, self.weight.dtype
+        scale = at_least_float32(norm.weight) * (at_least_float32(norm.running_var) + norm.eps).rsqrt()
+        weight, bias = self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+        return weight.to(dtype), bias.to(dtype)
 
 
 def fold_frozen_batch_norm(module: nn.Module) -> nn.Module:

@@ -1,7 +1,8 @@
 """Where queries look: reference points, proposals and boxes, in the frames of images and of padded feature maps.
 
 Shapes: N batch, L feature levels of (H_l, W_l) cells, S = sum of H_l*W_l, Lq queries.
-Everything here is float32, also under autocast: half precision cannot tell the cells of a large map apart.
+Everything here is float32, also under autocast and in half precision models, which cannot tell the cells of a large map
+apart; float64 stays float64.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SpatialShapes = list[tuple[int, int]]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32, float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -27,10 +33,10 @@ def apply_box_deltas(deltas: Tensor, reference_points: Tensor) -> Tensor:
         reference_points: (N, Lq, 2) centres or (N, Lq, 4) boxes in [0, 1]; centres leave width and height absolute.
 
     Returns:
-        (N, Lq, 4) boxes in [0, 1], float32.
+        (N, Lq, 4) boxes in [0, 1], float32 (float64 for float64).
     """
-    reference = inverse_sigmoid(reference_points.float())
-    return (deltas.float() + F.pad(reference, (0, 4 - reference.shape[-1]))).sigmoid()
+    reference = inverse_sigmoid(at_least_float32(reference_points))
+    return (at_least_float32(deltas) + F.pad(reference, (0, 4 - reference.shape[-1]))).sigmoid()
 
 
 def get_valid_sizes(masks: Sequence[Tensor]) -> Tensor:
@@ -47,10 +53,10 @@ def get_valid_ratios(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> Tens
     return torch.stack(ratios, dim=1)
 
 
-def cell_centers(height: int, width: int, device: torch.device) -> Tensor:
-    """(H*W, 2) float32 cell centres (x, y) in cells, row by row."""
-    y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
-    x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
+def cell_centers(height: int, width: int, like: Tensor) -> Tensor:
+    """(H*W, 2) cell centres (x, y) in cells, row by row, of the dtype and on the device of ``like``."""
+    y = torch.arange(height, dtype=like.dtype, device=like.device) + 0.5
+    x = torch.arange(width, dtype=like.dtype, device=like.device) + 0.5
     return torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1).flatten(0, 1)
 
 
@@ -65,7 +71,7 @@ def get_encoder_reference_points(spatial_shapes: SpatialShapes, valid_sizes: Ten
         (N, S, L, 2), (x, y).
     """
     centers = [
-        cell_centers(height, width, valid_sizes.device) / valid_sizes[:, level, None]
+        cell_centers(height, width, valid_sizes) / valid_sizes[:, level, None]
         for level, (height, width) in enumerate(spatial_shapes)
     ]
     valid_ratios = get_valid_ratios(spatial_shapes, valid_sizes)
@@ -88,7 +94,7 @@ def gen_encoder_proposals(spatial_shapes: SpatialShapes, valid_sizes: Tensor, pa
     """
     proposals = []
     for level, (height, width) in enumerate(spatial_shapes):
-        centers = cell_centers(height, width, valid_sizes.device) / valid_sizes[:, level, None]
+        centers = cell_centers(height, width, valid_sizes) / valid_sizes[:, level, None]
         proposals.append(torch.cat((centers, torch.full_like(centers, 0.05 * 2.0**level)), dim=-1))
     boxes = torch.cat(proposals, dim=1)
     usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~padding_mask

@@ -17,14 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from ..layers import Dropout, MSDeformAttn
 from ..layers.position_encoding import sine_embedding
 from ..layers.tuned import in_slices
-from .reference_points import (
-    SpatialShapes,
-    apply_box_deltas,
-    gen_encoder_proposals,
-    get_encoder_reference_points,
-    get_valid_ratios,
-    get_valid_sizes,
-)
+from .geometry import Geometry, flatten_levels
+from .reference_points import SpatialShapes, apply_box_deltas, at_least_float32
 
 # A layer, which is copied, or a function that makes one: layers then start with random numbers of their own.
 LayerSource = nn.Module | Callable[[], nn.Module]
@@ -102,19 +96,12 @@ class DeformableTransformerEncoder(nn.Module):
         self.layers = _stack(layer, num_layers)
         self.activation_checkpoint = activation_checkpoint
 
-    def forward(
-        self,
-        src: Tensor,
-        pos: Tensor,
-        spatial_shapes: SpatialShapes,
-        valid_sizes: Tensor,
-        padding_mask: Tensor | None,
-    ) -> Tensor:
-        """src, pos: (N, S, C); valid_sizes: (N, L, 2); padding_mask: (N, S). Returns memory (N, S, C)."""
-        reference_points = get_encoder_reference_points(spatial_shapes, valid_sizes)
+    def forward(self, src: Tensor, pos: Tensor, geometry: Geometry) -> Tensor:
+        """src, pos: (N, S, C). Returns memory (N, S, C)."""
+        points, shapes, mask = geometry.reference_points, geometry.spatial_shapes, geometry.padding_mask
         run = _run_checkpointed if self.activation_checkpoint else _run
         for layer in self.layers:
-            src = run(layer, src, pos, reference_points, spatial_shapes, padding_mask)
+            src = run(layer, src, pos, points, shapes, mask)
         return src
 
 
@@ -203,9 +190,7 @@ class DeformableTransformerDecoder(nn.Module):
         reference_points: Tensor,
         memory: Tensor,
         *,
-        spatial_shapes: SpatialShapes,
-        valid_sizes: Tensor,
-        padding_mask: Tensor | None,
+        geometry: Geometry,
         bbox_embed: Sequence[nn.Module],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Decode the queries.
@@ -214,20 +199,20 @@ class DeformableTransformerDecoder(nn.Module):
             tgt, query_pos: (N, Lq, C).
             reference_points: (N, Lq, 2 or 4) in [0, 1] of the valid part of each image.
             memory: (N, S, C).
-            valid_sizes: (N, L, 2) unpadded cells as (w, h).
-            padding_mask: (N, S) bool.
+            geometry: of the batch.
             bbox_embed: a box head per layer, (N, Lq, C) -> (N, Lq, 4).
 
         Returns:
             Hidden states (N, Lq, C) and boxes (N, Lq, 4) of every layer.
         """
-        ratios = get_valid_ratios(spatial_shapes, valid_sizes)[:, None]
+        ratios = geometry.valid_ratios[:, None]
+        shapes, mask = geometry.spatial_shapes, geometry.padding_mask
         run = _run_checkpointed if self.activation_checkpoint else _run
         hidden_states, boxes = [], []
         for layer, head in zip(self.layers, bbox_embed, strict=True):
             to_padded = ratios if reference_points.shape[-1] == 2 else torch.cat((ratios, ratios), dim=-1)
             reference_per_level = reference_points[:, :, None] * to_padded
-            tgt = run(layer, tgt, query_pos, reference_per_level, memory, spatial_shapes, padding_mask)
+            tgt = run(layer, tgt, query_pos, reference_per_level, memory, shapes, mask)
             hidden_states.append(tgt)
             boxes.append(apply_box_deltas(head(tgt), reference_points))
             if self.with_box_refine:
@@ -329,8 +314,7 @@ class DeformableTransformer(nn.Module):
     def forward(
         self,
         features: Sequence[Tensor],
-        masks: Sequence[Tensor],
-        pos_embeds: Sequence[Tensor],
+        geometry: Geometry,
         *,
         query_embed: Tensor | None,
         num_queries: int,
@@ -342,47 +326,47 @@ class DeformableTransformer(nn.Module):
 
         Args:
             features: L maps (N, C, H_l, W_l).
-            masks: L masks (N, H_l, W_l) bool, True = padding.
-            pos_embeds: L encodings (N, C, H_l, W_l).
+            geometry: of the batch.
             query_embed: (Lq, 2C), position before content; None for two-stage.
             num_queries: proposals that two-stage keeps; fewer where the image has fewer cells.
             class_embed, bbox_embed: a head per decoder layer, plus the encoder's as the last one for two-stage.
             all_proposals: return the encoder's predictions; without, boxes are computed for the best proposals alone.
         """
-        spatial_shapes = [tuple(feature.shape[-2:]) for feature in features]
-        valid_sizes = get_valid_sizes(masks)
-        padding_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
-        src = _flatten_levels(features)
-        pos = _flatten_levels([p + e[:, None, None] for p, e in zip(pos_embeds, self.level_embed, strict=True)])
-        memory = self.encoder(src, pos, spatial_shapes, valid_sizes, padding_mask)
+        src = flatten_levels(features)
+        pos = geometry.positions if geometry.has_level_embed else self.add_level_embed(geometry)
+        memory = self.encoder(src, pos, geometry)
 
         enc_logits = enc_boxes = None
         if self.two_stage:
-            proposals = gen_encoder_proposals(spatial_shapes, valid_sizes, padding_mask)
+            proposals = geometry.proposals.expand(len(src), -1, -1)
             enc_features, enc_logits, best = self._score_proposals(memory, proposals, class_embed[-1], num_queries)
             if all_proposals:
-                enc_unact = bbox_embed[-1](enc_features).float() + proposals
+                enc_unact = at_least_float32(bbox_embed[-1](enc_features)) + proposals
                 enc_boxes, chosen = enc_unact.sigmoid(), _take(enc_unact, best)
             else:
                 enc_logits = None
-                chosen = bbox_embed[-1](_take(enc_features, best)).float() + _take(proposals, best)
+                chosen = at_least_float32(bbox_embed[-1](_take(enc_features, best))) + _take(proposals, best)
             reference_points = chosen.detach().sigmoid()
             query_pos, tgt = self._embed_proposals(reference_points)
         else:
             query_pos, tgt = query_embed.expand(src.shape[0], -1, -1).split(self.d_model, dim=-1)
-            reference_points = self.reference_points(query_pos).float().sigmoid()
+            reference_points = at_least_float32(self.reference_points(query_pos)).sigmoid()
 
         hidden_states, boxes = self.decoder(
             tgt,
             query_pos,
             reference_points,
             memory,
-            spatial_shapes=spatial_shapes,
-            valid_sizes=valid_sizes,
-            padding_mask=padding_mask,
+            geometry=geometry,
             bbox_embed=list(bbox_embed)[: self.num_decoder_layers],
         )
         return TransformerOutput(hidden_states, boxes, enc_logits, enc_boxes)
+
+    def add_level_embed(self, geometry: Geometry) -> Tensor:
+        """Positions (N, S, C) with the embedding of each cell's level, in the weights' dtype."""
+        cells = [height * width for height, width in geometry.spatial_shapes]
+        levels = zip(geometry.positions.split(cells, dim=1), self.level_embed, strict=True)
+        return torch.cat([position + embed for position, embed in levels], dim=1).to(self.level_embed.dtype)
 
     def _score_proposals(
         self, memory: Tensor, proposals: Tensor, class_head: nn.Module, num_queries: int
@@ -398,6 +382,7 @@ class DeformableTransformer(nn.Module):
     def _embed_proposals(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Turn boxes (N, Lq, 4) in [0, 1] into query positions and contents, (N, Lq, C) each."""
         encoded = sine_embedding(boxes * 2 * torch.pi, self.d_model // 2).flatten(-2)
+        encoded = encoded.to(self.pos_trans.weight.dtype)
         return self.pos_trans_norm(self.pos_trans(encoded)).split(self.d_model, dim=-1)
 
 
@@ -409,12 +394,6 @@ def _stack(layer: LayerSource, num_layers: int) -> nn.ModuleList:
 def _take(rows: Tensor, index: Tensor) -> Tensor:
     """rows (N, S, D) at index (N, Lq) -> (N, Lq, D)."""
     return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
-
-
-def _flatten_levels(maps: Sequence[Tensor]) -> Tensor:
-    """L maps (N, C, H_l, W_l) -> (N, S, C)."""
-    # Each map is turned before they are joined: the result is contiguous, and so is every sum with it.
-    return torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
 
 
 def _run(layer: nn.Module, *args: object) -> Tensor:
