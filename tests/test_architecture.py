@@ -1,10 +1,13 @@
 """Who may import whom, and what importing the package may do."""
 
 import ast
+import importlib
+import inspect
 import json
 import os
 import subprocess
 import sys
+import textwrap
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -215,3 +218,56 @@ def test_importing_changes_nothing_else(importing):
 
 def test_importing_loads_no_leaf(importing):
     assert not {name.split(".")[1] for name in importing[2]} & (LEAVES | {"engine"})
+
+
+# What this project cannot do without, as neither Detectron2 0.6 nor its main branch has a public name for it.
+PRIVATE = {
+    # The half of Detectron2's mapper that follows reading, with what it does to masks and keypoints.
+    "data.mapper": {"_transform_annotations"},
+    # By these alone DefaultTrainer finds the loop that makes its steps, and the results that its train() returns.
+    "engine": {"_trainer", "_last_eval_results"},
+    # The way in which handlers of iopath's addresses are written.
+    "model_zoo.download": {"_get_supported_prefixes", "_get_local_path", "_open"},
+    # Where there is no create_local_process_group: in version 0.6.
+    "startup.launch": {"_LOCAL_PROCESS_GROUP"},
+}
+
+
+def is_theirs(thing: object) -> bool:
+    """Whether a class, function or module is Detectron2's or of a library that is released with it."""
+    name = thing.__name__ if inspect.ismodule(thing) else getattr(thing, "__module__", None) or ""
+    return name.partition(".")[0] in ("detectron2", "fvcore", "iopath")
+
+
+def private_names(source: str) -> set[str]:
+    """Names with one underscore that are defined as functions, or reached for as attributes."""
+    nodes = list(ast.walk(ast.parse(textwrap.dedent(source))))
+    names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    return {name for name in names if name.startswith("_") and not name.startswith("__")}
+
+
+def names_shared_with_bases(module: object) -> set[str]:
+    classes = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == module.__name__]
+    shared = set()
+    for cls in classes:
+        bases = [base for base in cls.__mro__ if is_theirs(base)]
+        theirs = {name for base in bases for name in private_names(inspect.getsource(base))}
+        shared |= private_names(inspect.getsource(cls)) & theirs
+    return shared
+
+
+def names_of_imported_things(module: object) -> set[str]:
+    nodes = ast.walk(ast.parse(inspect.getsource(module)))
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    found = {node.attr for node in attributes if is_theirs(getattr(module, node.value.id, None))}
+    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+
+
+def test_detectron2_is_used_by_its_public_names():
+    found = {}
+    for path in files("**/*.py"):
+        if path.name != "__main__.py":
+            module = importlib.import_module(f"deformable_detr.{module_name(path)}".rstrip("."))
+            found[module_name(path)] = names_shared_with_bases(module) | names_of_imported_things(module)
+    assert {name: names for name, names in found.items() if names} == PRIVATE

@@ -38,7 +38,7 @@ from .data.loader import TrainLoader
 from .data.mapper import NamedErrorsMapper
 from .data.sampler import sampler_from_config
 from .files import replacing
-from .startup.checks import check_before_start
+from .startup.checks import check_before_start, check_unused_parameters
 from .startup.launch import launch
 from .startup.user_data import add_user_data_arguments, apply_user_data
 from .training.checkpointer import DeformableDETRCheckpointer
@@ -139,12 +139,14 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         warn_of_unscaled_learning_rate(cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH)
         model = self.build_model(cfg)
+        check_unused_parameters(model, cfg)
         optimizer = self.build_optimizer(cfg, model)
         # Before the data, reading which takes its time: these may refuse the configuration.
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         settings = TrainingSettings.from_config(cfg)
         loader = self.build_train_loader(cfg)
-        loop = TrainingLoop(_distribute(model, broadcast_buffers=False), loader, optimizer, settings)
+        ddp = {"broadcast_buffers": False, "find_unused_parameters": cfg.SOLVER.FIND_UNUSED_PARAMETERS}
+        loop = TrainingLoop(_distribute(model, **ddp), loader, optimizer, settings)
         # DefaultTrainer's own name: its run_step, model, data_loader and optimizer ask for it. There is no public one.
         self.loop = self._trainer = loop
         self.checkpointer = _build_checkpointer(cfg, loop.model, trainer=weakref.proxy(self), ema=loop.ema)
@@ -320,6 +322,7 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
     warn_of_unscaled_learning_rate(cfg.optimizer.lr, cfg.dataloader.train.total_batch_size)
     model = instantiate(cfg.model).to(cfg.train.device)
     logging.getLogger("detectron2").info(f"Model:\n{model}")
+    check_unused_parameters(model, cfg)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     model = _distribute(model, **cfg.train.ddp)

@@ -167,6 +167,7 @@ def test_configuration_only_gains_keys():
         "SOLVER.ACCUMULATION_STEPS",
         "SOLVER.AMP.PRECISION",
         "SOLVER.BACKBONE_MULTIPLIER",
+        "SOLVER.FIND_UNUSED_PARAMETERS",
         "SOLVER.LOCATION_MULTIPLIER",
         "SOLVER.LOG_PERIOD",
         "SOLVER.MAX_SKIPPED_STEPS",

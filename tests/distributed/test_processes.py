@@ -62,6 +62,11 @@ def test_the_number_of_objects_is_averaged_over_processes(reports, size, rank):
 
 
 @pytest.mark.parametrize(("size", "rank"), RANKS)
+def test_a_model_with_unused_parameters_is_refused_or_trains_with_the_key(reports, size, rank):
+    assert reports[size, rank]["unused"] == 2
+
+
+@pytest.mark.parametrize(("size", "rank"), RANKS)
 def test_a_yaml_configuration_trains_and_evaluates(reports, size, rank):
     assert 0 <= reports[size, rank]["run"] <= 100
 

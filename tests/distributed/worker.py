@@ -196,7 +196,8 @@ class Checks:
             "evaluation": lambda: self.ap_differs_by(None),
             "evaluation of layers": lambda: self.ap_differs_by(2),
         }
-        return checks | {"normaliser": self.normaliser, "run": self.trained_ap, "killed": self.stop_seconds}
+        checks |= {"normaliser": self.normaliser, "unused": self.iterations_with_unused_parameters}
+        return checks | {"run": self.trained_ap, "killed": self.stop_seconds}
 
     def accumulation_differs_by(self) -> float:
         """Difference of training in two parts, and in one, from one process; both must exchange as many gradients."""
@@ -218,6 +219,21 @@ class Checks:
         with criterion.normalise_by(comm.get_rank() + 0.5):
             loss = criterion(outputs, nothing)["loss_ce"]
         return (0.75 * 0.25 * torch.tensor(2.0).log() / loss).item()
+
+    def iterations_with_unused_parameters(self) -> float:
+        """Iterations that a model trains whose last stage is not used, where that is refused without the key."""
+        folder, size = self.output / f"unused-{comm.get_world_size()}", str(comm.get_world_size())
+        opts = ["SOLVER.IMS_PER_BATCH", size, "SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(folder)]
+        opts += ["MODEL.DEFORMABLE_DETR.IN_FEATURES", "['res3', 'res4']", "SOLVER.LOG_PERIOD", "1"]
+        arguments = [*self.data_flags[:4], *self.config, *opts]
+        try:
+            train_net(argument_parser().parse_args(arguments))
+            raise AssertionError("unused parameters were not refused")
+        except ValueError as error:
+            assert "bottom_up.res5.0." in str(error) and "set SOLVER.FIND_UNUSED_PARAMETERS" in str(error), error
+        train_net(argument_parser().parse_args([*arguments, "SOLVER.FIND_UNUSED_PARAMETERS", "True"]))
+        comm.synchronize()
+        return len((folder / "metrics.json").read_text().splitlines())
 
     def trained_ap(self) -> float:
         """AP at the end of a run of train_net.py, as each process finds it in the run's folder."""

@@ -38,6 +38,24 @@ def test_a_backbone_other_than_a_resnet_gets_the_images_in_their_own_layout(tiny
     assert layouts == [True]
 
 
+def test_parameters_that_no_level_depends_on_are_named():
+    resnet = ResNet(
+        BasicStem(norm="BN"), ResNet.make_default_stages(18, norm="BN"), out_features=["res3", "res4", "res5"]
+    )
+    res5 = {f"bottom_up.res5.{name}" for name, _ in resnet.res5.named_parameters()}
+    state = {name: value.clone() for name, value in resnet.state_dict().items()}
+    random_numbers = torch.get_rng_state()
+    backbone = MultiScaleBackbone(resnet.freeze(2), in_features=["res3", "res4"])
+    torch.set_rng_state(random_numbers)
+    assert set(backbone.unused_parameters()) == res5
+    assert torch.equal(torch.get_rng_state(), random_numbers)
+    assert all(torch.equal(value, state[name]) for name, value in resnet.state_dict().items() if name in state)
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+    assert MultiScaleBackbone(resnet).unused_parameters() == []
+    # What comes before an output that is used is used.
+    assert MultiScaleBackbone(resnet, in_features=["res5"]).unused_parameters() == []
+
+
 def test_projection_starts_with_zero_bias_and_xavier_weights(tiny_backbone):
     backbone = MultiScaleBackbone(tiny_backbone, hidden_dim=64)
     conv = backbone.input_proj[3][0]

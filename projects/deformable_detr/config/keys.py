@@ -57,6 +57,8 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.setdefault("PRECISION", "float16")
     # Parts in which the batch of a process goes through the model; IMS_PER_BATCH stays the batch of a step.
     cfg.SOLVER.setdefault("ACCUMULATION_STEPS", 1)
+    # Let several processes train a model of which some parameters get no gradient.
+    cfg.SOLVER.setdefault("FIND_UNUSED_PARAMETERS", False)
     # Steps with a non-finite loss or gradient that are left out before training stops.
     cfg.SOLVER.setdefault("MAX_SKIPPED_STEPS", 0)
     # Iterations between two lines of metrics.json; 1 writes the plain values of every iteration.

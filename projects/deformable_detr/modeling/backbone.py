@@ -3,12 +3,17 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..layers.tuned import in_convolution_layout
 from .frozen_bn import fold_frozen_batch_norm
+
+# Pixels: enough for a stride of 64.
+_PROBE_SIDE = 128
 
 
 class MultiScaleBackbone(Backbone):
@@ -55,9 +60,11 @@ class MultiScaleBackbone(Backbone):
             projections.append(_projection(in_channels, hidden_dim, kernel_size=3))
             strides.append(strides[-1] * 2)
         self.input_proj = nn.ModuleList(projections)
-        self._out_features = [f"level{i}" for i in range(num_feature_levels)]
-        self._out_feature_strides = dict(zip(self._out_features, strides, strict=True))
-        self._out_feature_channels = dict.fromkeys(self._out_features, hidden_dim)
+        self._levels = {f"level{i}": ShapeSpec(channels=hidden_dim, stride=s) for i, s in enumerate(strides)}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every level, finest first."""
+        return dict(self._levels)
 
     @property
     def size_divisibility(self) -> int:
@@ -74,7 +81,26 @@ class MultiScaleBackbone(Backbone):
         for project in self.input_proj[len(raw) :]:
             source = project(source)
             levels.append(source)
-        return dict(zip(self._out_features, levels, strict=True))
+        return dict(zip(self._levels, levels, strict=True))
+
+    def unused_parameters(self) -> list[str]:
+        """Names of trainable parameters that no level depends on: ``bottom_up`` computes more than ``in_features``.
+
+        Found by one pass of a small image, which leaves batch statistics and random numbers as they were.
+        """
+        if set(self.bottom_up.output_shape()) <= set(self.in_features):
+            return []
+        parameters = {name: p for name, p in self.bottom_up.named_parameters() if p.requires_grad}
+        device = next(self.bottom_up.parameters()).device
+        multiple = self.size_divisibility or 1
+        side = math.ceil(_PROBE_SIDE / multiple) * multiple
+        buffers = {name: buffer.clone() for name, buffer in self.bottom_up.named_buffers()}
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+            features = functional_call(self.bottom_up, buffers, torch.zeros(1, 3, side, side, device=device))
+            total = sum(features[name].float().sum() for name in self.in_features)
+            gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        pairs = zip(parameters, gradients, strict=True)
+        return [f"bottom_up.{name}" for name, gradient in pairs if gradient is None]
 
 
 def canvas_divisibility(backbone: Backbone) -> int:
@@ -98,7 +124,7 @@ def _projection(in_channels: int, hidden_dim: int, *, kernel_size: int) -> nn.Se
 
 
 def dilate_res5(resnet: ResNet) -> ResNet:
-    """Turn the last stage of a bottleneck ResNet into the official DC5 stage, in place.
+    """Turn a bottleneck ResNet into one of the same blocks whose last stage is the official DC5 stage.
 
     Stride 2 becomes dilation 2 in every 3x3 convolution *after* the first block, as torchvision does and as the
     released weights were trained. Detectron2's own ``RES5_DILATION: 2`` also dilates the first block, which changes
@@ -113,8 +139,8 @@ def dilate_res5(resnet: ResNet) -> ResNet:
     for index, block in enumerate(resnet.res5):
         dilation = 1 if index == 0 else 2
         block.conv2.dilation = block.conv2.padding = (dilation, dilation)
-    resnet._out_feature_strides["res5"] = resnet._out_feature_strides["res4"]
-    return resnet
+    # A new one works out its strides anew.
+    return ResNet(resnet.stem, [[*stage] for stage in resnet.stages], out_features=[*resnet.output_shape()])
 
 
 @BACKBONE_REGISTRY.register()
@@ -123,7 +149,7 @@ def build_multi_scale_backbone(cfg, input_shape: ShapeSpec) -> MultiScaleBackbon
     node = cfg.MODEL.DEFORMABLE_DETR
     bottom_up = BACKBONE_REGISTRY.get(node.BOTTOM_UP)(cfg, input_shape)
     if isinstance(bottom_up, ResNet) and cfg.MODEL.RESNETS.RES5_DILATION == 2:
-        dilate_res5(bottom_up)
+        bottom_up = dilate_res5(bottom_up)
     return MultiScaleBackbone(
         bottom_up,
         in_features=node.IN_FEATURES,

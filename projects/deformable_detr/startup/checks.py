@@ -1,17 +1,24 @@
 """What is refused at once, in place of after the model is built, the data are read or the training has ended."""
 
 import argparse
+import logging
 
 import torch
 from detectron2.config import CfgNode, instantiate
+from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig
+from torch import nn
 
 from ..config import RunConfig
 from ..data.datasets import check_dataset_files
 from ..data.evaluators import build_evaluator, check_evaluator
 from ..training.settings import TrainingSettings
 from .user_data import check_user_data_given
+
+logger = logging.getLogger(__name__)
+
+_MAX_NAMES = 5
 
 
 def check_before_start(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None:
@@ -43,6 +50,27 @@ def check_before_start(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> N
         check_user_data_given("train", names)
         check_dataset_files(names)
         _check_settings(run)
+
+
+def check_unused_parameters(model: nn.Module, cfg: CfgNode | DictConfig) -> None:
+    """Warn of a backbone with parameters that nothing depends on, which are never trained.
+
+    Raises:
+        ValueError: if several processes would wait for their gradients, as they do from the second step on.
+    """
+    find = getattr(getattr(model, "backbone", None), "unused_parameters", list)
+    names = find()
+    if not names:
+        return
+    run = RunConfig(cfg)
+    shown = ", ".join(names[:_MAX_NAMES]) + (", ..." if len(names) > _MAX_NAMES else "")
+    told = (
+        f"{len(names)} parameters of the backbone are never trained, as no level depends on them: {shown}. Give the "
+        "backbone no outputs that in_features does not name"
+    )
+    if comm.get_world_size() > 1 and not run.get("find_unused_parameters", False):
+        raise ValueError(f"{told}, or set {run.key('find_unused_parameters')}: processes wait for their gradients")
+    logger.warning(told)
 
 
 def _check_evaluators(run: RunConfig) -> None:
