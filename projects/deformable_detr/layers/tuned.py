@@ -16,6 +16,13 @@ ROWS_AT_ONCE = 1024
 PAIRS_AT_ONCE = 2**18
 # Logits of the focal loss at a time: the intermediate results stay in the cache of a CPU.
 LOGITS_AT_ONCE = 2**18
+# A GPU takes so many times as much of both at a time: it has no such cache, and pays for the launches of every piece.
+_TIMES_ON_GPU = 32
+
+
+def at_once(size: int, device: torch.device) -> int:
+    """How much of what a CPU does in pieces of ``size`` a device does at a time."""
+    return size if device.type == "cpu" else size * _TIMES_ON_GPU
 
 
 def in_slices(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -91,63 +92,54 @@ class SetCriterion(nn.Module):
         Raises:
             FloatingPointError: if a prediction is NaN or infinite, naming the layer and the image.
         """
-        layers = len(outputs["pred_logits"])
-        first = 0 if self.aux_loss else layers - 1
-        names = [f"decoder layer {layer}" for layer in range(first, layers)]
-        decoder = Predictions(names, outputs["pred_logits"][first:], outputs["pred_boxes"][first:])
-        suffixes = [f"_{layer}" for layer in range(first, layers - 1)] + [""]
-        num_boxes = self._num_boxes(targets, decoder.boxes.device)
-        if "enc_logits" not in outputs:
-            (matches,) = self.matcher.match([decoder], targets)
-            losses = self._losses(decoder, targets, matches, num_boxes, suffixes)
-        else:
-            # Class-agnostic: every object is class 0. The official code drops this loss when aux_loss is off, which
-            # leaves the proposals untrained; here it belongs to two-stage training as such.
-            encoder = Predictions(["the encoder's proposals"], outputs["enc_logits"][None], outputs["enc_boxes"][None])
-            objectness = encoder._replace(logits=encoder.logits[..., :1])
-            matches, encoder_matches = self.matcher.match([decoder, objectness], targets)
-            agnostic = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
-            losses = self._losses(decoder, targets, matches, num_boxes, suffixes)
-            losses |= self._losses(encoder, agnostic, encoder_matches, num_boxes, ["_enc"])
+        groups = [self._decoder_group(outputs)]
+        if "enc_logits" in outputs:
+            groups.append(_Group(_proposals(outputs), ["_enc"], is_agnostic=True))
+        matches = self.matcher.match([group.to_match for group in groups], targets)
+        losses = self._losses(groups, matches, targets)
         storage = _active_storage() if self.training else None
         if storage is not None:
-            errors = matching_errors(decoder.logits[-1], targets, matches[-1])
+            errors = matching_errors(groups[0].predictions.logits[-1], targets, matches[0][-1])
             for name, value in zip(("class_error", "cardinality_error"), errors.tolist(), strict=True):
                 storage.put_scalar(name, value)
         return losses
 
-    def _losses(
-        self,
-        predictions: Predictions,
-        targets: Sequence[Target],
-        matches: Sequence[Sequence[Match]],
-        num_boxes: Tensor,
-        suffixes: Sequence[str],
-    ) -> dict[str, Tensor]:
-        """Losses of all layers of a group, each name with a suffix per layer."""
-        _, logits, boxes = predictions
-        queries, objects = _flat_indices(matches, targets, num_queries=boxes.shape[2], device=boxes.device)
-        labels = torch.cat([t["labels"] for t in targets])[objects]
-        rows = torch.arange(len(boxes), device=boxes.device)[:, None]
-        matched = at_least_float32(boxes.flatten(1, 2)[rows, queries])
-        target_boxes = torch.cat([t["boxes"] for t in targets]).to(matched.dtype)[objects]
+    def _decoder_group(self, outputs: dict[str, Tensor]) -> "_Group":
+        layers = len(outputs["pred_logits"])
+        first = 0 if self.aux_loss else layers - 1
+        names = [f"decoder layer {layer}" for layer in range(first, layers)]
+        suffixes = [f"_{layer}" for layer in range(first, layers - 1)] + [""]
+        return _Group(Predictions(names, outputs["pred_logits"][first:], outputs["pred_boxes"][first:]), suffixes)
 
-        focal = matched_focal_loss(
-            logits.flatten(1), queries * logits.shape[-1] + labels, alpha=self.focal_alpha, gamma=self.focal_gamma
-        )
-        l1 = F.l1_loss(matched, target_boxes, reduction="none").sum((1, 2))
-        giou = generalized_box_iou_loss(
-            box_convert(matched, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy"), eps=0.0
-        )
+    def _losses(
+        self, groups: Sequence["_Group"], matches: Sequence[Sequence[Sequence[Match]]], targets: Sequence[Target]
+    ) -> dict[str, Tensor]:
+        """Losses of all layers of all groups, each name with a suffix per layer."""
+        labels = torch.cat([t["labels"] for t in targets])
+        target_boxes = at_least_float32(torch.cat([t["boxes"] for t in targets]))
+        focal, matched, wanted = [], [], []
+        for group, group_matches in zip(groups, matches, strict=True):
+            _, logits, boxes = group.predictions
+            queries, objects = _flat_indices(group_matches, targets, num_queries=boxes.shape[2], device=boxes.device)
+            classes = 0 if group.is_agnostic else labels[objects]
+            positives = queries * logits.shape[-1] + classes
+            focal.append(
+                matched_focal_loss(logits.flatten(1), positives, alpha=self.focal_alpha, gamma=self.focal_gamma)
+            )
+            matched.append(at_least_float32(boxes.flatten(1, 2).gather(1, queries[..., None].expand(-1, -1, 4))))
+            wanted.append(target_boxes[objects].to(matched[-1].dtype))
+        l1, giou = _box_losses(matched, wanted)
+        num_boxes = self._num_boxes(targets, target_boxes.device)
         weighted = {
-            "loss_ce": self.class_weight * focal,
-            "loss_bbox": self.bbox_weight * l1,
-            "loss_giou": self.giou_weight * giou.sum(1),
+            "loss_ce": torch.cat(focal) * (self.class_weight / num_boxes),
+            "loss_bbox": l1 * (self.bbox_weight / num_boxes),
+            "loss_giou": giou * (self.giou_weight / num_boxes),
         }
+        suffixes = [suffix for group in groups for suffix in group.suffixes]
         return {
             name + suffix: value
             for name, values in weighted.items()
-            for suffix, value in zip(suffixes, (values / num_boxes).unbind(), strict=True)
+            for suffix, value in zip(suffixes, values.unbind(), strict=True)
         }
 
     def _num_boxes(self, targets: Sequence[Target], device: torch.device) -> Tensor:
@@ -158,6 +150,50 @@ class SetCriterion(nn.Module):
             dist.all_reduce(count)
             count = count / dist.get_world_size()
         return count.clamp(min=1)
+
+
+class _Group(NamedTuple):
+    """Layers that are supervised together.
+
+    Attributes:
+        suffixes: of the names of the losses, one per layer.
+        is_agnostic: whether every object is class 0: the encoder's proposals tell objects from background alone.
+    """
+
+    predictions: Predictions
+    suffixes: Sequence[str]
+    is_agnostic: bool = False
+
+    @property
+    def to_match(self) -> Predictions:
+        """The predictions with the logits by which they are matched."""
+        logits = self.predictions.logits
+        return self.predictions._replace(logits=logits[..., :1]) if self.is_agnostic else self.predictions
+
+
+def _proposals(outputs: dict[str, Tensor]) -> Predictions:
+    # The official code drops this loss when aux_loss is off, which leaves the proposals untrained; here it belongs to
+    # two-stage training as such.
+    return Predictions(["the encoder's proposals"], outputs["enc_logits"][None], outputs["enc_boxes"][None])
+
+
+def _box_losses(matched: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """L1 and GIoU losses, summed by layer.
+
+    Args:
+        matched, wanted: per group (Ld, T, 4) boxes.
+
+    Returns:
+        (layers of all groups,) each.
+    """
+    sizes = [boxes.shape[:2] for boxes in matched]
+    predicted, target = (torch.cat([boxes.flatten(0, 1) for boxes in group]) for group in (matched, wanted))
+    l1 = F.l1_loss(predicted, target, reduction="none").sum(1)
+    corners = box_convert(torch.cat((predicted, target)), "cxcywh", "xyxy").chunk(2)
+    giou = generalized_box_iou_loss(*corners, eps=0.0)
+    by_group = torch.stack((l1, giou)).split([layers * count for layers, count in sizes], dim=1)
+    sums = [losses.view(2, *size).sum(2) for losses, size in zip(by_group, sizes, strict=True)]
+    return torch.cat(sums, dim=1).unbind()
 
 
 @torch.no_grad()

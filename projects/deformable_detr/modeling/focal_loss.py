@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..layers.tuned import LOGITS_AT_ONCE, in_pieces
+from ..layers.tuned import LOGITS_AT_ONCE, at_once
 from .reference_points import at_least_float32
 
 
@@ -38,30 +38,29 @@ class _MatchedFocalLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, positives: Tensor, alpha: float, gamma: float) -> Tensor:
         ctx.save_for_backward(logits, positives)
         ctx.alpha, ctx.gamma = alpha, gamma
-        losses = []
-        for row, index in zip(logits, positives, strict=True):
-            background = sum(
-                _negative(at_least_float32(part), gamma).sum() for (part,) in in_pieces(LOGITS_AT_ONCE, row)
-            )
-            matched = at_least_float32(row[index])
-            # A positive with logit x costs what a negative with logit -x does.
-            losses.append(
-                (1 - alpha) * (background - _negative(matched, gamma).sum()) + alpha * _negative(-matched, gamma).sum()
-            )
-        return torch.stack(losses)
+        background = sum(_negative(at_least_float32(part), gamma).sum(1) for part in logits.split(_columns(logits), 1))
+        matched = at_least_float32(logits.gather(1, positives))
+        # A positive with logit x costs what a negative with logit -x does.
+        as_negative, as_positive = _negative(torch.stack((matched, -matched)), gamma).sum(-1)
+        return (1 - alpha) * (background - as_negative) + alpha * as_positive
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         logits, positives = ctx.saved_tensors
         alpha, gamma = ctx.alpha, ctx.gamma
-        grad = torch.empty_like(logits)
-        for row, index, out, scale in zip(logits, positives, grad, grad_output, strict=True):
-            for part, out_part in in_pieces(LOGITS_AT_ONCE, row, out):
-                # Scaled in float32: gradients this small would vanish in half precision.
-                torch.mul(_negative_grad(at_least_float32(part), gamma), (1 - alpha) * scale, out=out_part)
-            out[index] = (-alpha * scale * _negative_grad(-at_least_float32(row[index]), gamma)).to(out.dtype)
-        return grad, None, None, None
+        grad, scale = torch.empty_like(logits), grad_output[:, None]
+        columns, negative_scale = _columns(logits), (1 - alpha) * scale
+        for part, out in zip(logits.split(columns, 1), grad.split(columns, 1), strict=True):
+            # Scaled in float32: gradients this small would vanish in half precision.
+            torch.mul(_negative_grad(at_least_float32(part), gamma), negative_scale, out=out)
+        matched = _negative_grad(-at_least_float32(logits.gather(1, positives)), gamma).mul_(-alpha * scale)
+        return grad.scatter_(1, positives, matched.to(grad.dtype)), None, None, None
+
+
+def _columns(logits: Tensor) -> int:
+    """How many logits (Ld, E) of every layer to compute at a time."""
+    return max(1, at_once(LOGITS_AT_ONCE, logits.device) // max(1, len(logits)))
 
 
 def _negative(x: Tensor, gamma: float) -> Tensor:

@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou
 
-from ..layers.tuned import PAIRS_AT_ONCE, in_pieces
+from ..layers.tuned import PAIRS_AT_ONCE, at_once, in_pieces
 
 Target = dict[str, Tensor]
 Match = tuple[Tensor, Tensor]
@@ -86,46 +86,65 @@ class HungarianMatcher(nn.Module):
         Raises:
             FloatingPointError: if a prediction is NaN or infinite, naming the layer and the image.
         """
-        pairs = [(group, image) for group in predictions for image in range(len(targets))]
+        objects = [_Objects.of(target) for target in targets]
+        images = len(targets)
+        pairs = [(group, image) for group in predictions for image in range(images)]
+        corners = [
+            boxes[:, image] for boxes in map(_corners, (g.boxes for g in predictions)) for image in range(images)
+        ]
         shapes = [(len(g.boxes), g.boxes.shape[2], len(targets[image]["labels"])) for g, image in pairs]
         # All matrices are written into one buffer, which travels in one copy: the only wait for the device.
         sizes = [math.prod(shape) for shape in shapes]
         flat = torch.empty(sum(sizes), dtype=torch.float32, device=predictions[0].boxes.device)
-        for (group, image), part, shape in zip(pairs, flat.split(sizes), shapes, strict=True):
-            self._fill_costs(part.view(shape), group.logits[:, image], group.boxes[:, image], targets[image])
+        for (g, image), part, shape, xyxy in zip(pairs, flat.split(sizes), shapes, corners, strict=True):
+            self._fill_costs(part.view(shape), g.logits[:, image], g.boxes[:, image], xyxy, objects[image])
         costs = [part.view(shape) for part, shape in zip(flat.cpu().split(sizes), shapes, strict=True)]
         for (group, image), cost in zip(pairs, costs, strict=True):
             _check_finite(cost, group, image, targets[image])
-        images = len(targets)
         return [_assign(costs[start : start + images]) for start in range(0, len(costs), images)]
 
     @torch.no_grad()
     def cost_matrix(self, logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
         """Cost of every pair of one image: logits (..., K), boxes (..., 4) -> (..., n) float32."""
         cost = torch.empty((*boxes.shape[:-1], len(target["labels"])), device=boxes.device)
-        self._fill_costs(cost, logits, boxes, target)
+        self._fill_costs(cost, logits, boxes, _corners(boxes), _Objects.of(target))
         return cost
 
-    def _fill_costs(self, cost: Tensor, logits: Tensor, boxes: Tensor, target: Target) -> None:
+    def _fill_costs(self, cost: Tensor, logits: Tensor, boxes: Tensor, corners: Tensor, objects: "_Objects") -> None:
         """Write :meth:`cost_matrix` into ``cost`` (..., n), contiguous."""
-        rows = max(1, PAIRS_AT_ONCE // max(1, cost.shape[-1]))
-        flat = (tensor.flatten(0, -2) for tensor in (cost, logits, boxes))
-        for cost_part, logits_part, boxes_part in in_pieces(rows, *flat):
-            cost_part.copy_(self._pair_costs(logits_part, boxes_part, target))
+        rows = max(1, at_once(PAIRS_AT_ONCE, cost.device) // max(1, cost.shape[-1]))
+        flat = (tensor.flatten(0, -2) for tensor in (cost, logits, boxes, corners))
+        for cost_part, *parts in in_pieces(rows, *flat):
+            cost_part.copy_(self._pair_costs(*parts, objects))
 
-    def _pair_costs(self, logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
-        """Logits (R, K), boxes (R, 4) -> (R, n)."""
-        prob = (logits if logits.shape[1] == 1 else logits[:, target["labels"]]).float().sigmoid()
+    def _pair_costs(self, logits: Tensor, boxes: Tensor, corners: Tensor, objects: "_Objects") -> Tensor:
+        """Logits (R, K), boxes (R, 4), corners (R, 4) -> (R, n)."""
+        prob = (logits if logits.shape[1] == 1 else logits[:, objects.labels]).float().sigmoid()
         negative = (1 - self.focal_alpha) * prob**self.focal_gamma * -(1 - prob + 1e-8).log()
         positive = self.focal_alpha * (1 - prob) ** self.focal_gamma * -(prob + 1e-8).log()
-        boxes, target_boxes = boxes.float(), target["boxes"].float()
-        cost = torch.cdist(boxes, target_boxes, p=1).mul_(self.cost_bbox)
+        cost = torch.cdist(boxes.float(), objects.boxes, p=1).mul_(self.cost_bbox)
         cost += self.cost_class * (positive - negative)
-        giou = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy"))
-        return cost.sub_(giou, alpha=self.cost_giou)
+        return cost.sub_(generalized_box_iou(corners, objects.corners), alpha=self.cost_giou)
 
     def extra_repr(self) -> str:
         return f"cost_class={self.cost_class}, cost_bbox={self.cost_bbox}, cost_giou={self.cost_giou}"
+
+
+class _Objects(NamedTuple):
+    """The objects of an image: labels (n,), boxes and corners (n, 4)."""
+
+    labels: Tensor
+    boxes: Tensor
+    corners: Tensor
+
+    @classmethod
+    def of(cls, target: Target) -> "_Objects":
+        return cls(target["labels"], target["boxes"].float(), _corners(target["boxes"]))
+
+
+def _corners(boxes: Tensor) -> Tensor:
+    """Boxes (..., 4) as xyxy, float32."""
+    return box_convert(boxes.float(), "cxcywh", "xyxy")
 
 
 def _assign(costs: Sequence[Tensor]) -> list[list[Match]]:
