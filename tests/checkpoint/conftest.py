@@ -133,6 +133,57 @@ def detrex_names() -> Callable[[nn.Module], StateDict]:
     return convert_back
 
 
+@pytest.fixture
+def mmdetection_names() -> Callable[..., StateDict]:
+    """A function (model, version) -> its parameters as mmdetection saves them; its ``input_proj`` have no biases."""
+
+    def convert_back(model: nn.Module, version: int) -> StateDict:
+        rules = {
+            **RESNET,
+            r"^backbone\.bottom_up\.": "backbone.",
+            r"^backbone\.input_proj\.3": "neck.extra_convs.0",
+            r"^backbone\.input_proj": "neck.convs",
+            r"^(neck\..*)\.0\.weight": r"\1.conv.weight",
+            r"^(neck\..*)\.1\.(weight|bias)": r"\1.gn.\2",
+            r"^query_embed": "query_embedding",
+            r"^class_embed": "bbox_head.cls_branches",
+            r"^bbox_embed\.(\d+)\.layers\.(\d)": lambda m: f"bbox_head.reg_branches.{m[1]}.{2 * int(m[2])}",
+            r"(decoder.*self_attn)\.": r"\1.attn.",
+            r"(encoder.*)norm1": r"\1norms.0",
+            r"(encoder.*)norm2": r"\1norms.1",
+            r"(decoder.*)norm1": r"\1norms.1",
+            r"(decoder.*)norm2": r"\1norms.0",
+            r"(decoder.*)norm3": r"\1norms.2",
+        }
+        rules |= MMDETECTION_2 if version == 2 else MMDETECTION_3
+        state_dict = {
+            k: v for k, v in model.state_dict().items() if not re.match(r"backbone\.input_proj\.\d\.0\.bias", k)
+        }
+        return rename(state_dict, rules) | {"backbone.bn1.num_batches_tracked": torch.tensor(7)}
+
+    return convert_back
+
+
+MMDETECTION_3 = {
+    r"^transformer\.reference_points": "reference_points_fc",
+    r"^transformer\.enc_output_norm": "memory_trans_norm",
+    r"^transformer\.enc_output": "memory_trans_fc",
+    r"^transformer\.pos_trans_norm": "pos_trans_norm",
+    r"^transformer\.pos_trans": "pos_trans_fc",
+    r"^transformer\.": "",
+    r"linear1": "ffn.layers.0.0",
+    r"linear2": "ffn.layers.1",
+}
+MMDETECTION_2 = {
+    r"^transformer\.level_embed": "transformer.level_embeds",
+    r"^(transformer|query_embedding)": r"bbox_head.\1",
+    r"linear1": "ffns.0.layers.0.0",
+    r"linear2": "ffns.0.layers.1",
+    r"self_attn": "attentions.0",
+    r"cross_attn": "attentions.1",
+}
+
+
 def heads_known_to_decoder(model: nn.Module) -> list[str]:
     """The heads that the other projects hold twice: the box heads with refinement, all heads with two stages."""
     kinds = ()

@@ -153,3 +153,49 @@ def test_nothing_is_written_without_a_folder_or_by_other_processes(build, tmp_pa
     DeformableDETRCheckpointer(build()).save("model")
     DeformableDETRCheckpointer(build(), str(tmp_path), save_to_disk=False).save("model")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def with_averages(build, detrex_names, tmp_path):
+    """A file as detrex writes it, and the models of its trained and of its averaged weights."""
+    trained, averaged = build("_two_stage"), build("_two_stage")
+    # Buffers that are no part of the file's model are averaged there too.
+    averages = detrex_names(averaged) | {"pixel_mean": torch.zeros(3)}
+    content = {"model": detrex_names(trained), "ema_state": averages, "iteration": 9}
+    torch.save(content, tmp_path / "detrex.pth")
+    return str(tmp_path / "detrex.pth"), trained, averaged
+
+
+def test_averaged_weights_of_detrex_are_taken_when_asked_for(build, with_averages, caplog):
+    path, _, averaged = with_averages
+    caplog.set_level(logging.INFO)
+    ours = build("_two_stage")
+    assert DeformableDETRCheckpointer(ours).load(f"{path}?ema=True") == {}
+    assert_same_parameters(ours, averaged)
+    assert "Averaged weights (ema_state)" in caplog.text
+
+
+def test_averaged_weights_that_are_not_asked_for_are_not_dropped_without_a_word(build, with_averages, caplog):
+    path, trained, _ = with_averages
+    caplog.set_level(logging.INFO)
+    ours = build("_two_stage")
+    DeformableDETRCheckpointer(ours).load(path)
+    assert_same_parameters(ours, trained)
+    assert "Not the file's averaged weights (ema_state): those are asked for by FILE?ema=True" in caplog.text
+
+
+def test_asking_for_averaged_weights_that_are_not_there_is_an_error(build, tmp_path):
+    model = build()
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="asks for averaged weights, and the file has none"):
+        DeformableDETRCheckpointer(model).load(f"{tmp_path}/x.pth?ema=True")
+
+
+def test_own_files_give_their_averages_with_and_without_asking(build, tmp_path):
+    trained, averaged = build(), build()
+    content = {"model": trained.state_dict(), "ema": {"model": averaged.state_dict(), "updates": 7}}
+    torch.save(content, tmp_path / "x.pth")
+    for query in ("", "?ema=True"):
+        ours = build()
+        DeformableDETRCheckpointer(ours).load(f"{tmp_path}/x.pth{query}")
+        assert_same_parameters(ours, averaged)

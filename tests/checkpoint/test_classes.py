@@ -142,3 +142,11 @@ def test_placeholder_names_of_transformers_are_no_names(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}))
     assert "class_names" not in read_checkpoint(str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("meta", ({"dataset_meta": {"classes": ("cat", "dog")}}, {"CLASSES": ["cat", "dog"]}))
+def test_files_of_mmdetection_name_their_classes(meta, build, mmdetection_names, tmp_path):
+    theirs, ours = numbered(build, classes=2), build(NUM_CLASSES=2)
+    torch.save({"meta": {"epoch": 50, **meta}, "state_dict": mmdetection_names(theirs, 3)}, tmp_path / "x.pth")
+    DeformableDETRCheckpointer(ours, class_names=["dog", "cat"]).load(str(tmp_path / "x.pth"))
+    assert ours.class_embed[0].bias.tolist() == [1, 0]

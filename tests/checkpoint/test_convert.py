@@ -43,6 +43,32 @@ def test_detrex_weights_are_taken_over_completely(variant, build, detrex_names):
     assert report.source == "detrex" and not report.missing and not report.mapped
 
 
+def test_detrex_weights_are_said_to_give_other_boxes_in_detrex(build, detrex_names):
+    report = str(convert(detrex_names(build("_two_stage")), model=build("_two_stage"))[1])
+    assert "detrex clamps at 1e-3 in inverse_sigmoid, the official code and this one at 1e-5" in report
+
+
+@pytest.mark.parametrize("version", (2, 3))
+@pytest.mark.parametrize("variant", ("", "_box_refine", "_two_stage"))
+def test_mmdetection_weights_give_equal_outputs(variant, version, build, mmdetection_names):
+    theirs, ours = build(variant, small_resnet=False), build(variant, small_resnet=False)
+    with torch.no_grad():
+        for tensor in theirs.parameters():
+            tensor.copy_(torch.randn_like(tensor) / tensor[0].numel() ** 0.5)
+        for projection in theirs.backbone.input_proj:
+            projection[0].bias.zero_()
+    converted, report = convert(mmdetection_names(theirs, version), model=ours)
+    assert report.source == "mmdetection" and not report.missing
+    assert report.mapped == {
+        f"backbone.input_proj.{level}.0.bias": "0: mmdetection has no such parameter" for level in range(4)
+    }
+    ours.load_state_dict(converted)
+    images = [{"image": torch.randint(0, 256, (3, *size), dtype=torch.uint8)} for size in ((64, 96), (96, 64))]
+    expected, actual = theirs.predict_raw(images), ours.predict_raw(images)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    assert expected["pred_logits"].isfinite().all()
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_own_weights_are_taken_over_exactly(variant, build):
     theirs, ours = build(variant), build(variant)
@@ -129,6 +155,15 @@ def test_80_classes_take_the_rows_of_their_category_ids(build, official_names):
     assert [converted["class_embed.1.bias"][i].item() for i in (0, 11, 79)] == [1, 13, 90]
     assert converted["class_embed.0.weight"].shape == (80, 64)
     assert report.mapped["class_embed.0.bias"] == "rows of 80 of the model's 80 classes, by name out of 91"
+
+
+@pytest.mark.parametrize("names", ("detrex", "mmdetection"))
+def test_80_rows_of_mmcvs_projects_are_the_coco_classes_in_their_order(names, build, detrex_names, mmdetection_names):
+    theirs, ours = build(NUM_CLASSES=80), build(NUM_CLASSES=91)
+    theirs.class_embed[0].bias.data = torch.arange(80.0)
+    weights = detrex_names(theirs) if names == "detrex" else mmdetection_names(theirs, 3)
+    bias = convert(weights, model=ours)[0]["class_embed.0.bias"]
+    assert bias[COCO_CATEGORY_IDS].tolist() == list(range(80))
 
 
 @pytest.mark.parametrize("num_classes", (80, 3, 120))

@@ -64,3 +64,12 @@ def test_raw_ids_without_another_projects_names_are_refused(capsys):
     with pytest.raises(SystemExit):
         main(["a.pth", "b.pth", "--config-file", "c.yaml", "--coco-ids"])
     assert "--coco-ids needs --to" in capsys.readouterr().err
+
+
+def test_averaged_weights_are_converted_when_asked_for(two_stage, tmp_path, capsys):
+    averages = {key: torch.full_like(value, 3) for key, value in two_stage.state_dict().items()}
+    torch.save({"model": two_stage.state_dict(), "ema_state": averages}, tmp_path / "x.pth")
+    for query, found in (("", "Not the file's averaged weights"), ("?ema=True", "Averaged weights (ema_state)")):
+        run_for_two_stage(f"{tmp_path}/x.pth{query}", tmp_path / "y.pth")
+        assert found in capsys.readouterr().out
+    assert (read_checkpoint(str(tmp_path / "y.pth"))["model"]["transformer.level_embed"] == 3).all()

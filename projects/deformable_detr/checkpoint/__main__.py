@@ -16,7 +16,7 @@ from ..loading import build_model
 from .convert import convert
 from .coverage import CheckpointError, ConversionReport
 from .foreign import FORMATS, export
-from .reading import read_checkpoint
+from .reading import read_checkpoint, select_weights, split_options
 
 EPILOG = """
 Example, keeping the 91 outputs of the official model:
@@ -36,7 +36,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "of every parameter. Training and evaluation do the same by themselves for MODEL.WEIGHTS.",
         epilog=EPILOG,
     )
-    parser.add_argument("source", metavar="SRC", help=".pth, .bin, .pkl or .safetensors file")
+    parser.add_argument("source", metavar="SRC", help=".pth, .pyth, .bin, .pkl or .safetensors file")
     parser.add_argument("destination", metavar="DST", help="file to write; safetensors by that suffix, else torch.save")
     add_model(parser, required=True)
     parser.add_argument("--to", choices=("ours", *FORMATS), default="ours", help="whose names to write (default: ours)")
@@ -79,13 +79,17 @@ def write(path: str, state_dict: dict[str, Tensor], *, to: str, report: Conversi
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     check_writable(args.destination)
-    checkpoint = read_checkpoint(args.source)
+    path, averaged = split_options(args.source)
+    checkpoint = read_checkpoint(path)
+    weights, note = select_weights(checkpoint, averaged=averaged)
     model = build_model(load_config(args.model, args.opts))
-    state_dict, report = convert(checkpoint["model"], model=model, file_class_names=checkpoint.get("class_names"))
+    state_dict, report = convert(weights, model=model, file_class_names=checkpoint.get("class_names"))
     if args.to != "ours":
         state_dict = export_for(args, model, state_dict)
     write(args.destination, state_dict, to=args.to, report=report)
     print(report)
+    if note:
+        print(note)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..wording import name_first
 from .coverage import ConversionReport
-from .sources import DETREX, Source
+from .sources import Source
 
 ENCODER_OUTPUT = "transformer.enc_output.weight"
 HEAD = re.compile(r"^(?P<kind>class_embed|bbox_embed)\.(?P<index>\d+)\.(?P<rest>.+)$")
@@ -98,7 +98,7 @@ def _resolve_names(
     ours = tuple(model_classes) if model_classes is not None else None
     if theirs is None and rows == len(COCO_CLASSES_BY_ID):
         theirs = COCO_CLASSES_BY_ID
-    if theirs is None and rows == len(COCO_CLASSES) and source is DETREX:
+    if theirs is None and rows == len(COCO_CLASSES) and source.has_contiguous_classes:
         theirs = COCO_CLASSES
     if ours is None and theirs is not None and rows != wanted:
         by_number = {len(names): names for names in (COCO_CLASSES, COCO_CLASSES_BY_ID)}

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..wording import name_first
+from .backbones import find_absent_parts, find_backbone, fit_position_tables
 from .classes import ENCODER_OUTPUT, HEAD, Names, fit_class_heads, is_encoder_head
 from .coverage import CheckpointError, ConversionReport
-from .sources import BOTTOM_UP, SOURCES, Source, detect_source
+from .sources import BOTTOM_UP, SOURCES, TORCHVISION, Source, detect_source
 
 _HEAD_ALIAS = re.compile(r"^transformer\.decoder\.((?:class|bbox)_embed\.)")
 _QKV = re.compile(r"^(?P<stem>.*\.self_attn)\.(?P<letter>[qkv])_proj\.(?P<rest>weight|bias)$")
@@ -61,17 +62,22 @@ def convert(
     if class_names is not None and len(class_names) != len(target["class_embed.0.bias"]):
         raise ValueError(f"{len(class_names)} class_names for {len(target['class_embed.0.bias'])} class outputs")
     tensors = _as_tensors(state_dict)
-    source = detect_source(tensors, model_keys=target)
+    source = detect_source(tensors) or find_backbone(tensors, target)
+    if source is None and "layer1.0.conv1.weight" in tensors:
+        # The backbone is none; saying what it lacks tells more than that nothing fits.
+        source = TORCHVISION
     if source is None:
         known = ", ".join(known.name for known in SOURCES)
         raise CheckpointError(
             f"The parameter names of this checkpoint are of no known kind ({known}); "
             f"it has {len(tensors)} of them: {name_first(sorted(tensors))}"
         )
-    report = ConversionReport(source.name)
+    report = ConversionReport(source.name, note=source.note)
     tensors = _rename(tensors, source, report)
     _join_query_key_value(tensors, report)
     _spread_shared_heads(tensors, target, report)
+    _fill_in_zeros(tensors, target, source, report)
+    fit_position_tables(tensors, target, report)
     fit_class_heads(tensors, target, report, source=source, file_classes=file_class_names, model_classes=class_names)
     _drop_what_has_no_place(tensors, target, source, report)
     _note_what_is_missing(tensors, target, source, report)
@@ -146,6 +152,16 @@ def _spread_shared_heads(tensors: dict[str, Tensor], target: Mapping[str, Tensor
                 report.mapped[key] = "the file's one head for all decoder layers"
 
 
+def _fill_in_zeros(
+    tensors: dict[str, Tensor], target: Mapping[str, Tensor], source: Source, report: ConversionReport
+) -> None:
+    """Adds the parameters that the other project does without because they would be 0."""
+    for key, parameter in target.items():
+        if source.zeros and key not in tensors and re.search(source.zeros, key):
+            tensors[key] = torch.zeros_like(parameter.detach(), device="cpu")
+            report.mapped[key] = f"0: {source.name} has no such parameter"
+
+
 def _drop_what_has_no_place(
     tensors: dict[str, Tensor], target: Mapping[str, Tensor], source: Source, report: ConversionReport
 ) -> None:
@@ -164,6 +180,8 @@ def _note_what_is_missing(
     tensors: Mapping[str, Tensor], target: Mapping[str, Tensor], source: Source, report: ConversionReport
 ) -> None:
     """Record what the model keeps as it is, where that is to be expected."""
+    if source.backbone_only:
+        report.missing |= dict.fromkeys(find_absent_parts(target, tensors), "initialised: not in the file's backbone")
     for key in target:
         if key in tensors or key in report.missing:
             continue

@@ -22,6 +22,7 @@ class ConversionReport:
         dropped: name in the checkpoint -> why it was not used.
         missing: our name -> why the model keeps its own initial value.
         class_names: of the rows of the converted class heads; None where they are not known.
+        note: how the other project computes otherwise with the same weights; may be empty.
         class_note: which class came from which row, where that is not simply the same order; may be empty.
     """
 
@@ -31,6 +32,7 @@ class ConversionReport:
     dropped: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     class_names: Sequence[str | None] | None = None
+    note: str = ""
     class_note: str = ""
 
     @property
@@ -43,7 +45,7 @@ class ConversionReport:
         for outcome in ("mapped", "dropped", "missing"):
             rows += [(outcome, *row) for row in _group_by_reason(getattr(self, outcome))]
         table = tabulate(rows, headers=("outcome", "keys", "detail", "for example"), tablefmt="pipe")
-        return "\n".join(filter(None, (f"Checkpoint with {self.source} names:", table, self.class_note)))
+        return "\n".join(filter(None, (f"Checkpoint with {self.source} names:", table, self.note, self.class_note)))
 
 
 def _first(keys: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
@@ -36,7 +37,9 @@ for _core in ("numpy.core", "numpy._core"):
     _PICKLE_GLOBALS[f"{_core}.multiarray", "_reconstruct"] = _NUMPY_RECONSTRUCT
     _PICKLE_GLOBALS[f"{_core}.multiarray", "scalar"] = _NUMPY_SCALAR
     _PICKLE_GLOBALS[f"{_core}.numeric", "_frombuffer"] = _NUMPY_FROM_BUFFER
-_STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
+_STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict", "model_state")
+# Under these detrex, torchvision's and timm's trainings keep averaged weights beside the trained ones.
+_AVERAGES_KEYS = ("ema_state", "model_ema", "state_dict_ema")
 _TRANSFORMERS_FILES = ("model.safetensors", "pytorch_model.bin")
 # The words of torch's own unpickler.
 _FORBIDDEN = "Unsupported global: GLOBAL"
@@ -50,8 +53,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 
     Returns:
         A dict with the state dict under "model" and, where the file has more (optimizer, iteration, ...), the rest
-        beside it. "class_names" are the names of its classes, where it or a transformers config.json beside it has
-        them.
+        beside it. "class_names" are the names of its classes, where it (mmdetection's: its "meta") or a transformers
+        config.json beside it has them.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -65,8 +68,48 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     except (pickle.UnpicklingError, SafetensorError, EOFError, OSError, RuntimeError, ValueError, LookupError) as error:
         raise CheckpointError(f"{path} {_explain(error)}") from error
     checkpoint = _find_state_dict(content, path)
-    names = checkpoint.pop("class_names", None) or _class_names_beside(path)
+    names = checkpoint.pop("class_names", None) or _class_names_in_meta(checkpoint) or _class_names_beside(path)
     return checkpoint | ({"class_names": names} if _are_names(names) else {})
+
+
+def split_options(path: str) -> tuple[str, bool]:
+    """Split an address as ``file.pth?ema=True`` into the address itself and whether averaged weights are asked for.
+
+    Detectron2's own option, ``?matching_heuristics=True``, is taken off: names are always matched here.
+    """
+    address, _, query = path.rpartition("?")
+    options = dict(parse_qsl(query))
+    if not address or not options or options.keys() - {"ema", "matching_heuristics"}:
+        return path, False
+    return address, options.get("ema", "").casefold() == "true"
+
+
+def select_weights(checkpoint: Mapping[str, Any], *, averaged: bool) -> tuple[Mapping[str, Any], str]:
+    """Choose between the trained and the averaged weights that other projects keep in one file.
+
+    Args:
+        checkpoint: what :func:`read_checkpoint` returns.
+        averaged: whether to take the averaged ones.
+
+    Returns:
+        The state dict, and a sentence for the report where the file has both.
+
+    Raises:
+        CheckpointError: if averaged weights are asked for and there are none.
+    """
+    weights, own = checkpoint["model"], checkpoint.get("ema")
+    found = {name: checkpoint[name] for name in _AVERAGES_KEYS if isinstance(checkpoint.get(name), Mapping)}
+    if averaged and isinstance(own, Mapping) and isinstance(own.get("model"), Mapping):
+        # Those of our own files, which trainings and tools take without being asked.
+        found = {"ema": own["model"]}
+    for name, averages in found.items():
+        if averages.keys() & weights.keys():
+            if averaged:
+                return {key: averages.get(key, value) for key, value in weights.items()}, f"Averaged weights ({name})"
+            return weights, f"Not the file's averaged weights ({name}): those are asked for by FILE?ema=True"
+    if averaged:
+        raise CheckpointError(f"?ema=True asks for averaged weights, and the file has none ({_AVERAGES_KEYS})")
+    return weights, ""
 
 
 def check_weights_file(path: str) -> None:
@@ -112,6 +155,16 @@ def _load_safetensors(path: str) -> dict[str, Any]:
         names = (file.metadata() or {}).get("class_names")
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     return {"model": tensors} | ({"class_names": json.loads(names)} if names else {})
+
+
+def _class_names_in_meta(checkpoint: Mapping[str, Any]) -> Any:
+    """Returns the names that mmdetection 3 ("dataset_meta") and 2 save."""
+    meta = checkpoint.get("meta")
+    if not isinstance(meta, Mapping):
+        return None
+    dataset = meta.get("dataset_meta")
+    places = [place for place in (dataset, meta) if isinstance(place, Mapping)]
+    return next((place[key] for place in places for key in ("classes", "CLASSES") if _are_names(place.get(key))), None)
 
 
 def _class_names_beside(path: str) -> list[str] | None:

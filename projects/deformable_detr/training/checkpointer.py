@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checkpoint.convert import convert
 from ..checkpoint.coverage import CheckpointError, ConversionReport
-from ..checkpoint.reading import check_weights_file, read_checkpoint
+from ..checkpoint.reading import check_weights_file, read_checkpoint, select_weights, split_options
 from ..checkpoint.sources import OURS
 from ..files import replacing
 
@@ -52,7 +52,8 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         """Load a checkpoint.
 
         Args:
-            path: file or URL of any handler of Detectron2's PathManager; if empty, nothing is loaded.
+            path: file or URL of any handler of Detectron2's PathManager; if empty, nothing is loaded. ``?ema=True``
+                behind it takes the averaged weights of a file of another project's.
             checkpointables: names of what to load beside the model; None means all.
 
         Returns:
@@ -66,9 +67,10 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
             return super().load(path, checkpointables)
         wanted = list(self.checkpointables) if checkpointables is None else checkpointables
         self.logger.info("Loading %s", path)
+        path, averaged = split_options(path)
         content = self.read(self._fetch(path))
         # A run that is resumed needs the trained weights, everybody else the better ones.
-        self._load_weights(content, takes_averages=not wanted)
+        self._load_weights(content, takes_averages=not wanted, averaged=averaged)
         for name in wanted:
             if name in content:
                 self.checkpointables[name].load_state_dict(content.pop(name))
@@ -162,9 +164,15 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         check_weights_file(local_path)
         return local_path
 
-    def _load_weights(self, checkpoint: dict[str, Any], *, takes_averages: bool) -> None:
-        """Load the weights; they and what means nothing to our runs are taken out of the checkpoint."""
-        weights = checkpoint.pop("model")
+    def _load_weights(self, checkpoint: dict[str, Any], *, takes_averages: bool, averaged: bool) -> None:
+        """Load the weights; they and what means nothing to our runs are taken out of the checkpoint.
+
+        Args:
+            takes_averages: whether to take those of our own checkpoints where there are some.
+            averaged: whether the user asks for those of another project.
+        """
+        weights, note = select_weights(checkpoint, averaged=averaged)
+        del checkpoint["model"]
         if "ema" not in self.checkpointables:
             averages = checkpoint.pop("ema", None)
             if takes_averages and isinstance(averages, dict) and "updates" in averages:
@@ -176,6 +184,7 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
             class_names=self.class_names,
             file_class_names=checkpoint.pop("class_names", None),
         )
+        self.report.note = "\n".join(filter(None, (self.report.note, note)))
         if self.class_names is None:
             self.class_names = self.report.class_names
         if self.report.source != OURS.name:
