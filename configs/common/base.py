@@ -1,16 +1,13 @@
 # The official recipe: ResNet-50, 50 epochs, 16 GPUs x 2 images. Twin of base.yaml.
 from detectron2.config import LazyCall as L
-from detectron2.data import (
-    build_detection_test_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import build_detection_test_loader
 from detectron2.modeling import ResNet
 from detectron2.modeling.backbone import BasicStem
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from deformable_detr.data.augmentation import build_detr_augmentation
-from deformable_detr.data.datasets import get_train_dicts
+from deformable_detr.data.datasets import get_test_dicts, get_train_dicts
 from deformable_detr.data.loader import TrainLoader
 from deformable_detr.data.mapper import NamedErrorsMapper
 from deformable_detr.engine import build_evaluator
@@ -92,7 +89,9 @@ dataloader = dict(
         num_workers=4,
     ),
     test=L(build_detection_test_loader)(
-        dataset=L(get_detection_dataset_dicts)(names="coco_2017_val", filter_empty=False),
+        dataset=L(get_test_dicts)(
+            names="coco_2017_val", max_detections="${model.test_topk_per_image}", filter_empty=False
+        ),
         mapper=L(NamedErrorsMapper)(
             is_train=False,
             augmentations=L(build_detr_augmentation)(is_train=False, min_size=800, max_size=1333),
@@ -101,7 +100,9 @@ dataloader = dict(
         num_workers=4,
     ),
     evaluator=L(build_evaluator)(
-        dataset_name="${dataloader.test.dataset.names}", output_dir="${train.output_dir}/inference"
+        dataset_name="${dataloader.test.dataset.names}",
+        output_dir="${train.output_dir}/inference",
+        max_detections="${model.test_topk_per_image}",
     ),
 )
 

@@ -32,7 +32,7 @@ from . import solver
 from .cli import add_overrides_word
 from .config import RunConfig, find_config_file, load_config
 from .data.augmentation import augmentation_from_config
-from .data.datasets import get_class_names, get_train_dicts
+from .data.datasets import get_class_names, get_test_dicts, get_train_dicts
 from .data.evaluators import build_evaluator
 from .data.loader import TrainLoader
 from .data.mapper import NamedErrorsMapper
@@ -181,11 +181,16 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        return build_detection_test_loader(cfg, dataset_name, mapper=_build_mapper(cfg, is_train=False))
+        return build_detection_test_loader(
+            get_test_dicts(dataset_name, max_detections=cfg.TEST.DETECTIONS_PER_IMAGE),
+            mapper=_build_mapper(cfg, is_train=False),
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+        )
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+        return build_evaluator(dataset_name, output_dir, max_detections=cfg.TEST.DETECTIONS_PER_IMAGE)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:

@@ -87,7 +87,33 @@ def get_train_dicts(
     check_annotations(dicts, num_classes=num_classes)
     _warn_of_empty_classes(dicts, names if isinstance(names, str) else names[0])
     if num_queries is not None:
-        _warn_of_crowded_images(dicts, num_queries)
+        _warn_of_crowded_images(
+            dicts,
+            num_queries,
+            f"training images have more objects than the model has queries ({num_queries}): what is left over is not "
+            "learned. Raise NUM_QUERIES",
+        )
+    return dicts
+
+
+def get_test_dicts(
+    names: str | Sequence[str], *, max_detections: int | None = None, filter_empty: bool = False
+) -> list[dict]:
+    """Load datasets to evaluate on.
+
+    Args:
+        names: registered datasets.
+        max_detections: that the model returns for an image; images with more objects are counted in a warning.
+        filter_empty: drop images without objects; the standard figures need them.
+    """
+    dicts = get_detection_dataset_dicts(names, filter_empty=filter_empty)
+    if max_detections is not None:
+        _warn_of_crowded_images(
+            dicts,
+            max_detections,
+            f"images of {names} have more objects than the model returns detections ({max_detections}): what is left "
+            "over counts as missed. Raise TEST.DETECTIONS_PER_IMAGE (in a LazyConfig model.test_topk_per_image)",
+        )
     return dicts
 
 
@@ -102,15 +128,13 @@ def _warn_of_empty_classes(dicts: Sequence[dict], name: str) -> None:
         )
 
 
-def _warn_of_crowded_images(dicts: Sequence[dict], num_queries: int) -> None:
-    crowded = [record for record in dicts if len(get_objects(record)) > num_queries]
+def _warn_of_crowded_images(dicts: Sequence[dict], limit: int, what: str) -> None:
+    """Say of how many images something holds, and which is the worst."""
+    crowded = [record for record in dicts if len(get_objects(record)) > limit]
     if crowded:
         most = max(crowded, key=lambda record: len(get_objects(record)))
-        logger.warning(
-            f"{len(crowded)} of {len(dicts)} training images have more objects than the model has queries "
-            f"({num_queries}): what is left over is not learned. The most are {len(get_objects(most))} in "
-            f"{describe_image(most)}. Raise NUM_QUERIES"
-        )
+        worst = f"The most are {len(get_objects(most))} in {describe_image(most)}"
+        logger.warning(f"{len(crowded)} of {len(dicts)} {what}. {worst}")
 
 
 def check_annotations(dicts: Sequence[dict], *, num_classes: int) -> None:

@@ -7,6 +7,9 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator
 
 # COCO's panoptic datasets carry boxes in the same format as its detection datasets.
 EVALUATOR_TYPES = ("coco", "coco_panoptic_seg", "lvis", "pascal_voc")
+# Detections of an image that the standard figures count.
+_COCO_DETECTIONS = 100
+_LVIS_DETECTIONS = 300
 
 
 def check_evaluator(dataset_name: str) -> str:
@@ -37,15 +40,30 @@ def check_evaluator(dataset_name: str) -> str:
     return evaluator_type
 
 
-def build_evaluator(dataset_name: str, output_dir: str | None = None) -> DatasetEvaluator:
-    """The evaluator for a dataset's ``evaluator_type``: COCO, LVIS or Pascal VOC.
+def build_evaluator(
+    dataset_name: str, output_dir: str | None = None, *, max_detections: int | None = None
+) -> DatasetEvaluator:
+    """Build the evaluator for a dataset's ``evaluator_type``: COCO, LVIS or Pascal VOC.
+
+    Args:
+        dataset_name: a registered dataset.
+        output_dir: where detections are written, if anywhere.
+        max_detections: that the model returns for an image. All of them count, also where the standard figures stop:
+            after 100 (COCO) and 300 (LVIS).
 
     Raises:
         What :func:`check_evaluator` does.
     """
     evaluator_type = check_evaluator(dataset_name)
     if evaluator_type == "lvis":
-        return LVISEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir)
+        limit = _limit_beyond(_LVIS_DETECTIONS, max_detections)
+        return LVISEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir, max_dets_per_image=limit)
     if evaluator_type == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
-    return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir)
+    limit = _limit_beyond(_COCO_DETECTIONS, max_detections)
+    return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir, max_dets_per_image=limit)
+
+
+def _limit_beyond(standard: int, max_detections: int | None) -> int | None:
+    """The limit to set; None for the standard one."""
+    return max_detections if max_detections is not None and max_detections > standard else None
