@@ -1,27 +1,26 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in stages. No network.
+# Everything that needs a GPU, in three commands that take twelve minutes together. No network.
 #
-#   tools/gpu_check.sh OUT [stage...]
+#   tools/gpu_check.sh OUT [check | op | model ...]
 #
-# Stages, all of them by default, and their limits in seconds:
-#   install    40  the packages of $WHEELS (a folder of wheels), if that is set
-#   build     180  the operator, with CUDA
-#   tests     180  its tests on CUDA
-#   sanitize  160  compute-sanitizer on a few of them
-#   benchmark 340  the operator's times; in OUT/benchmark_*.json, with deterministic sums in OUT/deterministic.json
-#   amp       120  20 training steps of the two-stage model in float32, bfloat16 and float16
-#   train     220  a short training of it with evaluation
-# The last two need Detectron2 and are skipped without it. A stage that fails or runs out of time does not stop the
-# next, and time that one leaves over goes to those after it. On a machine that is lent for ten minutes a command:
-#   tools/gpu_check.sh OUT install build tests sanitize
-#   tools/gpu_check.sh OUT install build benchmark
-#   tools/gpu_check.sh OUT install build amp train
-# Each stage writes OUT/<stage>.txt; OUT/results.json has the device, the versions and what became of each stage.
+# Commands, all three by default, their stages, and the limits of these in seconds. What stands in one line runs side by
+# side. Every command begins with the first line; what is installed or built already is not made again.
+#            install    40  the packages of $WHEELS (a folder of wheels), if that is set
+#            build     110  the operator for the GPU at hand, or a copy of $OPERATOR, built before
+#   check    tests     170  the tests that need CUDA, by several processes where pytest-xdist is installed
+#            sanitize  170  compute-sanitizer on a few of them
+#            amp       170  300 training steps of a small two-stage model in float32, bfloat16 and float16, and its AP
+#   op       op        150  the operator's times, and those of deterministic sums
+#   model    infer      80  the model's times of detection: eager, prepared, CUDA graphs; one, two and four images
+#            train      80  of training steps: TF32 and bfloat16; one, two and four images; activation checkpoints
+#            compiled  120  of both, compiled
+# amp and model need Detectron2, and are skipped without it. A stage that fails or runs out of time stops no other.
+# OUT/results.json has the device, the versions, the date, and of each stage its result, seconds, text and numbers.
 #
-# Needs nvcc and a Python (PYTHON, default python3) with torch, pytest, setuptools and tabulate. BUDGET: seconds for all
-# stages together, if less than the sum of their limits. WORK: a folder for what is not worth keeping
-# (output/gpu_check). DEVICE=cpu tries the stages without a GPU, as far as they go; ITERATIONS and ROUNDS make them
-# shorter.
+# Needs nvcc, unless the operator is built, and a Python (PYTHON, default python3) with torch, pytest, setuptools and
+# tabulate. BUDGET: seconds for everything, if less than the sum. WORK: a folder for what is built and installed, and
+# what is not worth keeping (output/gpu_check). DEVICE=cpu tries the stages without a GPU, as far as they go; QUICK=1
+# makes them short.
 #
 # WHEELS for Detectron2, made with the Python version of that machine, where torchvision, scipy, OpenCV and matplotlib
 # are expected:
@@ -29,181 +28,262 @@
 #       mypy_extensions omegaconf platformdirs portalocker pycocotools pydot pytokens termcolor yacs
 #   (cd tools; python -c 'import pathlib, sys, install_detectron2 as d
 #   folder = pathlib.Path(sys.argv[1]); d.repackage(d.fetch_sdist(folder), folder)' FOLDER)
+# OPERATOR, for one architecture and the torch of that machine:
+#   FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 python setup.py build_ext --build-lib FOLDER
 set -euo pipefail
 script=$(realpath "$0")
-declare -A limits=([install]=40 [build]=180 [tests]=180 [sanitize]=160 [benchmark]=340 [amp]=120 [train]=220)
-all_stages=(install build tests sanitize benchmark amp train)
+declare -A limits=([install]=40 [build]=110 [tests]=170 [sanitize]=170 [amp]=170 [op]=150
+    [infer]=80 [train]=80 [compiled]=120)
+# In each command one step after the other, and the stages of a step side by side.
+declare -A commands=([check]="tests+sanitize+amp" [op]="op" [model]="infer train compiled")
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
+quick=${QUICK:-0}
 if [ $# -eq 0 ]; then sed -n '2,/^set/s/^# \{0,1\}//p' "$script" >&2; exit 2; fi
 out=$(realpath -m "$1")
 [ -z "${WHEELS:-}" ] || WHEELS=$(realpath "$WHEELS")
+[ -z "${OPERATOR:-}" ] || OPERATOR=$(realpath "$OPERATOR")
 shift
 cd "$(dirname "$script")/.."
 work=$(realpath -m "${WORK:-output/gpu_check}")
 site=$work/site
-export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONPATH=$site:$PWD/projects${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export TORCHINDUCTOR_CACHE_DIR=$work/inductor
 
-# The operator needs torch alone. In a package without our __init__ a Detectron2 that does not work there is no matter.
-stage_operator() {
-    stage=$(mktemp -d)
-    trap 'rm -rf "$stage"' EXIT
-    mkdir "$stage/deformable_detr"
-    touch "$stage/deformable_detr/__init__.py"
-    ln -s "$PWD"/projects/deformable_detr/{layers,benchmark,_C*.so} "$stage/deformable_detr/"
-    ln -s "$PWD/csrc" "$stage/csrc"
-    mkdir "$stage/tests"
-    cp -r tests/layers "$stage/tests/layers"
-    printf '[pytest]\nmarkers = cuda: needs a CUDA device\n' > "$stage/pytest.ini"
-    export PYTHONPATH=$stage:$PYTHONPATH
-    pytest=("$python" -m pytest -q -rs --tb=short --maxfail=20 -c "$stage/pytest.ini" --import-mode=importlib
-        -p no:cacheprovider)
-    # Without the kernel the twin would pass the tests.
+# Exit status 77: skipped.
+need_detectron2() {
+    "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("detectron2") is None)' || exit 77
+}
+
+# Whether our kernel, and not the twin, runs on the device.
+has_operator() {
     "$python" -c 'import sys
 from deformable_detr.layers import _ops
 sys.exit(None if _ops.has_kernel(sys.argv[1]) else f"no {sys.argv[1]} kernel: {_ops.unavailable_reason}")' "$device"
 }
 
-# Exit status 77: skipped.
-need_detectron2() {
-    "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("detectron2") is None)' || exit 77
-    export PYTHONPATH=$PWD/projects:$PYTHONPATH
-    [ -e "$work/shapes/val.json" ] || "$python" tools/make_shapes_dataset.py "$work/shapes" --train 200 --val 50
-    data=(--train-json "$work/shapes/train.json" --train-images "$work/shapes/train"
-        --val-json "$work/shapes/val.json" --val-images "$work/shapes/val")
-}
-
-train() { # folder, then KEY VALUE pairs
-    local folder=$work/$1
-    shift
-    rm -rf "$folder"
-    "$python" train_net.py --config-file configs/quick_schedules/shapes_two_stage.yaml "${data[@]}" \
-        OUTPUT_DIR "$folder" MODEL.DEVICE "$device" "$@" && cat "$folder/metrics.json"
-}
-
 run_install() {
     [ -n "${WHEELS:-}" ] || exit 77
+    [ ! -e "$site/.complete" ] || exit 0
     "$python" -m pip install --no-index --no-deps --no-compile --upgrade --target "$site" "$WHEELS"/*.whl
+    touch "$site/.complete"
 }
 
 run_build() {
-    if [ "$device" = cuda ]; then export FORCE_CUDA=1; fi
-    "$python" setup.py build_ext --inplace
+    if [ -n "${OPERATOR:-}" ]; then
+        cp "$OPERATOR" projects/deformable_detr/
+    elif [ "$device" = cuda ]; then
+        TORCH_CUDA_ARCH_LIST=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
+        export TORCH_CUDA_ARCH_LIST FORCE_CUDA=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
+        "$python" setup.py build_ext --inplace
+    else
+        "$python" setup.py build_ext --inplace
+    fi
+    has_operator
+}
+
+# Sets pytest, and tests: the files with tests that need CUDA. Those of the operator need torch alone.
+find_tests() {
+    has_operator
+    pytest=("$python" -m pytest -q -rs --tb=short --maxfail=20 -p no:cacheprovider)
+    tests=(tests/layers)
+    if "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("detectron2") is None)'; then
+        mapfile -t -O 1 tests < <(grep -rl --include='test_*.py' 'mark\.cuda' tests | grep -v '^tests/layers/')
+    else
+        pytest+=(--confcutdir tests/layers)
+    fi
 }
 
 run_tests() {
-    stage_operator
-    local kind="cuda"
-    if [ "$device" = cpu ]; then kind="not cuda and not two_devices"; fi
+    find_tests
+    local which=(-m cuda) processes=8
     # The report of the environment needs Detectron2.
-    "${pytest[@]}" -k "$kind and not environment_report" "$stage"/tests/layers/test_ms_deform_attn*.py
+    if [ "$device" = cpu ]; then which=(-m "not cuda" -k "not environment_report and not two_devices"); fi
+    if [ "$quick" = 1 ]; then which=(-m "not cuda" -k "every_head_dimension and -32-"); fi
+    [ "$(nproc)" -ge $processes ] || processes=$(nproc)
+    if "$python" -c 'import xdist' 2>/dev/null; then pytest+=(-n $processes); fi
+    "${pytest[@]}" "${which[@]}" "${tests[@]}"
 }
 
 run_sanitize() {
     command -v compute-sanitizer || exit 77
-    stage_operator
+    find_tests
     # PyTorch's cache of memory would hide what is read or written behind the end of a tensor.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    local failed=0 only_ours=(--kernel-regex kns=deformable_detr)
-    for tool in memcheck racecheck initcheck; do
-        echo "== $tool"
+    local failed=0 only_ours=(--kernel-regex kns=deformable_detr) which tools=(memcheck racecheck initcheck)
+    which="cuda and (every_head_dimension and (-30- or -32-) or deterministic or one_query_per_pixel and -3])"
+    declare -A processes
+    for tool in "${tools[@]}"; do
         # It has to see who writes what our kernels read.
         if [ $tool = initcheck ]; then only_ours=(); fi
-        timeout --kill-after 5 $((limit / 3 - 10)) compute-sanitizer --tool $tool --target-processes all \
-            "${only_ours[@]}" --error-exitcode 9 "${pytest[@]}" \
-            -k "cuda and (every_head_dimension and (-30- or -32-) or deterministic or one_query_per_pixel and -3])" \
-            "$stage"/tests/layers/test_ms_deform_attn_gradients.py || { echo "== $tool: status $?"; failed=1; }
+        timeout --kill-after 5 $((limit - 10)) compute-sanitizer --tool $tool --target-processes all \
+            "${only_ours[@]}" --error-exitcode 9 "${pytest[@]}" -k "$which" \
+            tests/layers/test_ms_deform_attn_gradients.py > "$work/$tool.txt" 2>&1 &
+        processes[$tool]=$!
+    done
+    for tool in "${tools[@]}"; do
+        local status=0
+        wait "${processes[$tool]}" || status=$?
+        echo "== $tool: status $status"
+        tail -n 40 "$work/$tool.txt"
+        [ $status = 0 ] || failed=1
     done
     return $failed
 }
 
-run_benchmark() {
-    stage_operator
-    [ "$device" = cpu ] || nvidia-smi || true  # what else runs there, clocks, temperature
-    local measure=("$python" -c 'from deformable_detr.benchmark.op import add_arguments, run
-import argparse, os, torch
-torch.use_deterministic_algorithms(os.environ.get("DETERMINISTIC") == "1", warn_only=True)
-parser = argparse.ArgumentParser()
-add_arguments(parser)
-run(parser.parse_args())' --devices "$device" --rounds "${ROUNDS:-10}" --dtypes float32 bfloat16)
-    local shapes=(r50_encoder r50_decoder dino_5scale) batches=(1 2 4)
-    if [ "$device" = cpu ]; then shapes=(r50_decoder) batches=(1); fi
-    # One after the other, so that what is measured is on disk if the time runs out.
-    for shape in "${shapes[@]}"; do
-        "${measure[@]}" --shapes "$shape" --distributions grid uniform --batches "${batches[@]}" \
-            --json "$out/benchmark_$shape.json"
-    done
-    # The twin and others have no deterministic backward pass on CUDA: they warn, and their times here mean nothing.
-    DETERMINISTIC=1 "${measure[@]}" --shapes "${shapes[@]:0:2}" --json "$out/deterministic.json"
+train_net() { # folder, then KEY VALUE pairs
+    local folder=$work/$1
+    shift
+    rm -rf "$folder"
+    "$python" train_net.py --config-file configs/quick_schedules/shapes_two_stage.yaml \
+        --train-json "$work/shapes/train.json" --train-images "$work/shapes/train" \
+        --val-json "$work/shapes/val.json" --val-images "$work/shapes/val" \
+        OUTPUT_DIR "$folder" MODEL.DEVICE "$device" SOLVER.MAX_ITER $((quick ? 2 : 300)) SEED 1 "$@"
 }
 
 run_amp() {
     need_detectron2
-    local short=(SOLVER.MAX_ITER "${ITERATIONS:-20}" TEST.EVAL_PERIOD 0 SEED 1) failed=0
-    train amp_float32 "${short[@]}" || failed=1
-    for precision in bfloat16 float16; do
-        train "amp_$precision" "${short[@]}" SOLVER.AMP.ENABLED True SOLVER.AMP.PRECISION "$precision" || failed=1
+    [ -e "$work/shapes/val.json" ] || "$python" tools/make_shapes_dataset.py "$work/shapes" --train 200 --val 50
+    local failed=0
+    declare -A processes options=([float32]="" [bfloat16]="SOLVER.AMP.ENABLED True SOLVER.AMP.PRECISION bfloat16"
+        [float16]="SOLVER.AMP.ENABLED True SOLVER.AMP.PRECISION float16")
+    for precision in "${!options[@]}"; do
+        # shellcheck disable=SC2086
+        train_net "amp_$precision" ${options[$precision]} > "$work/amp_$precision.txt" 2>&1 &
+        processes[$precision]=$!
+    done
+    for precision in "${!options[@]}"; do
+        local status=0
+        wait "${processes[$precision]}" || status=$?
+        echo "== $precision: status $status"
+        if [ $status = 0 ]; then cat "$work/amp_$precision/metrics.json"; else tail -n 20 "$work/amp_$precision.txt"; fi
+        [ $status = 0 ] || failed=1
     done
     return $failed
 }
 
-run_train() {
-    need_detectron2
-    train train SOLVER.MAX_ITER "${ITERATIONS:-1000}" SOLVER.AMP.ENABLED True SOLVER.AMP.PRECISION bfloat16 SEED 1
+# One benchmark, whose numbers are on disk before the next begins; that one fails stops no other.
+measure() { # name of its numbers, then the command line
+    local name=$1
+    shift
+    "$python" -m deformable_detr.benchmark "$@" --devices "$device" --json "$numbers/$name.json" || failed=1
 }
 
-# Adds one stage to results.json. Imports no torch, which takes seconds.
+run_op() {
+    has_operator
+    [ "$device" = cpu ] || nvidia-smi || true  # what else runs there, clocks, temperature
+    local shapes=(r50_1333 r50_1333_decoder dino_5scale) batches=(1 2 4) dtypes=(float32 bfloat16 float16)
+    local alone=(--rounds 5 --peers) failed=0
+    if [ "$device" = cuda ]; then alone=(--cuda-graphs "${alone[@]}"); fi
+    if [ "$quick" = 1 ]; then shapes=(r50_decoder) batches=(1) dtypes=(float32); fi
+    for shape in "${shapes[@]}"; do
+        measure "$shape" op --shapes "$shape" --batches "${batches[@]}" --dtypes "${dtypes[@]}" "${alone[@]}"
+    done
+    measure uniform op --shapes "${shapes[0]}" --distributions uniform --dtypes "${dtypes[@]}" "${alone[@]}"
+    measure deterministic op --shapes "${shapes[@]:0:2}" --deterministic "${alone[@]}"
+    measure twin op --shapes "${shapes[@]:0:2}" --dtypes "${dtypes[@]:0:2}" --rounds 5 --peers twin
+    return $failed
+}
+
+# What the model's benchmarks have in common.
+set_model_options() {
+    need_detectron2
+    has_operator
+    options=(--sizes 800x1333 --warmup 3 --rounds 15 --peers) batches=(1 2 4) failed=0
+    if [ "$quick" = 1 ]; then options=(--sizes 64x96 --warmup 1 --rounds 1 --peers) batches=(1); fi
+}
+
+run_infer() {
+    set_model_options
+    measure infer model "${options[@]}" --batches "${batches[@]}" --precision tf32 bfloat16 float16 --modes eager
+    return $failed
+}
+
+run_train() {
+    set_model_options
+    measure train train "${options[@]}" --batches "${batches[@]}" --precision tf32 bfloat16 --options default
+    measure checkpoint train "${options[@]}" --batches 2 --precision bfloat16 --options checkpoint
+    return $failed
+}
+
+run_compiled() {
+    set_model_options
+    measure train train "${options[@]}" --batches "${batches[@]}" --precision bfloat16 --options compiled
+    measure infer model "${options[@]}" --batches 1 --precision bfloat16 --modes compiled
+    return $failed
+}
+
+# Adds one stage to results.json; several may do so at a time. Imports no torch, which takes seconds.
 record() { # stage status seconds
-    "$python" - "$out/results.json" "$device" "$@" <<'PYTHON'
-import datetime, importlib.metadata, json, platform, subprocess, sys
+    "$python" - "$out" "$work" "$device" "$@" <<'PYTHON'
+import datetime, fcntl, importlib.metadata, json, os, platform, subprocess, sys
 from pathlib import Path
 
-path, device, stage, status, seconds = Path(sys.argv[1]), *sys.argv[2:]
-results = json.loads(path.read_text()) if path.exists() else {"stages": {}}
-names = ("torch", "torchvision", "detectron2", "numpy", "pytest", "transformers", "mmcv")
-installed = {d.name.lower(): d.version for d in reversed(list(importlib.metadata.distributions())) if d.name}
-results["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-results["device"] = platform.processor() or "cpu"
-if device == "cuda":
-    query = "nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader"
-    results["device"] = subprocess.getoutput(query)
-results["versions"] = {"python": platform.python_version()}
-results["versions"].update({name: installed[name] for name in names if name in installed})
-results["stages"][stage] = {"result": status, "seconds": int(seconds)}
-path.write_text(json.dumps(results, indent=1) + "\n")
+out, work, device, stage, status, seconds = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
+path = out / "results.json"
+with open(work / "lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    results = json.loads(path.read_text()) if path.exists() else {"stages": {}}
+    names = ("torch", "torchvision", "triton", "detectron2", "numpy", "pytest", "transformers", "mmcv")
+    installed = {d.name.lower(): d.version for d in reversed(list(importlib.metadata.distributions())) if d.name}
+    results["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    results["device"] = platform.processor() or "cpu"
+    if device == "cuda":
+        query = "nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader"
+        results["device"] = subprocess.getoutput(query)
+    results["processors"] = os.cpu_count()
+    results["versions"] = {"python": platform.python_version()}
+    results["versions"].update({name: installed[name] for name in names if name in installed})
+    numbers = {file.stem: json.loads(file.read_text()) for file in sorted((work / "numbers" / stage).glob("*.json"))}
+    text = (work / f"{stage}.txt").read_text(errors="replace").splitlines()
+    results["stages"][stage] = {"result": status, "seconds": int(seconds), "numbers": numbers, "text": text[-300:]}
+    path.with_suffix(".new").write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".new").replace(path)
 PYTHON
 }
 
 if [ "${1:-}" = --run ]; then
-    limit=$3
+    limit=$3 numbers=$work/numbers/$2
     "run_$2"
     exit
 fi
-[ $# -gt 0 ] || set -- "${all_stages[@]}"
-sum=0
-for stage in "$@"; do
-    [ -n "${limits[$stage]:-}" ] || { echo "unknown stage $stage; there are: ${all_stages[*]}" >&2; exit 2; }
-    sum=$((sum + limits[$stage]))
-done
-later=$sum end=$((SECONDS + ${BUDGET:-$sum}))
-mkdir -p "$out" "$work"
-failed=0
-for stage in "$@"; do
-    start=$SECONDS status=0 left=$((end - SECONDS))
-    later=$((later - limits[$stage]))
-    # Its own limit if there is so much time, and what those after it do not need.
-    limit=$((left < limits[$stage] ? left : limits[$stage]))
-    limit=$((left - later > limit ? left - later : limit))
+
+# Runs a stage within its limit and what is left of the budget; shows and records what became of it.
+run_stage() { # stage
+    local stage=$1 start=$SECONDS status=0 limit=${limits[$1]} result
+    limit=$((end - SECONDS < limit ? end - SECONDS : limit))
     [ $limit -gt 0 ] || limit=1
-    timeout --kill-after 5 $limit bash "$script" "$out" --run "$stage" $limit > "$out/$stage.txt" 2>&1 || status=$?
+    rm -rf "$work/numbers/$stage"
+    mkdir -p "$work/numbers/$stage"
+    timeout --kill-after 5 $limit bash "$script" "$out" --run "$stage" $limit > "$work/$stage.txt" 2>&1 || status=$?
     case $status in
         0) result=passed ;;
         77) result=skipped ;;
-        124 | 137) result="ended after $limit s" failed=1 ;;
-        *) result="failed with status $status" failed=1 ;;
+        124 | 137) result="ended after $limit s" ;;
+        *) result="failed with status $status" ;;
     esac
-    echo "$stage: $result in $((SECONDS - start)) s ($out/$stage.txt)"
-    [ "$result" = passed ] || [ "$result" = skipped ] || tail -n 20 "$out/$stage.txt" || true
+    echo "$stage: $result in $((SECONDS - start)) s ($work/$stage.txt)"
+    [ "$result" = passed ] || [ "$result" = skipped ] || tail -n 20 "$work/$stage.txt" || true
     record "$stage" "$result" $((SECONDS - start)) || echo "$stage: not recorded"
+    [ "$result" = passed ] || [ "$result" = skipped ]
+}
+
+[ $# -gt 0 ] || set -- check op model
+steps=(install+build)
+for command in "$@"; do
+    [ -n "${commands[$command]:-}" ] || { echo "unknown command $command; there are: check op model" >&2; exit 2; }
+    # shellcheck disable=SC2206
+    steps+=(${commands[$command]})
+done
+end=$((SECONDS + ${BUDGET:-3600}))
+mkdir -p "$out" "$work"
+failed=0
+for step in "${steps[@]}"; do
+    processes=()
+    for stage in ${step//+/ }; do
+        run_stage "$stage" &
+        processes+=($!)
+    done
+    for process in "${processes[@]}"; do wait "$process" || failed=1; done
 done
 exit $failed
