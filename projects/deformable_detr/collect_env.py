@@ -15,8 +15,6 @@ from torch.utils.collect_env import get_pretty_env_info
 from .cli import make_parser, run
 from .layers import _ops
 
-BUILD = "pip install --no-build-isolation -e ."
-
 
 def collect_env_info() -> str:
     """Detectron2's report, followed by that of ms_deform_attn: built for what, what is missing, how to get it.
@@ -52,13 +50,13 @@ def _describe(device_type: str) -> str:
     if _ops.has_kernel(device_type):
         return "yes"
     if _ops.unavailable_reason is not None:
-        missing = f"no: {_ops.unavailable_reason}; to build it: {BUILD}"
+        missing = f"no: {_ops.unavailable_reason}; to build it for torch {torch.__version__}: {_ops.BUILD}"
     elif torch.version.cuda is None:
         missing = f"no: torch {torch.__version__} is built without CUDA"
     else:
         missing = (
             f"no: the library was built without it; with a CUDA {torch.version.cuda.split('.')[0]} toolkit: "
-            f"FORCE_CUDA=1 {BUILD}"
+            f"FORCE_CUDA=1 {_ops.BUILD}"
         )
     return f"{missing}; the PyTorch implementation is used"
 

@@ -1,5 +1,7 @@
 """Registration of ms_deform_attn: opcheck, torch.compile, torch.export, ONNX, and life without the compiled library."""
 
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -143,7 +145,26 @@ def test_a_library_that_does_not_load_is_named_with_the_reason(monkeypatch, tmp_
     broken = tmp_path / "_C.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(_ops, "find_library", lambda: broken)
-    assert _ops._load().startswith("_C.so does not load: ")
+    assert re.match("_C.so does not load: .*(file too short|invalid ELF header)", _ops._load())
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a compiler")
+def test_warning_and_environment_report_name_the_symbol_that_a_library_misses(monkeypatch, tmp_path, caplog):
+    from deformable_detr.collect_env import operator_rows
+
+    (tmp_path / "a.cpp").write_text("extern int of_another_torch(); int a = of_another_torch();")
+    command = ["c++", "-shared", "-fPIC", "-o", str(tmp_path / "_C.so"), str(tmp_path / "a.cpp")]
+    subprocess.run(command, check=True, timeout=60)
+    monkeypatch.setattr(_ops, "find_library", lambda: tmp_path / "_C.so")
+    reason = _ops._load()
+    assert re.match(r"_C\.so does not load: .*undefined symbol: .*of_another_torch", reason)
+    monkeypatch.setattr(_ops, "unavailable_reason", reason)
+    _ops._warn_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        _ops._warn_once("cpu")
+    assert reason in caplog.text and f"To build it for torch {torch.__version__}: {_ops.BUILD} (" in caplog.text
+    monkeypatch.setattr(_ops, "has_kernel", lambda device_type: False)
+    assert reason in dict(operator_rows())["CPU kernel"]
 
 
 def test_failing_kernel_fails_instead_of_falling_back(make_case):
@@ -158,7 +179,8 @@ def test_environment_report_says_what_is_missing_and_how_to_get_it(monkeypatch):
     monkeypatch.setattr(_ops, "has_kernel", lambda device_type: False)
     monkeypatch.setattr(_ops, "unavailable_reason", "deformable_detr._C is not built")
     rows = dict(collect_env.operator_rows())
-    assert rows["CPU kernel"].startswith("no: deformable_detr._C is not built; to build it: pip install")
+    expected = f"no: deformable_detr._C is not built; to build it for torch {torch.__version__}: pip install"
+    assert rows["CPU kernel"].startswith(expected)
     monkeypatch.undo()
     expected = "yes" if _ops.has_kernel("cpu") else "no"
     assert dict(collect_env.operator_rows())["CPU kernel"].startswith(expected)

@@ -19,6 +19,9 @@ from . import _pytorch
 
 logger = logging.getLogger(__name__)
 
+# In a checkout; the operator must be compiled against the PyTorch that loads it.
+BUILD = "pip install --no-build-isolation --no-deps -e ."
+
 SCHEMAS = (
     "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
     "Tensor attention_weights) -> Tensor",
@@ -42,7 +45,8 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:  # built for another torch, a missing shared library, ...
-        return f"{path.name} does not load: {error}"
+        # PyTorch names the file; what is missing, such as an undefined symbol, stands in the cause.
+        return f"{path.name} does not load: {error.__cause__ or error}"
     return None
 
 
@@ -56,10 +60,12 @@ def has_kernel(device_type: str) -> bool:
 def _warn_once(device_type: str) -> None:
     reason = unavailable_reason or f"deformable_detr._C was built without {device_type} support"
     logger.warning(
-        "ms_deform_attn uses its slower PyTorch implementation on %s because %s "
-        "(python -m deformable_detr.collect_env tells how to build the kernels).",
+        "ms_deform_attn uses its slower PyTorch implementation on %s because %s. To build it for torch %s: %s "
+        "(python -m deformable_detr.collect_env has the details).",
         device_type,
         reason,
+        torch.__version__,
+        BUILD if device_type == "cpu" else f"FORCE_CUDA=1 {BUILD}",
     )
 
 
