@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "layers": set(),
     "cli": {"wording"},
     "checkpoint": {"files", "wording"},
-    "config": set(),
+    "config": {"wording"},
     "data": {"config"},
     "solver": {"config"},
     "modeling": {"data", "layers"},

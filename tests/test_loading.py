@@ -62,6 +62,16 @@ def test_weights_of_a_backbone_alone_cannot_detect(config, tmp_path):
         load_model(path, str(tmp_path / "backbone.pth"), opts=opts)
 
 
+def test_a_file_of_other_classes_is_told_by_their_numbers(tiny_yaml, tmp_path):
+    _, path, *opts = tiny_yaml()
+    four, three = (["MODEL.DEFORMABLE_DETR.NUM_CLASSES", number] for number in "43")
+    torch.save({"model": build_model(load_config(path, [*opts, *four])).state_dict()}, tmp_path / "model.pth")
+    with pytest.raises(
+        CheckpointError, match="it cannot detect. The file has 4 classes, the configuration 3: set MODEL"
+    ):
+        load_model(path, str(tmp_path / "model.pth"), opts=[*opts, *three])
+
+
 def test_an_output_folder_without_checkpoint_is_named(config, tmp_path):
     path, opts = config
     if path.endswith(".yaml"):

@@ -68,10 +68,10 @@ def load_model(
     checkpointer = DeformableDETRCheckpointer(built, weights_key="--weights")
     if weights:
         checkpointer.load(weights)
-        if checkpointer.report.missing:
+        if missing := checkpointer.report.missing:
             raise CheckpointError(
-                f"{weights} leaves {len(checkpointer.report.missing)} parameters of {model} as initialised: it cannot "
-                f"detect. Give the weights of a trained detector\n{checkpointer.report}"
+                f"{weights} leaves {len(missing)} parameters of {model} as initialised: it cannot detect. "
+                f"{checkpointer.report.mismatch or 'Give the weights of a trained detector'}\n{checkpointer.report}"
             )
     names = checkpointer.class_names or get_class_names(cfg) or [None] * built.num_classes
     names = [name or f"class {index}" for index, name in enumerate(names)]

@@ -183,6 +183,10 @@ def test_heads_of_unrelated_classes_stay_as_initialised_and_are_reported(build, 
     assert set(report.missing) == heads == ours.state_dict().keys() - converted.keys()
     assert heads <= set(report.dropped)
     assert "91 classes in the file, 5 in the model" in report.missing["class_embed.0.bias"]
+    assert (
+        "The file has 91 classes (person, bicycle, car, motorcycle, airplane and 75 more), the configuration 5: "
+        in str(report)
+    )
 
 
 @pytest.mark.parametrize(

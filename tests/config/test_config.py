@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -72,6 +73,38 @@ def test_models_and_output_folders_are_read_by_name(tmp_path):
 def test_missing_file_is_named(name):
     with pytest.raises(FileNotFoundError, match=name):
         load_config(name)
+
+
+def test_a_misspelt_file_gets_the_nearest_name(tmp_path):
+    (tmp_path / "retina.yaml").touch()
+    with pytest.raises(FileNotFoundError, match=rf"did you mean {re.escape(str(tmp_path))}/retina\.yaml\?$"):
+        load_config(str(tmp_path / "retinaa.yaml"))
+    with pytest.raises(FileNotFoundError, match=r"did you mean deformable_detr_R_50_two_stage\?$"):
+        load_config(str(tmp_path / "deformable_detr_R50_two_stage.py"))
+    with pytest.raises(FileNotFoundError, match=r"other\.yaml'$"):
+        load_config(str(tmp_path / "other.yaml"))
+    with pytest.raises(ValueError, match=r"got 'deformable_detr_R50'; did you mean deformable_detr_R_50\?; there are"):
+        load_config("deformable_detr_R50")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.yaml", "SOLVER: {MAX_ITER: [", "is not a configuration: while parsing"),
+        ("a.yaml", "- 1", "is not a configuration: "),
+        ("a.yaml", "SOLVER: {MAX_ITER: many}", "is not a configuration: .*MAX_ITER"),
+        (
+            "a.yaml",
+            "SOLVER: {MAX_ITR: 3}",
+            "the configuration has no key SOLVER.MAX_ITR; did you mean SOLVER.MAX_ITER?",
+        ),
+        ("a.py", "x = 1 +", r"is not Python: invalid syntax \(.*line 1\)"),
+    ],
+)
+def test_a_broken_file_is_named(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises((KeyError, ValueError), match=rf"(?s){re.escape(str(tmp_path))}/{name}:? .*{message}"):
+        load_config(str(tmp_path / name))
 
 
 def test_unknown_yaml_key_is_named(tmp_path):

@@ -65,6 +65,11 @@ def fit_class_heads(
         elif len(tensor) != len(initial):
             reason = f"{len(tensor)} classes in the file, {len(initial)} in the model: which row is which is not known"
             _drop(key, tensors, report, reason)
+            named = f" ({name_first([name for name in theirs if name])})" if theirs else ""
+            report.mismatch = (
+                f"The file has {len(tensor)} classes{named}, the configuration {len(initial)}: set "
+                "MODEL.DEFORMABLE_DETR.NUM_CLASSES (model.num_classes), or --train-json, which finds classes by name"
+            )
         elif ours is not None:
             report.class_note = (
                 f"The file does not name its {len(tensor)} classes; their order is taken to be the model's"

@@ -23,6 +23,8 @@ class ConversionReport:
         missing: our name -> why the model keeps its own initial value.
         class_names: of the rows of the converted class heads; None where they are not known.
         note: how the other project computes otherwise with the same weights; may be empty.
+        mismatch: how many classes the file and the configuration have, where these differ and the rows could not be
+            found by name; may be empty.
         class_note: which class came from which row, where that is not simply the same order; may be empty.
     """
 
@@ -33,6 +35,7 @@ class ConversionReport:
     missing: dict[str, str] = field(default_factory=dict)
     class_names: Sequence[str | None] | None = None
     note: str = ""
+    mismatch: str = ""
     class_note: str = ""
 
     @property
@@ -45,7 +48,8 @@ class ConversionReport:
         for outcome in ("mapped", "dropped", "missing"):
             rows += [(outcome, *row) for row in _group_by_reason(getattr(self, outcome))]
         table = tabulate(rows, headers=("outcome", "keys", "detail", "for example"), tablefmt="pipe")
-        return "\n".join(filter(None, (f"Checkpoint with {self.source} names:", table, self.note, self.class_note)))
+        heading = ". ".join(filter(None, (f"Checkpoint with {self.source} names", self.mismatch)))
+        return "\n".join(filter(None, (f"{heading}:", table, self.note, self.class_note)))
 
 
 def _first(keys: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
 """The one function through which every entry point reads a configuration."""
 
-import difflib
 import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +12,13 @@ from hydra.errors import HydraException
 from iopath.common.file_io import g_pathmgr
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from ..wording import suggest
 from .keys import add_deformable_detr_config
 
+# Of a misspelt name to what was meant; names of configurations are long and much alike.
+_NEAR = 0.8
 # Of the models that have a name: in a checkout, and in an installed package.
 _CONFIGS = (Path(__file__).parents[3] / "configs", Path(__file__).parents[1] / "model_zoo" / "configs")
 
@@ -31,14 +34,14 @@ def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode | DictConfig:
             ``+key=value`` adds a key.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is no such file; names the nearest one.
         ValueError: on anything else than a configuration, on an override that cannot be read or whose value its key
             cannot take.
         KeyError: on a yaml key that does not exist, on a LazyConfig key that nothing takes.
     """
     path = find_config_file(path)
     if not g_pathmgr.exists(path) and "://" not in path:
-        raise FileNotFoundError(f"there is no configuration file {path!r}")
+        raise FileNotFoundError(f"there is no configuration file {path!r}{_nearest_file(path)}")
     # argparse takes everything behind the first override for overrides.
     for opt in opts:
         if opt.startswith("--"):
@@ -46,13 +49,11 @@ def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode | DictConfig:
                 f"{opt} is an option: put it before the first KEY VALUE pair (yaml) or key=value (LazyConfig)"
             )
     if path.endswith(".py") or _is_saved_lazy_config(path):
-        cfg = LazyConfig.load(path)
+        cfg = _read_lazy(path)
         for opt in opts:
             _override_lazy(cfg, opt)
         return cfg
-    cfg = get_cfg()
-    add_deformable_detr_config(cfg)
-    cfg.merge_from_file(path)
+    cfg = _read_yaml(path)
     _override_yaml(cfg, opts)
     return cfg
 
@@ -71,13 +72,52 @@ def find_config_file(config: str, *, suffix: str = ".yaml") -> str:
         return config
     if os.path.isdir(config):
         return os.path.join(config, "config.yaml")
-    files = {path.stem: path for folder in _CONFIGS for path in sorted(folder.glob(f"COCO-Detection/*{suffix}"))}
+    files = _zoo_files(suffix)
     if config in files:
         return os.fspath(files[config])
     raise ValueError(
         "a configuration must be a .yaml or .py file, the OUTPUT_DIR of a training or a model of the zoo, "
-        f"got {config!r}; there are the models {', '.join(files)}"
+        f"got {config!r}{suggest(config, list(files), cutoff=_NEAR)}; there are the models {', '.join(files)}"
     )
+
+
+def _zoo_files(suffix: str) -> dict[str, Path]:
+    """The configurations that have a name."""
+    return {path.stem: path for folder in _CONFIGS for path in sorted(folder.glob(f"COCO-Detection/*{suffix}"))}
+
+
+def _nearest_file(path: str) -> str:
+    """The file beside a missing one, or the model of the zoo, that may have been meant, as the end of a sentence."""
+    folder, name = os.path.split(path)
+    stem, suffix = os.path.splitext(name)
+    siblings = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    files = [sibling for sibling in siblings if sibling.endswith((".yaml", ".yml", ".py"))]
+    if near := suggest(name, files, cutoff=_NEAR):
+        return near.replace("mean ", f"mean {os.path.join(folder, '')}")
+    return suggest(stem, list(_zoo_files(suffix)), cutoff=_NEAR)
+
+
+def _read_lazy(path: str) -> DictConfig:
+    try:
+        return LazyConfig.load(path)
+    except SyntaxError as error:
+        # Detectron2 names the file, its cause the line.
+        raise ValueError(f"{path} is not Python: {error.__cause__ or error}") from error
+
+
+def _read_yaml(path: str) -> CfgNode:
+    cfg = get_cfg()
+    add_deformable_detr_config(cfg)
+    try:
+        cfg.merge_from_file(path)
+    except KeyError as error:
+        # The key is the last word.
+        key = str(error.args[0]).rpartition(" ")[2]
+        raise KeyError(f"{path}: the configuration has no key {key}{_suggest(key, list(_keys(cfg)))}") from error
+    # Lists and words for dictionaries, values of another type, older versions, files that are no YAML.
+    except (AssertionError, AttributeError, TypeError, ValueError, YAMLError) as error:
+        raise ValueError(f"{path} is not a configuration: {error}") from error
+    return cfg
 
 
 def _is_saved_lazy_config(path: str) -> bool:
@@ -149,8 +189,8 @@ def _suggest(key: str, known: Sequence[str]) -> str:
     """The known keys that an unknown one may have been meant for, as the end of a sentence."""
     # Names are unique enough to be looked for first: a misplaced key is as common as a misspelt one.
     name = key.rpartition(".")[2]
-    near = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+    same = [k for k in known if k.rpartition(".")[2] == name]
+    return f"; did you mean {' or '.join(same[:3])}?" if same else suggest(key, known)
 
 
 def _takes(call: DictConfig, name: str) -> bool:
