@@ -1,5 +1,7 @@
 import argparse
 import pickle
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -52,6 +54,66 @@ def test_official_file_with_its_command_line_and_numpy_numbers(tmp_path):
     checkpoint = read_checkpoint(str(tmp_path / "x.pth"))
     assert_weights(checkpoint["model"])
     assert checkpoint["args"] == args and checkpoint["best"] == 46.9
+
+
+def save_by_numpy_1(content: dict, path) -> None:
+    """Save as torch does, in its older format without a checksum, with the names that numpy 1 gives its functions."""
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"cnumpy._core.", b"cnumpy.core."))
+
+
+def test_files_with_numbers_of_numpy_1(tmp_path):
+    save_by_numpy_1({"model": WEIGHTS, "best": np.float64(46.9), "history": np.arange(3)}, tmp_path / "x.pth")
+    assert b"cnumpy.core.multiarray" in (tmp_path / "x.pth").read_bytes()
+    checkpoint = read_checkpoint(str(tmp_path / "x.pth"))
+    assert checkpoint["best"] == 46.9 and checkpoint["history"].tolist() == [0, 1, 2]
+
+
+@pytest.fixture
+def history_buffer(monkeypatch):
+    """A class that is pickled as mmengine's log of a number is, methods included."""
+
+    class HistoryBuffer:
+        def __init__(self):
+            self._log_history = np.array([2.5, 1.5])
+
+        def __getstate__(self):
+            return {**self.__dict__, "statistics_methods": {"min": HistoryBuffer.min}}
+
+        def min(self):
+            return self._log_history.min()
+
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    module.HistoryBuffer = HistoryBuffer
+    for part, name in ((HistoryBuffer, "HistoryBuffer"), (HistoryBuffer.min, "HistoryBuffer.min")):
+        part.__module__, part.__qualname__ = module.__name__, name
+    for name in ("mmengine", "mmengine.logging", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    return HistoryBuffer
+
+
+def test_files_of_mmengine_with_the_logs_of_their_training(history_buffer, tmp_path, monkeypatch):
+    logs = {"train/loss": history_buffer()}
+    content = {"state_dict": WEIGHTS, "meta": {"epoch": 50}, "message_hub": {"log_scalars": logs}}
+    save_by_numpy_1(content, tmp_path / "x.pth")
+    monkeypatch.delitem(sys.modules, "mmengine")
+    checkpoint = read_checkpoint(str(tmp_path / "x.pth"))
+    assert_weights(checkpoint["model"])
+    assert checkpoint["meta"] == {"epoch": 50}
+
+
+class NamesAMethod:
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_methods_of_anything_else_are_still_refused(tmp_path):
+    torch.save({"model": WEIGHTS, "code": NamesAMethod(np.ndarray, "tofile")}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"is refused: loading it would run code from the file \(getattr\)"):
+        read_checkpoint(str(tmp_path / "x.pth"))
 
 
 def test_torch_2_4_reads_official_files_too(tmp_path, monkeypatch):

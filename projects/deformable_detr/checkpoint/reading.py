@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from urllib.parse import parse_qsl
@@ -19,13 +19,45 @@ from safetensors import SafetensorError, safe_open
 
 from .coverage import CheckpointError
 
+# The words of torch's own unpickler.
+_FORBIDDEN = "Unsupported global: GLOBAL"
+
+
+def _under_name(function: Callable[..., Any], module: str, name: str) -> Callable[..., Any]:
+    """A function of this name for torch's unpickler, which knows functions by what they say of themselves."""
+
+    def alias(*args: Any) -> Any:
+        return function(*args)
+
+    alias.__module__, alias.__name__, alias.__qualname__ = module, name, name
+    return alias
+
+
+class _HistoryBuffer:
+    """In place of mmengine's log of a number, which its trainings save beside the weights; nothing of it is kept."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_HistoryBuffer.__module__ = "mmengine.logging.history_buffer"
+_HistoryBuffer.__name__ = _HistoryBuffer.__qualname__ = "HistoryBuffer"
+
+
+def _method_of_log(owner: type, name: str) -> None:
+    """In place of ``getattr``, by which mmengine's logs name their methods, and only for them."""
+    if owner is not _HistoryBuffer:
+        raise pickle.UnpicklingError(f"{_FORBIDDEN} getattr")
+
+
 # What a checkpoint may name besides tensors and plain Python values. None of it can run code: the official files
 # hold their command line as a Namespace, and training state may hold numpy numbers.
 _NUMPY_RECONSTRUCT = np.zeros(0).__reduce__()[0]
 _NUMPY_FROM_BUFFER = np.zeros(0).__reduce_ex__(5)[0]
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 _NUMPY_DTYPES = [type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)]
-_TORCH_GLOBALS = [argparse.Namespace, codecs.encode, np.ndarray, np.dtype, _NUMPY_RECONSTRUCT, _NUMPY_SCALAR]
+_TORCH_GLOBALS = [argparse.Namespace, codecs.encode, np.ndarray, np.dtype, _HistoryBuffer]
+_TORCH_GLOBALS.append(_under_name(_method_of_log, "builtins", "getattr"))
 _PICKLE_GLOBALS = {
     ("_codecs", "encode"): codecs.encode,
     ("collections", "OrderedDict"): collections.OrderedDict,
@@ -34,15 +66,14 @@ _PICKLE_GLOBALS = {
 }
 # numpy 2 renamed its core, and files name the one that wrote them.
 for _core in ("numpy.core", "numpy._core"):
-    _PICKLE_GLOBALS[f"{_core}.multiarray", "_reconstruct"] = _NUMPY_RECONSTRUCT
-    _PICKLE_GLOBALS[f"{_core}.multiarray", "scalar"] = _NUMPY_SCALAR
+    for _name, _function in (("_reconstruct", _NUMPY_RECONSTRUCT), ("scalar", _NUMPY_SCALAR)):
+        _PICKLE_GLOBALS[f"{_core}.multiarray", _name] = _function
+        _TORCH_GLOBALS.append(_under_name(_function, f"{_core}.multiarray", _name))
     _PICKLE_GLOBALS[f"{_core}.numeric", "_frombuffer"] = _NUMPY_FROM_BUFFER
 _STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict", "model_state")
 # Under these detrex, torchvision's and timm's trainings keep averaged weights beside the trained ones.
 _AVERAGES_KEYS = ("ema_state", "model_ema", "state_dict_ema")
 _TRANSFORMERS_FILES = ("model.safetensors", "pytorch_model.bin")
-# The words of torch's own unpickler.
-_FORBIDDEN = "Unsupported global: GLOBAL"
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
