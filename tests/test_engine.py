@@ -223,6 +223,24 @@ def test_dataset_that_is_not_there_is_named_before_anything_is_built(
     assert not (world.output / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("num_classes", [2, 4])
+@pytest.mark.parametrize("split, mode", [("train", []), ("test", []), ("test", ["--eval-only"])])
+def test_another_number_of_outputs_than_classes_is_refused_before_anything_is_built(
+    world, write_coco, split, mode, num_classes
+):
+    data = write_coco()
+    # Of what is evaluated the classes are found in the file; what is trained on has said them.
+    metadata = {"thing_classes": CLASSES} if split == "train" else {}
+    register_coco_instances("wrong", metadata, data.json, data.images)
+    DatasetCatalog.register("silent", lambda: [])
+    MetadataCatalog.get("silent").evaluator_type = "coco"
+    key = r"model\.num_classes" if world.name == "lazy" else r"MODEL\.DEFORMABLE_DETR\.NUM_CLASSES"
+    message = rf"{key} is {num_classes}, but dataset 'wrong' has 3 classes \(square, bar, disc\): set {key} to 3"
+    with pytest.raises(ValueError, match=message):
+        world(mode, **{"train": "silent", "test": "silent", split: "wrong"}, num_classes=num_classes)
+    assert not (world.output / "config.yaml").exists()
+
+
 @pytest.mark.parametrize("split, mode", [("train", []), ("val", ["--eval-only"])])
 def test_configuration_of_a_run_with_own_data_asks_for_them_again(world, write_coco, split, mode):
     data = write_coco()

@@ -19,6 +19,7 @@ from detectron2.structures import BoxMode
 from omegaconf import DictConfig
 
 from ..config import RunConfig
+from .classes import check_num_classes
 from .coco_format import read_coco_json
 from .dataset_dict import describe_image, get_objects
 
@@ -70,8 +71,8 @@ def get_train_dicts(
 
     Raises:
         KeyError: if a dataset is not registered.
-        ValueError: without a dataset, without an object that is not a crowd, on classes outside
-            ``[0, num_classes)``, on boxes with NaN or infinite values.
+        ValueError: without a dataset, without an object that is not a crowd, on another number of classes than
+            ``num_classes``, on classes outside ``[0, num_classes)``, on boxes with NaN or infinite values.
     """
     if not names:
         raise ValueError("there is no dataset to train on: DATASETS.TRAIN (in a LazyConfig the names here) is empty")
@@ -85,6 +86,7 @@ def get_train_dicts(
         logger.info(f"{len(dicts) - len(kept)} of {len(dicts)} training images have no objects and are left out")
         dicts = kept
     check_annotations(dicts, num_classes=num_classes)
+    check_num_classes([names] if isinstance(names, str) else names, num_classes)
     _warn_of_empty_classes(dicts, names if isinstance(names, str) else names[0])
     if num_queries is not None:
         _warn_of_crowded_images(

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode, instantiate
@@ -11,6 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..config import RunConfig
+from ..data.classes import check_num_classes
 from ..data.datasets import check_dataset_files
 from ..data.evaluators import build_evaluator, check_evaluator
 from ..training.settings import TrainingSettings
@@ -27,7 +29,8 @@ def check_before_start(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> N
     Raises:
         RuntimeError: if the device is a GPU and there is none.
         FileNotFoundError: if a dataset is not where Detectron2 expects it.
-        ValueError: without a dataset to evaluate on or the flags that name the user's data, on values out of range.
+        ValueError: without a dataset to evaluate on or the flags that name the user's data, on values out of range,
+            on another number of outputs than the data have classes.
         What :func:`check_evaluator` does.
     """
     run = RunConfig(cfg, args.opts)
@@ -50,6 +53,9 @@ def check_before_start(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> N
         check_user_data_given("train", names)
         check_dataset_files(names)
         _check_settings(run)
+        # Data to train on without a word about their classes are read soon enough.
+        _check_classes(run, names)
+    _check_classes(run, run.evaluated_datasets(), read=True)
 
 
 def check_unused_parameters(model: nn.Module, cfg: CfgNode | DictConfig) -> None:
@@ -84,6 +90,12 @@ def _check_evaluators(run: RunConfig) -> None:
     for name in run.evaluated_datasets():
         check_evaluator(name)
     check_dataset_files(run.evaluated_datasets())
+
+
+def _check_classes(run: RunConfig, datasets: Sequence[str | None], *, read: bool = False) -> None:
+    # Models of other projects may keep the number elsewhere.
+    if (num_classes := run.get("num_classes")) is not None:
+        check_num_classes(datasets, num_classes, key=run.key("num_classes"), read=read)
 
 
 def _check_settings(run: RunConfig) -> None:
