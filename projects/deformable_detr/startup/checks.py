@@ -16,6 +16,7 @@ from ..data.classes import check_num_classes
 from ..data.datasets import check_dataset_files
 from ..data.evaluators import build_evaluator, check_evaluator
 from ..training.settings import TrainingSettings
+from .options import check_options
 from .user_data import check_user_data_given
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def check_before_start(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> N
         RuntimeError: if the device is a GPU and there is none.
         FileNotFoundError: if a dataset is not where Detectron2 expects it.
         ValueError: without a dataset to evaluate on or the flags that name the user's data, on values out of range,
-            on another number of outputs than the data have classes.
+            on another number of outputs than the data have classes, on options that nothing here follows.
         What :func:`check_evaluator` does.
     """
     run = RunConfig(cfg, args.opts)
@@ -41,6 +42,7 @@ def check_before_start(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> N
         )
     if args.replay:
         return
+    check_options(run)
     check_user_data_given("val", run.evaluated_datasets())
     _check_evaluators(run)
     if args.eval_only and not run.evaluated_datasets():
@@ -102,12 +104,24 @@ def _check_settings(run: RunConfig) -> None:
     for name in ("max_iter", "batch"):
         if run.get(name, 1) < 1:
             raise ValueError(f"{run.key(name)} must be at least 1, got {run.get(name)}")
+    _check_batch(run)
     metric = TrainingSettings.from_config(run.cfg).best_metric
     # Evaluators of other projects may give anything.
     if metric and "/" not in metric and _has_own_evaluator(run):
         raise ValueError(
             f"{run.key('best_metric')} must be one of metrics.json, such as bbox/AP, got {metric!r}; "
             f"did you mean bbox/{metric}?"
+        )
+
+
+def _check_batch(run: RunConfig) -> None:
+    processes, batch, parts = comm.get_world_size(), run.get("batch", 0), run.get("accumulation_steps", 1)
+    if batch % processes:
+        raise ValueError(f"{run.key('batch')} must be a multiple of the {processes} processes, got {batch}")
+    if 0 < batch // processes < parts:
+        raise ValueError(
+            f"{run.key('accumulation_steps')} is {parts}, but the batch of a process has {batch // processes} images "
+            f"({run.key('batch')} is {batch}): a part must have at least one"
         )
 
 
