@@ -17,6 +17,7 @@ if find_spec("detectron2") is not None:
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
         from . import model_zoo, modeling  # modeling registers DeformableDETR and build_multi_scale_backbone
         from .config import add_deformable_detr_config, load_config
+        from .modeling import prepare_for_inference
 
     model_zoo.register_handler()
-    __all__ += ["add_deformable_detr_config", "load_config", "model_zoo", "modeling"]
+    __all__ += ["add_deformable_detr_config", "load_config", "model_zoo", "modeling", "prepare_for_inference"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.init import constant_, xavier_uniform_
 
 from . import _ops, _pytorch  # noqa: F401  (importing _ops registers the op)
+from .precision import wide
 
 SpatialShapes = Sequence[Sequence[int]] | Tensor
 
@@ -200,7 +201,7 @@ class MSDeformAttn(nn.Module):
         points = (self.n_heads, self.n_levels, self.n_points)
         offsets = self.sampling_offsets(query).view(N, Lq, self.n_heads, -1)
         # Autocast runs softmax in float32; a model in half precision still gets float32 weights and locations.
-        accumulate = torch.promote_types(query.dtype, torch.float32)
+        accumulate = wide(query.dtype)
         logits = self.attention_weights(query).view(N, Lq, self.n_heads, -1)
         weights = logits.softmax(-1, dtype=accumulate).view(N, Lq, *points)
         locations = self._sampling_locations(reference_points.to(accumulate), offsets, shapes)
@@ -210,7 +211,7 @@ class MSDeformAttn(nn.Module):
         """Locations (N, Lq, M, L*P*2) from reference points (N, Lq, L, 2 or 4) and offsets (N, Lq, M, L*P*2)."""
         centre = reference_points[..., :2]
         if reference_points.shape[-1] == 2:  # offsets in pixels of each level
-            scale = _pixel_sizes(shapes, centre)
+            scale = pixel_sizes(shapes, centre)
         else:  # offsets in units of half a box per point
             scale = reference_points[..., 2:] * (0.5 / self.n_points)
         # In one pass over rows of L*P*2 numbers: broadcasting the last dimension of 2 took five times as long on CPU.
@@ -240,7 +241,7 @@ def _flatten_shapes(spatial_shapes: SpatialShapes) -> list[int]:
     return [int(size) for size in flat] if torch.jit.is_tracing() else flat
 
 
-def _pixel_sizes(shapes: list[tuple[int, int]], like: Tensor) -> Tensor:
+def pixel_sizes(shapes: list[tuple[int, int]], like: Tensor) -> Tensor:
     """(L, 2), (1 / W, 1 / H). Kept between calls: building it copies from the host, which waits on CUDA."""
     if torch.compiler.is_compiling() or not all(type(size) is int for shape in shapes for size in shape):
         return _make_pixel_sizes(shapes, like.dtype, like.device)

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .precision import wide
+
 
 def sine_embedding(positions: Tensor, num_feats: int, temperature: float = 10000.0) -> Tensor:
     """Encode scalars as interleaved sines and cosines of geometrically spaced frequencies.
@@ -23,7 +25,7 @@ def sine_embedding(positions: Tensor, num_feats: int, temperature: float = 10000
         (..., num_feats) float32, float64 for float64; channels 2i and 2i+1 are sin and cos of
         ``positions / temperature**(2i/num_feats)``.
     """
-    dtype = torch.promote_types(positions.dtype, torch.float32)
+    dtype = wide(positions.dtype)
     exponent = torch.arange(0, num_feats, 2, dtype=dtype, device=positions.device) / num_feats
     angles = positions.to(dtype)[..., None] / temperature**exponent
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)

@@ -1,6 +1,7 @@
 from .backbone import MultiScaleBackbone, build_multi_scale_backbone, dilate_res5
 from .criterion import SetCriterion
 from .deformable_detr import DeformableDETR
+from .inference import prepare_for_inference
 from .matcher import HungarianMatcher
 from .transformer import DeformableTransformer
 
@@ -12,4 +13,5 @@ __all__ = [
     "SetCriterion",
     "build_multi_scale_backbone",
     "dilate_res5",
+    "prepare_for_inference",
 ]

@@ -17,9 +17,9 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
+from ..layers.precision import at_least_float32
 from .focal_loss import matched_focal_loss
 from .matcher import HungarianMatcher, Match, Predictions, Target
-from .reference_points import at_least_float32
 
 
 class SetCriterion(nn.Module):

@@ -19,14 +19,14 @@ from torchvision.ops import box_convert
 from ..data.dataset_dict import describe_image
 from ..data.images import check_format
 from ..layers import PositionEmbeddingSine
+from ..layers.precision import at_least_float32, wide
 from .backbone import canvas_divisibility
 from .criterion import SetCriterion
 from .detections import Detections, select_detections, to_instances
 from .geometry import Geometry, get_geometry
 from .matcher import HungarianMatcher, Target
 from .padding import padding_masks
-from .reference_points import at_least_float32
-from .transformer import DeformableTransformer
+from .transformer import DeformableTransformer, TransformerOutput
 
 # Prior probability of every class at initialisation (focal loss paper, section 4.1).
 PRIOR_PROBABILITY = 0.01
@@ -230,7 +230,8 @@ class DeformableDETR(nn.Module):
             images: the batch, for its sizes.
             batched_inputs: as for the model; "height" and "width" are the size in which boxes are wanted.
         """
-        return to_instances(self.select_detections(logits, boxes), wanted_sizes(images, batched_inputs))
+        boxes, scores, labels, _ = self.select_detections(logits, boxes)
+        return to_instances(boxes, scores, labels, wanted_sizes(images, batched_inputs))
 
     def select_detections(self, logits: Tensor, boxes: Tensor) -> Detections:
         """Select the best ``test_topk_per_image`` of :func:`select_detections`."""
@@ -254,7 +255,20 @@ class DeformableDETR(nn.Module):
         """
         features = list(self.backbone(images.to(self.dtype)).values())
         geometry = self.get_geometry(images.shape[-2:], image_sizes, features)
-        output = self.transformer(
+        output = self.transform(features, geometry, all_proposals=all_proposals)
+        heads = list(self.class_embed)[: len(output.hidden_states)]
+        logits = [head(hidden) for head, hidden in zip(heads, output.hidden_states, strict=True)]
+        # Stacked even where only the last layer is used, so that no head is ever without a gradient (DDP).
+        predictions = {"pred_logits": torch.stack(logits), "pred_boxes": torch.stack(output.boxes)}
+        if output.enc_logits is not None:
+            predictions |= {"enc_logits": output.enc_logits, "enc_boxes": output.enc_boxes}
+        return predictions
+
+    def transform(
+        self, features: Sequence[Tensor], geometry: Geometry, *, all_proposals: bool = True
+    ) -> TransformerOutput:
+        """Run the transformer, with this model's queries and heads, on features of the backbone."""
+        return self.transformer(
             features,
             geometry,
             query_embed=None if self.query_embed is None else self.query_embed.weight,
@@ -263,13 +277,6 @@ class DeformableDETR(nn.Module):
             bbox_embed=self.bbox_embed,
             all_proposals=all_proposals,
         )
-        heads = list(self.class_embed)[: len(output.hidden_states)]
-        logits = [head(hidden) for head, hidden in zip(heads, output.hidden_states, strict=True)]
-        # Stacked even where only the last layer is used, so that no head is ever without a gradient (DDP).
-        predictions = {"pred_logits": torch.stack(logits), "pred_boxes": torch.stack(output.boxes)}
-        if output.enc_logits is not None:
-            predictions |= {"enc_logits": output.enc_logits, "enc_boxes": output.enc_boxes}
-        return predictions
 
     def get_geometry(self, canvas: Sequence[int], image_sizes: Tensor, features: Sequence[Tensor]) -> Geometry:
         """Masks, positions and reference points of a batch.
@@ -283,7 +290,7 @@ class DeformableDETR(nn.Module):
         return get_geometry(
             masks,
             [self.position_embedding(mask) for mask in masks],
-            dtype=torch.promote_types(features[0].dtype, torch.float32),
+            dtype=wide(features[0].dtype),
             two_stage=self.transformer.two_stage,
         )
 

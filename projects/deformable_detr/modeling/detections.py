@@ -46,21 +46,23 @@ def select_detections(logits: Tensor, boxes: Tensor, limit: int) -> Detections:
     return Detections(corners, scores, index % num_classes, queries)
 
 
-def to_instances(found: Detections, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Instances]]:
+def to_instances(
+    boxes: Tensor, scores: Tensor, labels: Tensor, sizes: Sequence[tuple[int, int]]
+) -> list[dict[str, Instances]]:
     """Return what Detectron2 expects of a detector.
 
     Args:
-        found: detections of N images.
-        sizes: heights and widths in pixels to which boxes are scaled.
+        boxes: (N, k, 4) xyxy in [0, 1].
+        scores, labels: (N, k).
+        sizes: N heights and widths in pixels to which boxes are scaled.
 
     Returns:
         Per image ``{"instances": Instances(pred_boxes, scores, pred_classes)}``.
     """
     results = []
-    for (height, width), boxes, scores, labels in zip(sizes, found.boxes, found.scores, found.labels, strict=True):
+    for (height, width), *found in zip(sizes, boxes, scores, labels, strict=True):
         result = Instances((height, width))
-        result.pred_boxes = Boxes(boxes * boxes.new_tensor([width, height, width, height]))
-        result.scores = scores
-        result.pred_classes = labels
+        result.pred_boxes = Boxes(found[0] * boxes.new_tensor([width, height, width, height]))
+        result.scores, result.pred_classes = found[1:]
         results.append({"instances": result})
     return results

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..layers.precision import at_least_float32
 from ..layers.tuned import LOGITS_AT_ONCE, at_once
-from .reference_points import at_least_float32
 
 
 def matched_focal_loss(logits: Tensor, positives: Tensor, *, alpha: float, gamma: float) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 
-from .reference_points import at_least_float32
+from ..layers.precision import at_least_float32
 
 
 class FrozenBNConv2d(Conv2d):

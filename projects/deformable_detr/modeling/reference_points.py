@@ -11,12 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..layers.precision import at_least_float32
+
 SpatialShapes = list[tuple[int, int]]
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision as float32, float32 and float64 as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

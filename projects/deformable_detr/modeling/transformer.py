@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..layers import Dropout, MSDeformAttn
 from ..layers.position_encoding import sine_embedding
+from ..layers.precision import at_least_float32
 from ..layers.tuned import in_slices
 from .geometry import Geometry, flatten_levels
-from .reference_points import SpatialShapes, apply_box_deltas, at_least_float32
+from .reference_points import SpatialShapes, apply_box_deltas
 
 # A layer, which is copied, or a function that makes one: layers then start with random numbers of their own.
 LayerSource = nn.Module | Callable[[], nn.Module]

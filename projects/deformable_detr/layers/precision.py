@@ -1,0 +1,15 @@
+"""What half precision is not enough for: points, boxes, sums."""
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32, float32 and float64 as they are."""
+    return x.to(wide(x.dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 for types of half precision, otherwise the type itself."""
+    # In place of torch.promote_types, which goes through the dispatcher.
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -1,0 +1,118 @@
+"""Batches of images that have been seen before, as CUDA graphs: one launch in place of hundreds.
+
+Shapes: N images on a canvas of (H, W) pixels.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+# Graphs that are kept, the least recently used being dropped. They share one pool of memory, as they never run at the
+# same time; each adds its input and what it holds of the canvas.
+MAX_GRAPHS = 16
+# Kinds of batches that are remembered to have been seen.
+MAX_SEEN = 256
+
+Detect = Callable[[Tensor, Tensor | None], tuple[Tensor, object]]
+Size = tuple[int, int]
+
+
+class GraphCache:
+    """Runs a function of a batch, and from the second batch of a kind on replays it as a CUDA graph.
+
+    A kind is: number of images, canvas, whether there is padding, dtype of the pixels. The first batch of a kind runs
+    eagerly, which also lets libraries choose their kernels; the second one is recorded. Nothing else runs eagerly: what
+    cannot be recorded raises.
+
+    Args:
+        detect: (N, 3, H, W) pixels and (N, 2) int64 sizes, or None for images that fill the canvas, to a tensor, and
+            to what it read that is kept between calls: graphs need that as long as they live. It must not wait for the
+            device, nor copy from the host, once it has run for a kind.
+    """
+
+    def __init__(self, detect: Detect) -> None:
+        self._detect = detect
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._pool: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def clear(self) -> None:
+        """Forget all graphs."""
+        self._graphs.clear()
+        self._seen.clear()
+        self._pool = None
+
+    def __call__(self, images: Sequence[Tensor], sizes: Sequence[Size], canvas: Size, device: torch.device) -> Tensor:
+        """Run for images (3, h, w) of ``sizes``. The result is valid until the next call."""
+        padded = any(size != canvas for size in sizes)
+        kind = (len(images), images[0].shape[0], canvas, padded, images[0].dtype)
+        graph = self._graphs.get(kind)
+        if graph is None and kind not in self._seen:
+            _remember(self._seen, kind, None, MAX_SEEN)
+            return _Input(*kind, device=device).fill(images, sizes).run(self._detect)[0]
+        if graph is None:
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            graph = _Graph(self._detect, _Input(*kind, device=device).fill(images, sizes), self._pool)
+            _remember(self._graphs, kind, graph, MAX_GRAPHS)
+        self._graphs.move_to_end(kind)
+        return graph.replay(images, sizes)
+
+
+class _Input:
+    """Pixels and sizes of a batch, always at the same addresses."""
+
+    def __init__(
+        self, number: int, channels: int, canvas: Size, padded: bool, dtype: torch.dtype, *, device: torch.device
+    ) -> None:
+        self.pixels = torch.zeros(number, channels, *canvas, dtype=dtype, device=device)
+        self.image_sizes = torch.zeros(number, 2, dtype=torch.int64, device=device) if padded else None
+
+    def fill(self, images: Sequence[Tensor], sizes: Sequence[Size]) -> "_Input":
+        """What earlier images leave at the padding stays there: it counts for nothing."""
+        for target, image, (height, width) in zip(self.pixels, images, sizes, strict=True):
+            target[:, :height, :width].copy_(image, non_blocking=True)
+        if self.image_sizes is not None:
+            self.image_sizes.copy_(torch.tensor(sizes), non_blocking=True)
+        return self
+
+    def run(self, detect: Detect) -> tuple[Tensor, object]:
+        return detect(self.pixels, self.image_sizes)
+
+
+class _Graph:
+    def __init__(self, detect: Detect, batch: _Input, pool: tuple[int, int]) -> None:
+        self.batch = batch
+        # Once more before it is recorded, on a stream of its own as recording needs: this fills what ``detect`` keeps
+        # between calls, and the workspaces of that stream.
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            batch.run(detect)
+        current.wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads, such as those of a data loader, may go on using CUDA meanwhile.
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self.result, self._read = batch.run(detect)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "this model cannot be recorded as a CUDA graph: something in it waits for the device or copies from "
+                "the host. Prepare it with cuda_graphs=False"
+            ) from error
+
+    def replay(self, images: Sequence[Tensor], sizes: Sequence[Size]) -> Tensor:
+        self.batch.fill(images, sizes)
+        self.graph.replay()
+        return self.result
+
+
+def _remember(cache: OrderedDict, key: Hashable, value: object, limit: int) -> None:
+    cache[key] = value
+    if len(cache) > limit:
+        cache.popitem(last=False)
