@@ -67,6 +67,17 @@ def test_only_scores_from_the_threshold_on_are_returned(tiny_model, pixels):
     assert 11 <= len(some) < 100
 
 
+def test_duplicates_of_a_class_are_merged_on_request_only(tiny_model):
+    found = Instances((100, 100))
+    boxes = [[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 10], [0, 0, 10, 4]]  # IoU with the first: 1, 0.9, 1, 0.4
+    found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
+    found.scores, found.pred_classes = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0, 0, 1, 0])
+    assert Predictor(tiny_model)._select(found).scores.tolist() == found.scores.tolist()
+    merged = Predictor(tiny_model, merge_iou=0.5)._select(found)
+    assert merged.scores.tolist() == found.scores[[0, 2, 3]].tolist()
+    assert len(Predictor(tiny_model, merge_iou=0.95)._select(found)) == 4
+
+
 def test_boxes_are_clipped_to_the_image_and_otherwise_those_of_detectron2s_predictor(tiny_yaml, tiny_model, pixels):
     _, path, *opts = tiny_yaml("_two_stage")
     with torch.no_grad():
@@ -140,6 +151,9 @@ def test_classes_with_cocos_names_have_cocos_ids(tiny_model, names, ids):
         ({"batch_size": 0}, "got 0"),
         ({"dtype": torch.int8}, "got torch.int8"),
         ({"device": "cpu"}, "loaded already"),
+        ({"merge_iou": 1.5}, "merge_iou must be from 0 to 1, got 1.5"),
+        ({"score_threshold": "good"}, "must be a number or \"best\", got 'good'"),
+        ({"score_threshold": "best"}, "is for the output folder of a training"),
     ],
 )
 def test_arguments_that_cannot_be_obeyed_are_named(tiny_model, arguments, message):

@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 
-from deformable_detr.report.evaluation import load_evaluation
+from deformable_detr.report.evaluation import BestScore, find_best_score, load_evaluation
 from deformable_detr.report.run import NoData, read_run
 
 CAT, DOG = 7, 3
@@ -116,3 +116,35 @@ def test_a_model_that_detects_nothing_has_no_curve_but_misses_everything(evaluat
     with pytest.raises(NoData, match="detected nothing"):
         evaluation.precision_recall()
     assert evaluation.matches.confusion(0.3)[:, -1].tolist() == [2, 2, 0]
+
+
+def test_best_score_is_as_worked_out_by_hand():
+    """Right, right, wrong, right of 4 objects: F1 is 2/5, 4/6, 4/7, 6/8."""
+    scores, correct = np.array([0.5, 0.9, 0.7, 0.2]), np.array([False, True, True, True])
+    assert find_best_score(scores, correct, 4) == BestScore(0.1, 0.75, 0.75, 0.75)
+    # Of 2 objects, the last one not right: 2/3, 4/4, 4/5, 4/6.
+    assert find_best_score(scores, correct & (scores > 0.2), 2) == BestScore(0.6, 1.0, 1.0, 1.0)
+
+
+def test_detections_of_equal_scores_are_shown_together_or_not_at_all():
+    scores, correct = np.array([0.8, 0.8, 0.8]), np.array([True, False, False])
+    assert find_best_score(scores, correct, 1) == BestScore(0.4, 0.5, pytest.approx(1 / 3), 1.0)
+
+
+def test_without_a_right_detection_there_is_no_best_score():
+    assert find_best_score(np.array([0.9]), np.array([False]), 3) is None
+    assert find_best_score(np.empty(0), np.empty(0, dtype=bool), 0) is None
+
+
+def test_best_scores_count_every_category_and_all_together(evaluated):
+    """Dogs: 0.9 right, 0.7 in a crowd of cats, which is none of dogs, 0.5 repeated; cats: 0.9 right."""
+    overall, (dog, cat) = load(evaluated).best_scores()
+    assert dog == BestScore(pytest.approx(0.8), pytest.approx(2 / 3), 1.0, 0.5)
+    assert cat == BestScore(pytest.approx(0.85), pytest.approx(2 / 3), 1.0, 0.5)
+    assert overall == BestScore(pytest.approx(0.85), pytest.approx(4 / 6), 1.0, 0.5)
+
+
+def test_detections_in_crowds_of_their_category_do_not_lower_f1(run_folder):
+    run_folder.write_truth((1, CAT, [0, 0, 10, 10]), (1, CAT, [40, 40, 50, 50], 1))
+    run_folder.write_detections((1, CAT, [50, 50, 10, 10], 0.9), (1, CAT, [0, 0, 10, 10], 0.5))
+    assert load(run_folder).best_scores()[0] == BestScore(0.25, 1.0, 1.0, 1.0)

@@ -1,4 +1,5 @@
 import math
+import os
 import re
 import sys
 from html import unescape
@@ -9,8 +10,9 @@ import pytest
 from PIL import Image
 
 from deformable_detr.cli import run
+from deformable_detr.detect.results import BEST_SCORES, RESULTS, read_best_score
 from deformable_detr.report import __main__ as command_line
-from deformable_detr.report import write_report
+from deformable_detr.report import sections, write_report
 from deformable_detr.report.figures import thin_out
 from deformable_detr.report.gallery import PANEL_SIZE
 from deformable_detr.report.run import read_run
@@ -25,6 +27,7 @@ class Page(HTMLParser):
     def __init__(self, source: str):
         super().__init__()
         self.open, self.images, self.addresses, self.tags, self.words = [], [], [], set(), []
+        self.enlarged = 0
         self.feed(source)
         assert not self.open
         self.text = " ".join(" ".join(self.words).split())
@@ -35,6 +38,7 @@ class Page(HTMLParser):
         self.addresses += [attrs[name] for name in ("src", "href") if name in attrs]
         if tag == "img":
             self.images.append(attrs)
+            self.enlarged += self.open[-2:] == ["details", "summary"]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -101,6 +105,39 @@ def test_page_of_a_finished_run_is_complete_and_loads_nothing(complete):
     assert "no object that is small" in page.text
 
 
+def test_data_are_named_by_their_paths(complete):
+    page = write(complete)
+    assert f"Evaluated on {complete.data / 'val.json'}" in page.text
+    assert f"3 of 3 images of {complete.data / 'val.json'}" in page.text
+
+
+def test_every_picture_can_be_enlarged(complete):
+    page = write(complete)
+    assert len(page.images) == page.enlarged > 10
+
+
+def test_best_scores_are_listed_and_stored_for_detect(complete):
+    page = write(complete)
+    assert "all together 4 0.85 0.67 1.00 0.50 dog 2 0.80 0.67 1.00 0.50 cat 2 0.85 0.67 1.00 0.50" in page.text
+    assert read_best_score(complete.path) == pytest.approx(0.85)
+    (complete.path / BEST_SCORES).unlink()
+    with pytest.raises(ValueError, match="there is no .*best_scores.json; make a report first"):
+        read_best_score(complete.path)
+
+
+def test_best_scores_from_before_the_last_evaluation_are_refused(complete):
+    write(complete)
+    later = (complete.path / BEST_SCORES).stat().st_mtime + 10
+    os.utime(complete.path / RESULTS, (later, later))
+    with pytest.raises(ValueError, match="older than the last evaluation; make a report first"):
+        read_best_score(complete.path)
+
+
+def test_letters_that_no_font_has_are_named_on_the_page(complete, monkeypatch):
+    monkeypatch.setattr(sections, "missing_letters", lambda names: "猫")
+    assert "In place of the letters 猫 pictures show boxes" in write(complete).text
+
+
 def test_images_come_most_errors_first_and_those_without_stay_away(complete):
     page = write(complete, num_images=2)
     pairs = [image["alt"] for image in page.images if image["src"].startswith("data:image/jpeg")]
@@ -112,7 +149,7 @@ def test_images_come_most_errors_first_and_those_without_stay_away(complete):
 def test_sections_without_data_say_why(run_folder):
     page = write(run_folder)
     assert "iteration 20 of 100, running" in page.text
-    assert page.text.count("No evaluation has ended yet") == 5
+    assert page.text.count("No evaluation has ended yet") == 6
     for reason in (
         "Only the last decoder layer has losses",
         "No evaluation yet: metrics.json holds no bbox/AP",
@@ -151,7 +188,7 @@ def test_repeated_iterations_of_a_resumed_run_count_once(run_folder):
     resumed[-1]["total_loss"] = 7.0
     run_folder.write_metrics(*interrupted, *resumed, end='\n{"iteration": 79, "total')
     (table,) = summary(read_run(run_folder.path))
-    values = dict(table.rows)
+    values = {label: value for label, value, _ in table.rows}
     assert values["Total loss"] == "7.000 at iteration 59"
     assert values["Time of the iterations"] == "0:00:30"  # 60 of 0.5 s
 

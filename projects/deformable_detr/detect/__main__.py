@@ -37,7 +37,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "inputs", nargs="+", metavar="IMAGE|FOLDER|VIDEO|URL", help="folders are searched with all folders below them"
     )
     add_model_arguments(parser)
-    parser.add_argument("--score", type=float, default=0.3, help="lowest score to show (default: %(default)s)")
+    parser.add_argument(
+        "--score",
+        type=score_or_best,
+        default=0.3,
+        help='lowest score to show (default: %(default)s); "best": the one with the best F1, which the report of an '
+        "OUTPUT_DIR has found",
+    )
+    parser.add_argument(
+        "--merge",
+        type=float,
+        metavar="IOU",
+        help="show only the best of detections of one class that overlap by more than this; for models that were "
+        "trained briefly (default: show all)",
+    )
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="also write detections.json there, in COCO's format")
     parser.add_argument(
@@ -209,6 +222,10 @@ def _find_all(arguments: Sequence[str], output: Path) -> tuple[list[Source], int
     return without_repetitions(sources), failed
 
 
+def score_or_best(text: str) -> float | str:
+    return text if text == "best" else float(text)
+
+
 def _build_predictor(args: argparse.Namespace) -> Predictor:
     return Predictor(
         args.model,
@@ -219,6 +236,7 @@ def _build_predictor(args: argparse.Namespace) -> Predictor:
         compile=args.compile,
         opts=args.opts,
         score_threshold=args.score,
+        merge_iou=args.merge,
         batch_size=args.batch_size,
     )
 

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.structures import Instances
+from torchvision.ops import batched_nms
 
 from ..checkpoint.classes import COCO_CLASSES_BY_ID
 from ..loading import DTYPES, LoadedModel, load_model
 from .images import ImageSource, prepare_image, read_image
+from .results import read_best_score
 
 # Batches whose images are in memory together, so that those of equal size find each other.
 _BATCHES_IN_MEMORY = 8
@@ -18,8 +20,8 @@ class Predictor:
     """Detects objects in images of any kind and size.
 
     Each image is resized as for evaluation. Boxes come in pixels of the original image, upright as its EXIF
-    orientation says. They are clipped to the image, which the model and the official evaluation do not do; there is no
-    non-maximum suppression, as DETR needs none.
+    orientation says. They are clipped to the image, which the model and the official evaluation do not do. Unless
+    ``merge_iou`` asks for it, there is no non-maximum suppression, as DETR needs none once it is trained.
 
     Only images that have the same size after resizing share a batch, so results do not depend on ``batch_size``.
     Padding to a common size would move predictions: convolutions and GroupNorm see the border of the canvas, and masks
@@ -30,7 +32,10 @@ class Predictor:
             :func:`deformable_detr.loading.load_model`, which keeps its weights, device and config.
         weights: file or address in place of those of ``model``; "" keeps the random initialisation.
         device: where to compute; by default on the GPU if there is one.
-        score_threshold: lowest score that is returned, from 0 to 1.
+        score_threshold: lowest score that is returned, from 0 to 1; "best" is the one with the best F1 in the last
+            evaluation of ``model``, which must then be the output folder of a training with a report.
+        merge_iou: of two detections of one class that overlap by more than this IoU, only the better one is returned;
+            for models that were trained briefly. None keeps all.
         batch_size: images of equal size that go through the model together.
         dtype: of the computation, under autocast; the weights stay float32.
         channels_last: keep the backbone's weights in this memory layout; on a CPU its features always have it.
@@ -55,14 +60,20 @@ class Predictor:
         compile: bool = False,
         opts: Sequence[str] = (),
         # Input and output:
-        score_threshold: float = 0.3,
+        score_threshold: float | str = 0.3,
+        merge_iou: float | None = None,
         batch_size: int = 1,
         input_format: str = "RGB",
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if not 0 <= score_threshold <= 1:
-            raise ValueError(f"score_threshold must be from 0 to 1, got {score_threshold:g}")
+        if isinstance(score_threshold, str):
+            if score_threshold != "best":
+                raise ValueError(f'score_threshold must be a number or "best", got {score_threshold!r}')
+            score_threshold = read_best_score(model)
+        for name, value in {"score_threshold": score_threshold, "merge_iou": merge_iou}.items():
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {value:g}")
         if dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of torch.{', torch.'.join(DTYPES)}, got {dtype}")
         if isinstance(model, LoadedModel):
@@ -73,6 +84,7 @@ class Predictor:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             self.loaded = load_model(model, weights, device=device, opts=opts)
         self.score_threshold = score_threshold
+        self.merge_iou = merge_iou
         self.batch_size = batch_size
         self.dtype = dtype
         self.input_format = input_format
@@ -158,6 +170,9 @@ class Predictor:
     def _select(self, instances: Instances) -> Instances:
         instances = instances[instances.scores >= self.score_threshold]
         instances.pred_boxes.clip(instances.image_size)
+        if self.merge_iou is not None:
+            boxes, scores, classes = instances.pred_boxes.tensor, instances.scores, instances.pred_classes
+            instances = instances[batched_nms(boxes, scores, classes, self.merge_iou)]
         return instances
 
 

@@ -1,6 +1,7 @@
-"""Detections as a COCO-format file."""
+"""Detections as a COCO-format file, and the scores from which they are worth showing."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,30 @@ from pathlib import Path
 
 from ..files import write_json
 from ..wording import name_first
+
+# In the output folder of a training: what its last evaluation detected, and what a report made of it.
+RESULTS = Path("inference") / "coco_instances_results.json"
+BEST_SCORES = Path("inference") / "best_scores.json"
+
+
+def read_best_score(folder: object) -> float:
+    """The score with the best F1 over all categories in the last evaluation of a run.
+
+    Args:
+        folder: output folder of a training.
+
+    Raises:
+        ValueError: it is not such a folder, has no report yet, or one from before the last evaluation.
+    """
+    if not isinstance(folder, str | os.PathLike) or not os.path.isdir(folder):
+        raise ValueError(f'the score "best" is for the output folder of a training, got {folder}')
+    path, results = Path(folder, BEST_SCORES), Path(folder, RESULTS)
+    remedy = f"make a report first: python -m deformable_detr.report {folder}"
+    if not path.is_file():
+        raise ValueError(f"the best score is not known, as there is no {path}; {remedy}")
+    if results.is_file() and results.stat().st_mtime > path.stat().st_mtime:
+        raise ValueError(f"{path} is older than the last evaluation; {remedy}")
+    return float(json.loads(path.read_text(encoding="utf-8"))["score"])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .run import RESULTS, NoData, Run, find_dataset
+from ..detect.results import RESULTS
+from .run import NoData, Run, find_dataset
 
 # Positions of IoU 0.50 and 0.75 among COCO's thresholds 0.50, 0.55, ..., 0.95.
 IOU_50, IOU_75 = 0, 5
@@ -120,6 +121,39 @@ class PrecisionRecall:
 
 
 @dataclass(frozen=True)
+class BestScore:
+    """Where F1 is highest: of the detections with at least this score, at an IoU of 0.5 with objects."""
+
+    score: float
+    f1: float
+    precision: float
+    recall: float
+
+
+def find_best_score(scores: np.ndarray, correct: np.ndarray, num_objects: int) -> BestScore | None:
+    """Find the score from which on detections should be shown.
+
+    Args:
+        scores, correct: (D,) of the detections.
+
+    Returns:
+        A score midway between the last detection that is shown and the first that is not; None where none is correct.
+    """
+    order = np.argsort(-scores, kind="stable")
+    scores, right = scores[order], np.cumsum(correct[order])
+    shown = np.arange(1, len(scores) + 1)
+    f1 = 2 * right / (shown + num_objects)
+    # Detections of equal scores are shown together.
+    f1[:-1][scores[:-1] == scores[1:]] = 0
+    if not f1.any():
+        return None
+    best = f1.argmax()
+    hidden = scores[best + 1] if best + 1 < len(scores) else 0.0
+    precision, recall = right[best] / shown[best], right[best] / num_objects
+    return BestScore(float(scores[best] + hidden) / 2, float(f1[best]), float(precision), float(recall))
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Ground truth and detections of a dataset in COCO's format.
 
@@ -183,12 +217,30 @@ class Evaluation:
             raise NoData("The last evaluation detected nothing at all.")
         if not self.objects_per_class().any():
             raise NoData(f"The dataset {self.name} has no object.")
+        # (IoU, recall, class, size, limit of detections); -1 where a class has no object.
+        precision = self._by_category.eval["precision"][:, :, :, 0, -1]
+        return PrecisionRecall(np.where(precision < 0, np.nan, precision))
+
+    def best_scores(self) -> tuple[BestScore | None, list[BestScore | None]]:
+        """The scores with the best F1: over all categories together, and of each of the K categories."""
+        found: list[list] = [[(np.empty(0), np.empty(0, dtype=bool))] for _ in self.class_names]
+        class_index = self.metadata.thing_dataset_id_to_contiguous_id
+        for result in filter(None, self._by_category.evalImgs):
+            counts = ~result["dtIgnore"][IOU_50]
+            scores = np.asarray(result["dtScores"])[counts]
+            found[class_index[result["category_id"]]].append((scores, result["dtMatches"][IOU_50][counts] > 0))
+        by_class = [tuple(map(np.concatenate, zip(*parts, strict=True))) for parts in found]
+        objects = self.objects_per_class()
+        best = [find_best_score(*own, int(number)) for own, number in zip(by_class, objects, strict=True)]
+        together = map(np.concatenate, zip(*by_class, strict=True))
+        return find_best_score(*together, int(objects.sum())), best
+
+    @cached_property
+    def _by_category(self) -> COCOeval:
         evaluator = self._coco_eval(self.truth["annotations"])
         _silently(evaluator.evaluate)
         _silently(evaluator.accumulate)
-        # (IoU, recall, class, size, limit of detections); -1 where a class has no object.
-        precision = evaluator.eval["precision"][:, :, :, 0, -1]
-        return PrecisionRecall(np.where(precision < 0, np.nan, precision))
+        return evaluator
 
     def _coco_eval(self, annotations: Sequence[Mapping]) -> COCOeval:
         """An evaluation of objects of every size; of COCO's four ranges, this is the only one that is shown."""

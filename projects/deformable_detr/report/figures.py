@@ -55,6 +55,7 @@ def curves(metrics: Metrics, labels: Mapping[str, str], *, ylabel: str = "", mar
             color=colour,
             linewidth=1.3,
             marker=marker or ("." if len(values) < 2 else None),
+            clip_on=not marker,
         )
     axes.set_xlabel("iteration")
     axes.set_ylabel(ylabel)
@@ -84,26 +85,29 @@ def bars(values: Mapping[str, float], earlier: Mapping[str, float]) -> Figure:
 
 
 def precision_recall(recall: np.ndarray, precision: Mapping[str, np.ndarray], *, small: bool = False) -> Figure:
-    """Draw precision over recall, one line for each IoU threshold; AP in percent in the legend."""
+    """Draw precision over recall, one line for each IoU threshold; AP in percent in the legend, for which a small one
+    has no room."""
     figure, axes = _figure((2.6, 2.4) if small else _SIZE)
     for label, values in precision.items():
         axes.plot(recall, values, label=f"{label}: AP {100 * values.mean():.1f}", linewidth=1.3)
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=6.5 if small else "small")
+    if not small:
+        axes.legend(frameon=False, fontsize="small")
     return figure
 
 
 def confusion(counts: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Figure:
     """Draw a matrix of counts, each row shaded by the shares of its cells."""
-    side = max(3.6, 0.9 + 0.17 * len(rows)) if len(rows) > _MAX_NUMBERED else 1.6 + 0.42 * len(rows)
+    side = 1.6 + (0.2 if len(rows) > _MAX_NUMBERED else 0.42) * len(rows)
     figure = Figure(figsize=(side + 0.5, side), layout="constrained")
     axes = figure.subplots()
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    size = "small" if len(rows) <= _MAX_NUMBERED else 6.5
+    size = "small" if len(rows) <= _MAX_NUMBERED else 8
     axes.set_xticks(range(len(columns)), [as_text(name) for name in columns], rotation=90, fontsize=size)
     axes.set_yticks(range(len(rows)), [as_text(name) for name in rows], fontsize=size)
+    axes.tick_params(labeltop=len(rows) > _MAX_NUMBERED)
     axes.set_xlabel("detected as")
     axes.set_ylabel("is")
     if len(rows) <= _MAX_NUMBERED:

@@ -14,8 +14,6 @@ from ..data.datasets import register_coco_data
 from ..training.metrics import Metrics, read_metrics, series
 from ..training.settings import TrainingSettings
 
-RESULTS = Path("inference") / "coco_instances_results.json"
-
 # A run writes a line every LOG_PERIOD iterations, and during an evaluation every five seconds. One that has been silent
 # for three times as long, or for this many seconds if that is more, is taken to have stopped.
 _SILENCE = 120
@@ -66,6 +64,18 @@ class Run:
     def setting(self, name: str) -> Any:
         """Value of a setting, by its name in :data:`KEYS`; None where the configuration does not have it."""
         return None if self.config is None else RunConfig(self.config).get(name)
+
+    def dataset_names(self, split: str) -> list[str]:
+        """The datasets of "train" or "test" as a reader knows them: the user's own by its annotation file."""
+        names = self.setting(f"{split}_datasets") or ()
+        own = {f"user_{part}": self.argument(f"{part}_json") for part in ("train", "val")}
+        return [own.get(name) or name for name in names]
+
+    def argument(self, name: str) -> str | None:
+        """A value of the run's last command line; None where it was not given or log.txt does not have it."""
+        command = self.log.rpartition("Command line arguments: Namespace(")[2].partition("\n")[0]
+        found = re.search(rf"\b{name}=(?:'([^']*)'|(?!None)(\w+))", command)
+        return found and (found[1] or found[2])
 
     def progress(self, now: float | None = None) -> Progress:
         """Says whether the run has come to its end, and otherwise whether it still writes.
@@ -155,13 +165,12 @@ def find_dataset(run: Run) -> str:
 
 def _user_files(run: Run) -> tuple[Path, Path]:
     """Annotation file and image folder of ``--val-json`` and ``--val-images`` in the run's last command line."""
-    command = run.log.rpartition("Command line arguments: Namespace(")[2].partition("\n")[0]
-    found = [re.search(rf"\bval_{name}='([^']*)'", command) for name in ("json", "images")]
-    if not all(found):
+    found = run.argument("val_json"), run.argument("val_images")
+    if None in found:
         raise NoData("The run was evaluated on data of your own that log.txt does not name; give --val-json.")
-    json_file, images = (Path(match[1]) for match in found)
+    json_file, images = map(Path, found)
     repaired = run.folder / "val_repaired.json"
-    if "repair=True" in command and repaired.is_file():
+    if run.argument("repair") == "True" and repaired.is_file():
         json_file = repaired
     for path in (json_file, images):
         if not path.exists():

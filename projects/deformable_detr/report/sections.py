@@ -2,13 +2,15 @@
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import numpy as np
 
+from ..detect.drawing import missing_letters
 from ..training.metrics import series, training_seconds
 from . import figures
-from .evaluation import Evaluation
+from .evaluation import BestScore, Evaluation
 from .gallery import draw_pair, evenly_spaced, group_coco_detections
 from .page import Chart, Grid, Heading, Pair, Part, Table, Text, Verbatim
 from .run import NoData, Run
@@ -18,14 +20,25 @@ _TERM = re.compile(r"(loss_[a-z_]*?[a-z])(?:_(\d+|enc))?$")
 _AP = re.compile(
     r"(?:(?P<dataset>.+)/)?bbox(?:_layer_(?P<layer>\d+))?/(?P<name>AP(?P<size>[sml])?(?:50|75)?|AP-(?P<category>.*))$"
 )
-_SIZES = {
-    "s": "small (under 32² pixels)",
-    "m": "medium (32² to 96² pixels)",
-    "l": "large (over 96² pixels)",
-}
+_SIZES = {"s": "small (under 32² pixels)", "m": "medium (32² to 96² pixels)", "l": "large (over 96² pixels)"}
 _TIMES = {"time": "iteration", "data_time": "waiting for data", "rank_data_time": "waiting for data, by process"}
+_MEANINGS = {
+    "loss_ce": "focal loss of the classes",
+    "loss_bbox": "L1 distance of the boxes, as shares of the image",
+    "loss_giou": "1 minus the generalised IoU of the boxes",
+    "class_error": "% of the queries with an object whose best class is another one",
+    "cardinality_error": "detections (a class above 0.5) that an image has more or less than objects, on average",
+    "grad_norm": "norm of all gradients, before they are clipped",
+    "skipped_steps": "steps left out until then, as a gradient was not finite",
+}
+_AP_MEANS = (
+    "AP, in percent: precision (the share of detections that are right) averaged over recalls (the share of objects "
+    "that are found) from 0 to 1, over the categories, and over the overlaps (IoU .50, .55, ..., .95) from which on a "
+    "detection is right. AP50 and AP75 ask for one overlap."
+)
 # Small precision-recall curves, rows in the table of confusions.
 _MAX_CLASSES, _MAX_CONFUSIONS = 20, 10
+_PICTURE_SIDE = 640  # px of each picture of a pair
 
 
 def metric_names(run: Run) -> list[str]:
@@ -34,36 +47,32 @@ def metric_names(run: Run) -> list[str]:
 
 
 def summary(run: Run) -> list[Part]:
-    """The run in a table of few lines."""
-    progress = run.progress()
-    rows: list[tuple[str, object]] = [("Progress", str(progress))]
+    """The run in a table of few lines: what, how much, and what that means."""
+    rows = [("Progress", str(run.progress()), "one iteration is one step of the optimizer")]
     iterations, losses = series(run.metrics, "total_loss")
     if losses:
-        rows.append(("Total loss", f"{losses[-1]:.3f} at iteration {iterations[-1]:,}"))
+        rows.append(("Total loss", f"{losses[-1]:.3f} at iteration {iterations[-1]:,}", "weighted sum of all terms"))
     for name in metric_names(run):
         match = _AP.match(name)
         if match and match["name"] == "AP" and match["layer"] is None:
             where = f" on {match['dataset']}" if match["dataset"] else ""
-            rows.append((f"Box AP{where}", _last_and_best(*series(run.metrics, name))))
-    seconds = training_seconds(run.metrics)
-    if seconds:
-        rows.append(("Time of the iterations", str(timedelta(seconds=round(seconds)))))
+            meaning = "percent, the higher the better: see Average precision"
+            rows.append((f"Box AP{where}", _last_and_best(*series(run.metrics, name)), meaning))
+    if seconds := training_seconds(run.metrics):
+        rows.append(("Time of the iterations", str(timedelta(seconds=round(seconds))), "without evaluations"))
     if times := run.log_times():
-        first, last = times
         starts = run.log.count("Command line arguments:")
-        rows.append(("Log", f"{first} to {last} (month/day), {starts} start{'s' if starts > 1 else ''}"))
+        text = f"{times[0]} to {times[1]}, {starts} start{'s' if starts > 1 else ''}"
+        rows.append(("Log", text, "month/day and time of the training machine"))
     settings = {
-        "Images per iteration": "batch",
-        "Learning rate": "lr",
-        "Started from": "weights",
-        "Trained on": "train_datasets",
-        "Evaluated on": "test_datasets",
+        "Images per iteration": (run.setting("batch"), "on all devices together"),
+        "Learning rate": (run.setting("lr"), "the highest of the schedule, for most of the layers"),
+        "Started from": (run.setting("weights"), "initial weights"),
+        "Trained on": (", ".join(run.dataset_names("train")), ""),
+        "Evaluated on": (", ".join(run.dataset_names("test")), ""),
     }
-    for label, name in settings.items():
-        value = run.setting(name)
-        if value:
-            rows.append((label, ", ".join(value) if isinstance(value, tuple) else value))
-    return [Table([(label, str(value)) for label, value in rows]), *_not_finite(run)]
+    rows += [(label, str(value), meaning) for label, (value, meaning) in settings.items() if value]
+    return [Table(rows), *_not_finite(run)]
 
 
 def _last_and_best(iterations: list[int], values: list[float]) -> str:
@@ -78,13 +87,19 @@ def _last_and_best(iterations: list[int], values: list[float]) -> str:
 def _not_finite(run: Run) -> list[Part]:
     notes = []
     for name in metric_names(run):
-        if name != "total_loss" and not _TERM.match(name):
-            continue
-        points = zip(*series(run.metrics, name), strict=True)
+        points = zip(*series(run.metrics, name), strict=True) if name == "total_loss" or _TERM.match(name) else ()
         bad = [iteration for iteration, value in points if not math.isfinite(value)]
         if bad:
             notes.append(Text(f"{name} is not finite in {len(bad)} lines, first at iteration {bad[0]:,}."))
     return notes
+
+
+def _curves(run: Run, labels: Mapping[str, str], caption: str, *, alt: str, **style: str) -> Chart:
+    return Chart(figures.curves(run.metrics, labels, **style), alt, caption)
+
+
+def _meaning(name: str) -> str:
+    return f"{name}: {_MEANINGS[name]}." if name in _MEANINGS else f"{name}, as it was logged."
 
 
 def losses(run: Run) -> list[Part]:
@@ -96,23 +111,17 @@ def losses(run: Run) -> list[Part]:
     drawn = [_curves(run, {"total_loss": "total"}, "Total loss: the weighted sum over all layers.", alt=alt)]
     main = [name for name in metric_names(run) if (match := _TERM.match(name)) and match[2] is None]
     if main:
+        caption = " ".join(["Terms of the last decoder layer, weighted.", *map(_meaning, main)])
         alt = f"{', '.join(main)} of the last decoder layer over the iterations"
-        drawn.append(
-            _curves(run, dict(zip(main, main, strict=True)), "Terms of the last decoder layer, weighted.", alt=alt)
-        )
+        drawn.append(_curves(run, {name: name for name in main}, caption, alt=alt))
     return [Grid(drawn)]
-
-
-def _curves(run: Run, labels: dict[str, str], caption: str, *, alt: str, **style: str) -> Chart:
-    return Chart(figures.curves(run.metrics, labels, **style), alt, caption)
 
 
 def layers(run: Run) -> list[Part]:
     """Every loss term by decoder layer."""
     terms: dict[str, dict[str, str]] = {}
     for name in metric_names(run):
-        match = _TERM.match(name)
-        if match:
+        if match := _TERM.match(name):
             terms.setdefault(match[1], {})[match[2] or "last"] = name
     drawn = []
     for term, by_layer in terms.items():
@@ -123,10 +132,14 @@ def layers(run: Run) -> list[Part]:
         labels |= {by_layer[str(number)]: f"decoder {number + 1}" for number in numbers}
         if "last" in by_layer:
             labels[by_layer["last"]] = f"decoder {len(numbers) + 1}"
-        drawn.append(_curves(run, labels, term, alt=f"{term} of {', '.join(labels.values())} over the iterations"))
+        alt = f"{term} of {', '.join(labels.values())} over the iterations"
+        drawn.append(_curves(run, labels, _meaning(term), alt=alt))
     if not drawn:
         raise NoData("Only the last decoder layer has losses: the model is trained without auxiliary losses.")
-    return [Grid(drawn)]
+    return [
+        Text("Every layer's predictions are trained alike; “encoder” are the proposals of two stages."),
+        Grid(drawn),
+    ]
 
 
 def schedule(run: Run) -> list[Part]:
@@ -135,26 +148,22 @@ def schedule(run: Run) -> list[Part]:
     drawn = []
     if "lr" in names:
         alt = f"Learning rate, at last {series(run.metrics, 'lr')[1][-1]:.2g}"
-        drawn.append(_curves(run, {"lr": "lr"}, "Learning rate.", alt=alt))
+        drawn.append(_curves(run, {"lr": "lr"}, "Learning rate of most of the layers.", alt=alt))
     times = {name: label for name, label in _TIMES.items() if name in names}
     if times:
         last = ", ".join(f"{label} {series(run.metrics, name)[1][-1]:.3f} s" for name, label in times.items())
         alt = f"Seconds per iteration; at last: {last}"
-        drawn.append(_curves(run, times, f"At last: {last}.", alt=alt, ylabel="seconds"))
-    others = [
-        name
-        for name in names
-        if name not in {"total_loss", "lr", "eta_seconds", *_TIMES} and not _TERM.match(name) and not _AP.match(name)
-    ]
-    for name in others:
-        values = series(run.metrics, name)[1]
-        alt = f"{name} over the iterations, at last {values[-1]:.4g}"
-        drawn.append(_curves(run, {name: name}, name, alt=alt))
-    memory = re.findall(r"max_mem: (\d+)M", run.log)
+        drawn.append(_curves(run, times, f"{alt}.", alt=alt, ylabel="seconds"))
+    drawn_already = {"total_loss", "lr", "eta_seconds", *_TIMES}
+    for name in names:
+        if name not in drawn_already and not _TERM.match(name) and not _AP.match(name):
+            alt = f"{name} over the iterations, at last {series(run.metrics, name)[1][-1]:.4g}"
+            drawn.append(_curves(run, {name: name}, _meaning(name), alt=alt))
+    memory = [int(found) for found in re.findall(r"max_mem: (\d+)M", run.log)]
     note = (
-        f"Most GPU memory in use: {max(map(int, memory)):,} MiB."
+        f"Most GPU memory in use: {max(memory):,} MiB."
         if memory
-        else "GPU memory is not in log.txt: Detectron2 writes it when it trains on a GPU."
+        else ("GPU memory is not in log.txt: Detectron2 writes it when it trains on a GPU.")
     )
     return [Grid(drawn), Text(note)]
 
@@ -163,12 +172,11 @@ def average_precision(run: Run) -> list[Part]:
     """AP over the iterations: overall, by size of the objects, by decoder layer, by category."""
     by_dataset: dict[str, dict[str, re.Match]] = {}
     for name in metric_names(run):
-        match = _AP.match(name)
-        if match:
+        if match := _AP.match(name):
             by_dataset.setdefault(match["dataset"] or "", {})[name] = match
     if not by_dataset:
         raise NoData("No evaluation yet: metrics.json holds no bbox/AP.")
-    parts = []
+    parts: list[Part] = [Text(_AP_MEANS)]
     for dataset, matches in by_dataset.items():
         if dataset:
             parts.append(Heading(dataset))
@@ -189,7 +197,7 @@ def average_precision(run: Run) -> list[Part]:
     return parts
 
 
-def _ap_curves(run: Run, labels: dict[str, str], caption: str) -> list[Part]:
+def _ap_curves(run: Run, labels: Mapping[str, str], caption: str) -> list[Part]:
     """One figure, or none where no value is a number."""
     finite = {name: label for name, label in labels.items() if _has_finite(run, name)}
     if not finite:
@@ -203,7 +211,7 @@ def _has_finite(run: Run, name: str) -> bool:
     return any(math.isfinite(value) for value in series(run.metrics, name)[1])
 
 
-def _categories(run: Run, matches: dict[str, re.Match]) -> list[Part]:
+def _categories(run: Run, matches: Mapping[str, re.Match]) -> list[Part]:
     points = {m["category"]: series(run.metrics, n)[1] for n, m in matches.items() if m["category"] is not None}
     last = {category: values[-1] for category, values in points.items() if math.isfinite(values[-1])}
     if not last:
@@ -212,9 +220,8 @@ def _categories(run: Run, matches: dict[str, re.Match]) -> list[Part]:
     earlier = {category: values[-2] for category, values in points.items() if len(values) > 1}
     best, worst = max(last, key=last.get), min(last, key=last.get)
     alt = f"AP of {len(last)} categories, from {worst} ({last[worst]:.1f}) to {best} ({last[best]:.1f})"
-    absent = len(points) - len(last)
     caption = "AP per category at the last evaluation; rings: at the one before."
-    if absent:
+    if absent := len(points) - len(last):
         caption += f" {absent} categories have no object in the test images."
     return [Chart(figures.bars(last, earlier), alt, caption)]
 
@@ -226,18 +233,53 @@ def precision_recall(evaluation: Evaluation) -> list[Part]:
     last = ", ".join(f"AP {100 * values.mean():.1f} at {label}" for label, values in overall.items())
     alt = f"Precision over recall, mean of all categories: {last}"
     caption = "Mean over the categories, by COCO's rules: at most 100 detections an image."
-    parts = [Grid([Chart(figures.precision_recall(result.recall, overall), alt, caption)])]
     counts, ap = evaluation.objects_per_class(), result.ap_per_class()
     present = [index for index in np.argsort(-counts, kind="stable") if not np.isnan(ap[index])]
     drawn = []
     for index in present[:_MAX_CLASSES]:
+        curves = result.curves(index)
+        at_50, at_75, _ = (100 * values.mean() for values in curves.values())
         name = evaluation.class_names[index]
-        shown = figures.precision_recall(result.recall, result.curves(index), small=True)
-        caption = f"{name}: AP {ap[index]:.1f}, objects: {counts[index]:,}"
-        drawn.append(Chart(shown, f"Precision over recall of {caption}", caption))
-    if len(present) > _MAX_CLASSES:
-        parts.append(Text(f"The {_MAX_CLASSES} categories with the most objects, of {len(present)}:"))
-    return [*parts, Grid(drawn, small=True)]
+        caption_of_one = (
+            f"{name}: AP {ap[index]:.1f} ({at_50:.1f} at IoU .50, {at_75:.1f} at .75), {counts[index]:,} objects"
+        )
+        shown = figures.precision_recall(result.recall, curves, small=True)
+        drawn.append(Chart(shown, f"Precision over recall of {caption_of_one}", caption_of_one))
+    few = (
+        f"The {_MAX_CLASSES} categories with the most objects, of {len(present)}"
+        if len(present) > len(drawn)
+        else "By category"
+    )
+    text = f"{few}, in the colours of the figure above. The area under a curve is its AP."
+    return [
+        Grid([Chart(figures.precision_recall(result.recall, overall), alt, caption)]),
+        Text(text),
+        Grid(drawn, small=True),
+    ]
+
+
+def best_scores(evaluation: Evaluation) -> list[Part]:
+    """From which score on detections are worth showing."""
+    overall, by_class = evaluation.best_scores()
+    if overall is None:
+        raise NoData("No detection of the last evaluation is right, whatever its score.")
+    text = (
+        "Show detections from this score on, and F1 is at its best: 2 · right / (shown + objects), 1 where all objects "
+        "are found and nothing else. Right: an IoU of at least 0.5 with an object of the category that no surer "
+        "detection has. Precision: the share of shown detections that are right; recall: the share of objects found. "
+        f"“python -m deformable_detr.detect --score best” takes {overall.score:.2f}, that of all categories together."
+    )
+    counts = evaluation.objects_per_class()
+    rows = [("all together", int(counts.sum()), *_numbers(overall))]
+    for index in np.flatnonzero(counts):
+        rows.append((evaluation.class_names[index], int(counts[index]), *_numbers(by_class[index])))
+    return [Text(text), Table(rows, ("category", "objects", "best score", "F1", "precision", "recall"))]
+
+
+def _numbers(best: BestScore | None) -> Sequence[object]:
+    if best is None:
+        return "never right", 0.0, 0.0, 0.0
+    return best.score, best.f1, best.precision, best.recall
 
 
 def confusion(evaluation: Evaluation, score: float) -> list[Part]:
@@ -295,8 +337,7 @@ def most_wrong(evaluation: Evaluation, score: float, num_images: int) -> list[Pa
         f"{int(((missed + false) == 0).sum()):,} of {len(missed):,} images have none."
     )
     captions = [f"{missed[index]} missed, {false[index]} false" for index in chosen]
-    pairs = _pairs(evaluation, [evaluation.dicts[index] for index in chosen], captions, score)
-    return [Text(text), Grid(pairs)]
+    return [Text(text), Grid(_pairs(evaluation, [evaluation.dicts[index] for index in chosen], captions, score))]
 
 
 def examples(evaluation: Evaluation, score: float, num_images: int) -> list[Part]:
@@ -304,21 +345,24 @@ def examples(evaluation: Evaluation, score: float, num_images: int) -> list[Part
     if not evaluation.dicts:
         raise NoData(f"The dataset {evaluation.name} has no image.")
     chosen = evenly_spaced(evaluation.dicts, num_images)
-    text = (
-        f"{len(chosen)} of {len(evaluation.dicts):,} images of {evaluation.name}, evenly spaced; scores from {score:g}."
-    )
+    source = evaluation.metadata.json_file
+    text = f"{len(chosen)} of {len(evaluation.dicts):,} images of {source}, evenly spaced; scores from {score:g}."
+    if unknown := missing_letters(evaluation.class_names):
+        text += (
+            f" In place of the letters {unknown} pictures show boxes: no font on the machine of the report has them."
+        )
     return [Text(text), Grid(_pairs(evaluation, chosen, [""] * len(chosen), score))]
 
 
 def _pairs(evaluation: Evaluation, images: list[dict], captions: list[str], score: float) -> list[Part]:
     """Ground truth and detections of images; a sentence in place of one that cannot be read."""
     predictions = group_coco_detections(evaluation.detections, images, evaluation.metadata)
-    drawn = []
+    drawn: list[Part] = []
     for image, caption in zip(images, captions, strict=True):
         name = image["file_name"].rpartition("/")[2]
         found = predictions[image["image_id"]]
         try:
-            pictures = draw_pair(image, evaluation.metadata, found, score_threshold=score)
+            pictures = draw_pair(image, evaluation.metadata, found, score_threshold=score, side=_PICTURE_SIDE)
         except OSError as error:
             drawn.append(Text(f"{name} cannot be read: {error}", missing=True))
         else:
@@ -342,7 +386,7 @@ def inference_speed(run: Run) -> list[Part]:
 
 def environment(run: Run) -> list[Part]:
     """Configuration and versions."""
-    parts = []
+    parts: list[Part] = []
     path = run.folder / "config.yaml"
     if path.is_file():
         parts.append(Verbatim("config.yaml", path.read_text(encoding="utf-8", errors="replace")))

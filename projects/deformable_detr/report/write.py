@@ -1,15 +1,21 @@
 """Puts the page together."""
 
+import logging
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-from ..files import check_writable, write_text
+from ..detect.results import BEST_SCORES
+from ..files import check_writable, write_json, write_text
 from . import sections
-from .evaluation import load_evaluation
+from .evaluation import Evaluation, load_evaluation
 from .gallery import draw_sheet
 from .page import Section, Text, render
-from .run import NoData, read_run
+from .run import NoData, Run, read_run
+
+logger = logging.getLogger(__name__)
 
 
 def write_report(
@@ -49,7 +55,7 @@ def write_report(
         check_writable(file)
 
     @cache
-    def evaluation():
+    def evaluation() -> Evaluation:
         return load_evaluation(run, dataset_name)
 
     builders = {
@@ -59,6 +65,7 @@ def write_report(
         "Schedule": lambda: sections.schedule(run),
         "Average precision": lambda: sections.average_precision(run),
         "Precision and recall": lambda: sections.precision_recall(evaluation()),
+        "Best scores": lambda: sections.best_scores(evaluation()),
         "Confusion": lambda: sections.confusion(evaluation(), score_threshold),
         "Scores": lambda: sections.scores(evaluation(), score_threshold),
         "Most wrong images": lambda: sections.most_wrong(evaluation(), score_threshold, num_images),
@@ -72,10 +79,29 @@ def write_report(
             built.append(Section(title, build()))
         except NoData as reason:
             built.append(Section(title, [Text(str(reason), missing=True)]))
-    state = f"{run.progress()}. Page made {time.strftime('%Y-%m-%d %H:%M:%S')}."
+    state = f"{run.progress()}. Page made {time.strftime('%Y-%m-%d %H:%M:%S')}. A click on a picture enlarges it."
+    _store_best_scores(run, evaluation)
     write_text(path, render(Path(output_dir).resolve().name, state, built))
     if sheet_path is not None:
         shown = evaluation()
         options = {"num_images": num_images, "score_threshold": score_threshold}
         draw_sheet(shown.dicts, shown.metadata, shown.detections, sheet_path, **options)
     return path
+
+
+def _store_best_scores(run: Run, evaluation: Callable[[], Evaluation]) -> None:
+    """Leave the scores with the best F1 where ``detect --score best`` looks for them."""
+    try:
+        overall, by_class = evaluation().best_scores()
+    except NoData:
+        return
+    if overall is None:
+        return
+    names = evaluation().class_names
+    categories = {name: asdict(best) for name, best in zip(names, by_class, strict=True) if best is not None}
+    content = {**asdict(overall), "iou": 0.5, "data": str(evaluation().metadata.json_file), "categories": categories}
+    try:
+        write_json(run.folder / BEST_SCORES, content, indent=2)
+    except OSError as error:
+        # A page elsewhere, about a run in a folder that may only be read, is fine without it.
+        logger.warning("the best scores are not stored for detect --score best: %s", error)
