@@ -22,6 +22,20 @@ class Detection(NamedTuple):
     box: tuple[float, ...]
 
 
+def read(path: Path) -> Image.Image:
+    """An image of 8 bits in RGB, upright; what is transparent lies on white, as it does in the model's training.
+
+    Raises:
+        ValueError: if its pixels are wider: Pillow would clip them.
+    """
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{path} has pixels of mode {image.mode}; save it with 8 bits per channel")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
 def resized_size(width: int, height: int, *, min_size: int, max_size: int) -> tuple[int, int]:
     """(width, height) with a short side of ``min_size``, or a long side of ``max_size`` where that is smaller.
 
@@ -108,7 +122,7 @@ def main() -> None:
             sys.exit(f"error: there is no file {path}")
     session = onnxruntime.InferenceSession(args.model, providers=onnxruntime.get_available_providers())
     try:
-        image = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
+        image = read(args.image)
         detections = detect(session, image, min_score=args.score)
         for name, score, box in detections:
             print(f"{score:.3f} {name:20} " + " ".join(f"{value:7.1f}" for value in box))

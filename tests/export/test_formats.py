@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deformable_detr.data.augmentation import ResizeShortestEdge
+from deformable_detr.data.images import read_file
 from deformable_detr.detect import prepare_image
 from deformable_detr.export import DisagreementError, InputShape, export_model, exporter
 from deformable_detr.export.agreement import draw_pictures
@@ -132,6 +133,20 @@ def test_the_example_resizes_as_the_evaluation_does(width, height, min_size, max
     resized_size = load_run_onnx()["resized_size"]
     rows, columns = ResizeShortestEdge.get_output_shape(height, width, min_size, max_size)
     assert resized_size(width, height, min_size=min_size, max_size=max_size) == (columns, rows)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA"])
+def test_the_example_reads_images_as_training_does(tmp_path, mode):
+    image = Image.effect_noise((9, 7), 90).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    image.convert(mode).save(tmp_path / "a.png")
+    assert np.array_equal(load_run_onnx()["read"](tmp_path / "a.png"), read_file(tmp_path / "a.png"))
+
+
+def test_the_example_refuses_pixels_that_it_would_clip(tmp_path):
+    Image.new("I;16", (9, 7)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png has pixels of mode I;16; save it with 8 bits per channel"):
+        load_run_onnx()["read"](tmp_path / "a.png")
 
 
 def test_the_example_needs_neither_torch_nor_detectron2():
