@@ -53,6 +53,19 @@ def test_the_page_holds_the_encoder_cells_under_its_pixels(explanation):
         np.testing.assert_allclose(weights[index, :, 0], recording.encoder[0].weights[cells], atol=1e-5)
 
 
+def test_a_page_says_why_it_lists_more_than_was_asked_for(explanation, tmp_path):
+    def why(**changes):
+        text = write_page(replace(explanation, **changes), tmp_path / "x.html").read_text()
+        return [html.unescape(words) for words in re.findall(r'<p id="why".*?>(.*?)</p>', text)]
+
+    best = explanation.detections[:5]
+    more = "3 asked for (bold), 2 more, as they have a score of at least 0"
+    assert why(detections=best) == [f"{more}."]
+    missed = best[-1]._replace(query=explanation.detections[-1].query, score=-1.0)
+    assert why(detections=[*best, missed]) == [f"{more}, 1 below that, as true objects are matched with them."]
+    assert why(detections=best[:3]) == []
+
+
 def test_names_cannot_break_out_of_the_data(explanation, tmp_path):
     names = ["</script><b>&"] * len(explanation.class_names)
     path = write_page(replace(explanation, class_names=names, name="<!--<script>"), tmp_path / "x.html")

@@ -26,6 +26,7 @@ class Explanation:
         recording: the image's way through the model.
         detections: all above the score, best first, then queries that are matched to ground truth but score less.
         chosen: indices of the detections that were asked for.
+        score: lowest score of a detection.
         pixel: (x, y) that was asked for.
         truths: objects of the ground truth with the queries they are matched to.
     """
@@ -36,6 +37,7 @@ class Explanation:
     recording: Recording
     detections: list[Detection]
     chosen: list[int]
+    score: float
     pixel: tuple[float, float] | None
     truths: list[Truth]
 
@@ -103,6 +105,7 @@ def explain(
         recording=recording,
         detections=found + _missed(recording, found, truths),
         chosen=[found.index(detection) for detection in wanted],
+        score=score,
         pixel=point,
         truths=truths,
     )

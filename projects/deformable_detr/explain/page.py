@@ -50,7 +50,7 @@ def write_page(
         data["encoder"]["layer"] = check_layer(encoder_layer, len(recording.encoder), "encoder")
     environment = Environment(loader=PackageLoader(__package__, ""), autoescape=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    write_text(path, environment.get_template("page.html").render(data=data))
+    write_text(path, environment.get_template("page.html").render(data=data, why=_say_why(explanation)))
     return Path(path)
 
 
@@ -105,6 +105,19 @@ def _shown(explanation: Explanation) -> list[int]:
     chosen = set(explanation.chosen)
     others = [index for index in range(len(explanation.detections)) if index not in chosen]
     return sorted(explanation.chosen + others[: max(fit - len(chosen), 0)])
+
+
+def _say_why(explanation: Explanation) -> str:
+    """Why the page lists more detections than were asked for; empty where it does not."""
+    others = [explanation.detections[index] for index in _shown(explanation) if index not in explanation.chosen]
+    above = sum(detection.score >= explanation.score for detection in others)
+    reasons = []
+    if above:
+        reasons.append(f"{above} more, as they have a score of at least {explanation.score:g}")
+    if len(others) > above:
+        reasons.append(f"{len(others) - above} below that, as true objects are matched with them")
+    asked = f"{len(explanation.chosen)} asked for (bold)"
+    return f"{', '.join([asked, *reasons])}." if reasons else ""
 
 
 def _bytes_per_query(layers: list[Sampling]) -> int:
