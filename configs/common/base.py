@@ -85,7 +85,6 @@ dataloader = dict(
             image_format="${model.input_format}",
         ),
         total_batch_size=32,
-        aspect_ratio_grouping=False,
         num_workers=4,
     ),
     test=L(build_detection_test_loader)(

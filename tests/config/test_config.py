@@ -413,7 +413,8 @@ def test_twins_read_the_same_data(twins):
         assert loader.num_workers == cfg.DATALOADER.NUM_WORKERS
     train, test = lazy.dataloader.train, lazy.dataloader.test
     assert train.total_batch_size == cfg.SOLVER.IMS_PER_BATCH
-    assert train.aspect_ratio_grouping == cfg.DATALOADER.ASPECT_RATIO_GROUPING
+    # Left out where it is the loader's default: Detectron2's tools/benchmark.py knows no such key.
+    assert train.get("aspect_ratio_grouping", False) == cfg.DATALOADER.ASPECT_RATIO_GROUPING
     assert train.dataset.filter_empty == cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     assert train.dataset.num_queries == cfg.MODEL.DEFORMABLE_DETR.NUM_QUERIES
     assert train.dataset.num_classes == cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet
 from torch import Tensor, nn
@@ -143,10 +144,24 @@ def dilate_res5(resnet: ResNet) -> ResNet:
     return ResNet(resnet.stem, [[*stage] for stage in resnet.stages], out_features=[*resnet.output_shape()])
 
 
+def project_node(cfg: CfgNode) -> CfgNode:
+    """Return the section of a configuration that holds this project's keys.
+
+    Raises:
+        KeyError: naming the call that adds it, where a tool of another project has made the configuration without it.
+    """
+    if "DEFORMABLE_DETR" not in cfg.MODEL:
+        raise KeyError(
+            "the configuration has no MODEL.DEFORMABLE_DETR: call deformable_detr.add_deformable_detr_config(cfg) "
+            "right after get_cfg(), before a file is merged into it"
+        )
+    return cfg.MODEL.DEFORMABLE_DETR
+
+
 @BACKBONE_REGISTRY.register()
 def build_multi_scale_backbone(cfg, input_shape: ShapeSpec) -> MultiScaleBackbone:
     """Build :class:`MultiScaleBackbone` on the registered backbone ``MODEL.DEFORMABLE_DETR.BOTTOM_UP``."""
-    node = cfg.MODEL.DEFORMABLE_DETR
+    node = project_node(cfg)
     bottom_up = BACKBONE_REGISTRY.get(node.BOTTOM_UP)(cfg, input_shape)
     if isinstance(bottom_up, ResNet) and cfg.MODEL.RESNETS.RES5_DILATION == 2:
         bottom_up = dilate_res5(bottom_up)

@@ -20,7 +20,7 @@ from ..data.dataset_dict import describe_image
 from ..data.images import check_format
 from ..layers import PositionEmbeddingSine
 from ..layers.precision import at_least_float32, wide
-from .backbone import canvas_divisibility
+from .backbone import canvas_divisibility, project_node
 from .criterion import SetCriterion
 from .detections import Detections, select_detections, to_instances
 from .geometry import Geometry, get_geometry
@@ -107,7 +107,7 @@ class DeformableDETR(nn.Module):
 
     @classmethod
     def from_config(cls, cfg) -> dict[str, Any]:
-        node = cfg.MODEL.DEFORMABLE_DETR
+        node = project_node(cfg)
         backbone = build_backbone(cfg)
         matcher = HungarianMatcher(
             cost_class=node.COST_CLASS,
@@ -239,7 +239,8 @@ class DeformableDETR(nn.Module):
 
     def predict(self, images: ImageList, *, all_proposals: bool = True) -> dict[str, Tensor]:
         """Predict for a batch of :meth:`preprocess_image`, in the model's own mode; see :meth:`predict_padded`."""
-        sizes = torch.tensor(images.image_sizes, device=images.tensor.device)
+        # Tensors themselves while torch.jit traces.
+        sizes = torch.stack([torch.as_tensor(size) for size in images.image_sizes]).to(images.tensor.device)
         return self.predict_padded(images.tensor, sizes, all_proposals=all_proposals)
 
     def predict_padded(self, images: Tensor, image_sizes: Tensor, *, all_proposals: bool = True) -> dict[str, Tensor]:
