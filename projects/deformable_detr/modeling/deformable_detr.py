@@ -26,6 +26,7 @@ from .detections import Detections, select_detections, to_instances
 from .geometry import Geometry, get_geometry
 from .matcher import HungarianMatcher, Target
 from .padding import padding_masks
+from .step_weights import ready_weights
 from .transformer import DeformableTransformer, TransformerOutput
 
 # Prior probability of every class at initialisation (focal loss paper, section 4.1).
@@ -178,7 +179,9 @@ class DeformableDETR(nn.Module):
             outputs = self.predict(images, all_proposals=False)
             return self.inference(outputs["pred_logits"][-1], outputs["pred_boxes"][-1], images, batched_inputs)
         targets = self.prepare_targets(batched_inputs)
-        return self.criterion(self.predict(images), targets)
+        with ready_weights(self):
+            outputs = self.predict(images)
+        return self.criterion(outputs, targets)
 
     @torch.no_grad()
     def predict_raw(self, batched_inputs: list[dict]) -> dict[str, Tensor]:

@@ -1,0 +1,92 @@
+"""Weights made ready at once give the numbers that modules compute one by one, and leave no trace."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from detectron2.modeling import ResNet
+from detectron2.modeling.backbone import BasicStem
+
+from deformable_detr.benchmark.launches import count_launches
+from deformable_detr.modeling import MultiScaleBackbone
+from deformable_detr.modeling import deformable_detr as room
+from deformable_detr.modeling.frozen_bn import FrozenBNConv2d
+
+
+@pytest.fixture
+def model(make_model):
+    """Two-stage on a ResNet-50 whose frozen norms have values of their own; stem and res2 are frozen."""
+    torch.manual_seed(0)
+    stages = ResNet.make_default_stages(50, norm="FrozenBN")
+    resnet = ResNet(BasicStem(norm="FrozenBN"), stages, out_features=["res3", "res4", "res5"], freeze_at=2)
+    model = make_model(with_box_refine=True, two_stage=True).train()
+    model.backbone = MultiScaleBackbone(resnet, hidden_dim=32)
+    for name, buffer in model.backbone.named_buffers():
+        buffer.uniform_(0.5, 1.5) if name.endswith(("weight", "var")) else buffer.uniform_(-0.5, 0.5)
+    return model
+
+
+@pytest.fixture
+def batch(make_input):
+    return [make_input(64, 96, [[5, 5, 50, 60]], [1]), make_input(50, 64, [[9, 3, 30, 40]], [4], seed=1)]
+
+
+def step(model, batch, dtype):
+    """Losses and gradients of one step, with autocast to ``dtype`` if there is one."""
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        losses = model(batch)
+    sum(losses.values()).backward()
+    return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def without(monkeypatch):
+    monkeypatch.setattr(room, "ready_weights", lambda model: nullcontext())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_losses_and_gradients_are_the_same_bit_for_bit(model, batch, dtype, monkeypatch):
+    ready = [step(model, batch, dtype) for _ in range(2)][1]  # The second time with what the first has kept.
+    without(monkeypatch)
+    assert_equal(ready, step(model, batch, dtype))
+
+
+def assert_equal(a, b):
+    for one, other in zip(a, b, strict=True):
+        assert one.keys() == other.keys()
+        assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "in place", "replaced"])
+def test_frozen_values_that_change_between_steps_count(model, batch, change, monkeypatch):
+    step(model, batch, torch.bfloat16)
+    conv = model.backbone.bottom_up.stem.conv1
+    if change == "load_state_dict":
+        model.load_state_dict({k: v * 1.5 if v.is_floating_point() else v for k, v in model.state_dict().items()})
+    elif change == "in place":
+        conv.norm.running_mean.add_(1.0)
+    else:
+        conv.norm.bias = conv.norm.bias + 1.0
+    ready = step(model, batch, torch.bfloat16)
+    without(monkeypatch)
+    assert_equal(ready, step(model, batch, torch.bfloat16))
+
+
+def test_modules_are_left_as_they_were(model, batch):
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    step(model, batch, torch.bfloat16)
+    with pytest.raises(ValueError, match="gt_classes"):
+        batch[0]["instances"].gt_classes += 100
+        step(model, batch, torch.bfloat16)
+    for name, module in model.named_modules():
+        kept = {"_kept_constants"} if isinstance(module, FrozenBNConv2d) else set()
+        assert set(vars(module)) - kept == before[name], name
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_step_dispatches_a_quarter_less(model, batch, monkeypatch):
+    step(model, batch, torch.bfloat16)
+    ready = sum(count_launches(lambda: step(model, batch, torch.bfloat16), model).values())
+    without(monkeypatch)
+    assert ready < 0.75 * sum(count_launches(lambda: step(model, batch, torch.bfloat16), model).values())
