@@ -24,6 +24,7 @@ OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
 # For a build without a GPU to ask; PTX for what is newer.
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+ORDER = "Install in this order: torch and torchvision; Detectron2 (python tools/install_detectron2.py); this package"
 
 
 def say(message: str) -> None:
@@ -90,33 +91,43 @@ def with_cuda() -> bool:
     return False
 
 
-def show_installed_packages() -> None:
+def show_installed_packages() -> bool:
     """Make the packages of the environment importable where pip isolates the build from them.
 
     The operator has to be compiled against the very PyTorch that will load it. A copy that pip would fetch for the
     build alone may be of another version.
+
+    Returns:
+        Whether the build is isolated, as in a plain ``pip install``.
     """
     if find_spec("torch") is not None:
-        return
+        return False
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     command = [sys.executable, "-c", "import sys; print(*sys.path, sep='\\n')"]
     paths = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
     # Behind the build's own packages, so that its setuptools stays the one in use.
     sys.path.extend(path for path in paths if path not in sys.path)
+    return True
 
 
 def get_extensions() -> list:
     if os.environ.get("DEFORMABLE_DETR_BUILD_OPS", "1") == "0":
         return []
-    show_installed_packages()
+    isolated = show_installed_packages()
     locate_toolkit()  # before PyTorch looks for it
     try:
         from torch.utils.cpp_extension import CppExtension, CUDAExtension
     except ImportError as error:
         raise SystemExit(
-            f"deformable_detr: building the operator needs PyTorch ({error}): install torch first. If it is "
-            "installed, add --no-build-isolation to the pip command (or set DEFORMABLE_DETR_BUILD_OPS=0)"
+            f"deformable_detr: building the operator needs PyTorch ({error}). {ORDER}. If it is installed, add "
+            "--no-build-isolation to the pip command (or set DEFORMABLE_DETR_BUILD_OPS=0)"
         ) from error
+    if isolated and find_spec("detectron2") is None:
+        # pip itself would only say that it finds no distribution of that name.
+        raise SystemExit(
+            f"deformable_detr: there is no Detectron2. {ORDER}. For deformable_detr.layers alone, which needs PyTorch "
+            "only: pip install --no-deps --no-build-isolation -e ."
+        )
     if sys.platform == "win32" or not has_compiler():
         say("no C++ compiler (c++ or CXX) works here: installing without the operator, its slower PyTorch twin is used")
         return []

@@ -7,6 +7,7 @@ last checkpoint; ``--fresh`` starts over.
 """
 
 import argparse
+import os
 import shlex
 import shutil
 import signal
@@ -20,8 +21,10 @@ from deformable_detr.training.metrics import read_metrics, training_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/quick_schedules/shapes_two_stage.yaml"
-OWN_DATA = ["--train-json", "my/train.json", "--train-images", "my/train"]
-OWN_DATA += ["--val-json", "my/val.json", "--val-images", "my/val"]
+FINE_TUNING = """\
+python train_net.py --config-file configs/COCO-Detection/deformable_detr_R_50_two_stage.yaml \\
+    --weights deformable-detr://deformable_detr_R_50_two_stage --train-json my/train.json --train-images my/train \\
+    --val-json my/val.json --val-images my/val OUTPUT_DIR output/mine"""
 
 
 def run(command: list[str]) -> None:
@@ -57,7 +60,6 @@ def summarize(output: Path) -> str:
     if not evaluations:
         sys.exit(f"{output}/metrics.json has no bbox/AP50: the evaluation did not come to an end")
     final = evaluations[-1]
-    own = train_command(OWN_DATA, "output/mine")
     return "\n".join(
         [
             "",
@@ -65,10 +67,20 @@ def summarize(output: Path) -> str:
             f"Training took {training_seconds(metrics):.0f} s. Checkpoint: {output / 'model_final.pth'}",
             f"Report, open it in a browser: {output / 'report.html'}",
             f"Detections on one sheet: {output / 'detections.png'}",
-            "The same on COCO-format data of your own:",
-            f"  {shlex.join(['python', *own])}",
+            "",
+            *activation(),
+            "Fine-tune the published R50 model on COCO-format data of your own, best on a GPU:",
+            FINE_TUNING,
         ]
     )
+
+
+def activation() -> list[str]:
+    """What to type before the commands of the README find this project, where that was not done yet."""
+    if sys.prefix == sys.base_prefix or os.environ.get("VIRTUAL_ENV") == sys.prefix:
+        return []
+    environment = Path(os.path.relpath(sys.prefix, ROOT) if Path(sys.prefix).is_relative_to(ROOT) else sys.prefix)
+    return ["Before other commands, once in each terminal:", f"source {shlex.quote(str(environment / 'bin/activate'))}"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

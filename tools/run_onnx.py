@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", type=Path)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--score", type=float, default=0.5, help="lowest score to show (default: %(default)s)")
+    parser.add_argument("--score", type=float, default=0.3, help="lowest score to show (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("detections.jpg"), help="default: %(default)s")
     args = parser.parse_args()
     for path in (args.image, args.model):

@@ -4,7 +4,7 @@ import pytest
 
 from deformable_detr.cli import run as run_command
 from deformable_detr.export import onnx_format
-from deformable_detr.export.__main__ import main
+from deformable_detr.export.__main__ import main, new_file
 
 
 @pytest.fixture
@@ -54,6 +54,21 @@ def test_output_folder_that_is_a_file(fails, tmp_path):
 def test_output_whose_name_is_too_long(fails, tmp_path):
     name = "n" * 250 + ".onnx"
     assert f"cannot write {tmp_path}/{name}: File name too long" in fails("--format", "onnx", output=name)
+
+
+def test_a_file_that_nobody_has_named_is_not_overwritten(fails, tmp_path):
+    (tmp_path / "deformable_detr_R_50.onnx").write_text("another model")
+    message = fails("--format", "onnx", output=None)
+    assert "deformable_detr_R_50.onnx exists already: to write over it, give --output" in message
+
+
+@pytest.mark.parametrize("model", ["deformable_detr_R_50", "runs/v1.2", "configs/small.yaml"])
+def test_a_file_gets_the_name_of_its_model(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "small.yaml").touch()
+    expected = {"runs/v1.2": "v1.2.onnx", "configs/small.yaml": "small.onnx"}
+    assert str(new_file(model, ".onnx")) == expected.get(model, "deformable_detr_R_50.onnx")
 
 
 def test_output_that_is_a_folder(fails, tmp_path):

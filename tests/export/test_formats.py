@@ -1,6 +1,7 @@
 """Files of every format, written, read again and compared, through the command line."""
 
 import ast
+import re
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from PIL import Image
 from deformable_detr.data.augmentation import ResizeShortestEdge
 from deformable_detr.data.images import read_file
 from deformable_detr.detect import prepare_image
+from deformable_detr.detect.__main__ import parse_args as detect_arguments
 from deformable_detr.export import DisagreementError, InputShape, export_model, exporter
 from deformable_detr.export.agreement import draw_pictures
 
@@ -154,3 +156,9 @@ def test_the_example_needs_neither_torch_nor_detectron2():
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     modules = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in imports}
     assert {name for name in modules if name not in sys.stdlib_module_names} == {"numpy", "onnxruntime", "PIL"}
+
+
+def test_the_program_for_onnxruntime_shows_what_detect_shows():
+    help = subprocess.run([sys.executable, RUN_ONNX, "--help"], capture_output=True, text=True, check=True).stdout
+    default = detect_arguments(["a.jpg", "--model", "a"]).score
+    assert re.search(rf"--score SCORE\s+lowest score to show \(default: {default}\)", help)

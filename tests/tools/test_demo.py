@@ -1,10 +1,13 @@
 import importlib.util
 import json
+import shlex
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+
+from deformable_detr.engine import argument_parser
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
 _spec = importlib.util.spec_from_file_location("demo", TOOL)
@@ -23,6 +26,23 @@ def test_summary_reports_the_last_evaluation(tmp_path):
     assert "AP 50.0, AP50 80.1" in summary
     assert "took 20 s" in summary
     assert str(tmp_path / "report.html") in summary
+
+
+def test_summary_ends_with_what_to_type_next(tmp_path, monkeypatch):
+    write_metrics(tmp_path, {"iteration": 9, "time": 2.0, "bbox/AP": 1.0, "bbox/AP50": 2.0})
+    monkeypatch.setattr(sys, "prefix", str(demo.ROOT / ".venv"))
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    lines = demo.summarize(tmp_path).splitlines()
+    assert "source .venv/bin/activate" in lines
+    command = " ".join(lines[-3:]).replace("\\", "")
+    args = argument_parser().parse_args(shlex.split(command)[2:])
+    assert args.weights == "deformable-detr://deformable_detr_R_50_two_stage" and args.opts == [
+        "OUTPUT_DIR",
+        "output/mine",
+    ]
+    assert (demo.ROOT / args.config_file).is_file()
+    monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)
+    assert "activate" not in demo.summarize(tmp_path)
 
 
 def test_run_without_an_ap50_fails(tmp_path):

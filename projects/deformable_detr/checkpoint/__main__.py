@@ -79,10 +79,11 @@ def write(path: str, state_dict: dict[str, Tensor], *, to: str, report: Conversi
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     check_writable(args.destination)
+    cfg = load_config(args.model, args.opts)
     path, averaged = split_options(args.source)
     checkpoint = read_checkpoint(path)
     weights, note = select_weights(checkpoint, averaged=averaged)
-    model = build_model(load_config(args.model, args.opts))
+    model = build_model(cfg)
     state_dict, report = convert(weights, model=model, file_class_names=checkpoint.get("class_names"))
     if args.to != "ours":
         state_dict = export_for(args, model, state_dict)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -42,7 +43,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("export", description=DESCRIPTION, epilog=EPILOG)
     add_model_arguments(parser)
     parser.add_argument("--format", choices=FORMATS, required=True)
-    parser.add_argument("--output", type=Path, help="file to write (default: model with the suffix of the format)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="file to write, also over an older one (default: a new file of the model's name here)",
+    )
     parser.add_argument(
         "--opset", type=int, help=f"of ONNX, {OLDEST_OPSET} to {NEWEST_OPSET} (default: {DEFAULT_OPSET})"
     )
@@ -65,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _start_logging()
     args = parse_args(argv)
     start = time.perf_counter()
-    path = args.output or Path("model").with_suffix(FORMATS[args.format].suffix)
+    path = args.output or new_file(args.model, FORMATS[args.format].suffix)
     size = None if args.fixed_size is None else tuple(args.fixed_size)
     pictures = [read_image(image) for image in args.check]
     loaded = load_model(args.model, args.weights, device=args.device, opts=args.opts)
@@ -88,6 +93,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"model in {len(differences)} batches: boxes {boxes:.1e}, scores {scores:.1e} (at most {TOLERANCE:g})"
     )
     return 0
+
+
+def new_file(model: str, suffix: str) -> Path:
+    """The file that a model, named as on the command line, is exported to unless another one is asked for.
+
+    Raises:
+        FileExistsError: if it is there already, perhaps of another model.
+    """
+    path = Path(f"{Path(model).stem if os.path.isfile(model) else Path(model).resolve().name}{suffix}")
+    if path.exists():
+        raise FileExistsError(f"{path} exists already: to write over it, give --output {path}")
+    return path
 
 
 def _start_logging() -> None:
