@@ -183,6 +183,17 @@ def test_evaluation_with_resume_takes_the_last_checkpoint(world, flags):
     assert (world.output / "config.yaml").read_text() == config
 
 
+def test_evaluation_in_another_precision_moves_scores_a_little(world, flags):
+    world(flags, max_iter=1, eval_period=1)
+    path = world.output / "inference" / "coco_instances_results.json"
+    trained = [detection["score"] for detection in json.loads(path.read_text())]
+    world(["--eval-only", "--resume", "--precision", "bfloat16", *flags])
+    scores = [detection["score"] for detection in json.loads(path.read_text())]
+    assert scores != trained and scores == pytest.approx(trained, abs=1e-2)
+    with pytest.raises(ValueError, match="cuda_graphs needs a model on CUDA"):
+        world(["--eval-only", "--resume", "--cuda-graphs", *flags])
+
+
 def test_schedule_is_refused_before_the_data_are_read(world):
     DatasetCatalog.register("unread", lambda: pytest.fail("the data are read first"))
     MetadataCatalog.get("unread").evaluator_type = "coco"

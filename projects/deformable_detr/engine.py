@@ -38,6 +38,7 @@ from .data.loader import TrainLoader
 from .data.mapper import NamedErrorsMapper
 from .data.sampler import sampler_from_config
 from .files import replacing
+from .modeling import DeformableDETR, prepare_for_inference
 from .startup.checks import check_before_start, check_unused_parameters
 from .startup.launch import launch
 from .startup.options import check_options
@@ -48,8 +49,9 @@ from .training.hooks import PreciseBN, build_hooks
 from .training.loop import TrainingLoop
 from .training.metrics import cut_metrics
 from .training.per_layer_ap import EveryLayer, LayerEvaluators
-from .training.precision import Precision
+from .training.precision import DTYPES, Precision
 from .training.settings import TrainingSettings, warn_of_unscaled_learning_rate
+from .training.step import unwrap
 from .training.writers import build_writers
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,16 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = default_argument_parser(EPILOG)
     parser.add_argument("--model", dest="config_file", metavar="MODEL", help="another name of --config-file")
     add_overrides_word(parser)
+    parser.add_argument(
+        "--precision",
+        choices=["float32", *DTYPES],
+        help="with --eval-only: of weights and computation (default: what the configuration trains in)",
+    )
+    parser.add_argument(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        help="with --eval-only: replay batches of a shape that was seen before as CUDA graphs (default: on CUDA)",
+    )
     parser.add_argument(
         "--replay", metavar="FILE", help="repeat the step with which a training has failed, and explain it"
     )
@@ -256,7 +268,9 @@ def main(args: argparse.Namespace) -> Any:
         return _replay(cfg, args.replay)
     if isinstance(cfg, CfgNode):
         return _run_yaml(cfg, args)
-    return do_eval(cfg, resume=args.resume) if args.eval_only else do_train(cfg, resume=args.resume)
+    if not args.eval_only:
+        return do_train(cfg, resume=args.resume)
+    return do_eval(cfg, resume=args.resume, precision=args.precision, cuda_graphs=args.cuda_graphs)
 
 
 def train_net(argv: Sequence[str] | None = None) -> None:
@@ -278,7 +292,7 @@ def _run_yaml(cfg: CfgNode, args: argparse.Namespace) -> Any:
         model = Trainer.build_model(cfg)
         checkpointer = _build_checkpointer(cfg, model)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = Trainer.test(cfg, model)
+        results = Trainer.test(cfg, _prepare(model, cfg, args.precision, args.cuda_graphs))
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
@@ -305,16 +319,36 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict | None:
     return results
 
 
-def do_eval(cfg: DictConfig, *, resume: bool = False) -> dict | None:
+def do_eval(
+    cfg: DictConfig, *, resume: bool = False, precision: str | None = None, cuda_graphs: bool | None = None
+) -> dict | None:
     """Build the LazyConfig's model, load ``train.init_checkpoint`` and evaluate.
 
     Args:
         resume: evaluate the last checkpoint in ``train.output_dir`` instead if there is one.
+        precision: "float32", "bfloat16" or "float16"; by default what the configuration trains in.
+        cuda_graphs: see :func:`deformable_detr.prepare_for_inference`.
     """
     model = _distribute(instantiate(cfg.model).to(cfg.train.device))
     checkpointer = _build_checkpointer(cfg, model)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    return do_test(cfg, model)
+    return do_test(cfg, _prepare(model, cfg, precision, cuda_graphs))
+
+
+def _prepare(model: nn.Module, cfg: CfgNode | DictConfig, precision: str | None, cuda_graphs: bool | None) -> nn.Module:
+    """What evaluates a model that is not trained any more: a copy prepared for it.
+
+    The model itself where the AP of every layer is asked for, and where it is no :class:`DeformableDETR`.
+    """
+    settings = TrainingSettings.from_config(cfg)
+    if settings.per_layer_ap or not isinstance(unwrap(model), DeformableDETR):
+        if precision or cuda_graphs:
+            raise ValueError(
+                f"--precision and --cuda-graphs are for a DeformableDETR without {settings.keys['per_layer_ap']}"
+            )
+        return model
+    dtype = {"float32": torch.float32, **DTYPES, None: Precision.of(settings, model).dtype}[precision]
+    return prepare_for_inference(unwrap(model), dtype=dtype, cuda_graphs=cuda_graphs)
 
 
 def do_train(cfg: DictConfig, *, resume: bool = False) -> None:

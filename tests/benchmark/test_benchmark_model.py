@@ -112,6 +112,12 @@ def test_launches_of_a_step_are_those_of_its_model_and_its_optimizer(run):
     assert detection["forward"] < row["forward"] and "backward" not in detection
 
 
+def test_a_prepared_model_dispatches_less_than_half_of_the_operations(run):
+    modes = ("--modes", "eager", "prepared", "--precision", "bfloat16")
+    eager, prepared = run("model", "--sizes", "128x160", "--launches", "--peers", *modes)
+    assert prepared["mode"] == "prepared" and prepared["forward"] < eager["forward"] / 2
+
+
 def test_train_benchmark_shows_what_checkpointing_saves(run):
     # So wide that the peak is in the transformer.
     opts = ["MODEL.DEFORMABLE_DETR.ENC_LAYERS", "4", "MODEL.DEFORMABLE_DETR.DIM_FEEDFORWARD", "4096"]

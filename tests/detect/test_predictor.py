@@ -42,10 +42,11 @@ def test_results_keep_the_order_of_the_images_and_do_not_depend_on_the_batch_siz
 
 def test_images_of_equal_size_share_a_batch(tiny_model, monkeypatch):
     sizes = []
-    forward = tiny_model.model.forward
-    monkeypatch.setattr(tiny_model.model, "forward", lambda batch: sizes.append(len(batch)) or forward(batch))
+    predictor = Predictor(tiny_model, batch_size=2)
+    forward = predictor.detector.forward
+    monkeypatch.setattr(predictor.detector, "forward", lambda batch: sizes.append(len(batch)) or forward(batch))
     shapes = [(40, 60), (60, 40), (40, 60), (60, 40), (40, 60)]
-    Predictor(tiny_model, batch_size=2)([np.zeros((*shape, 3), np.uint8) for shape in shapes])
+    predictor([np.zeros((*shape, 3), np.uint8) for shape in shapes])
     assert sizes == [2, 1, 2]
 
 
@@ -151,6 +152,8 @@ def test_classes_with_cocos_names_have_cocos_ids(tiny_model, names, ids):
         ({"batch_size": 0}, "got 0"),
         ({"dtype": torch.int8}, "got torch.int8"),
         ({"device": "cpu"}, "loaded already"),
+        ({"cuda_graphs": True}, "cuda_graphs needs a model on CUDA"),
+        ({"cuda_graphs": True, "compile": True}, "compile or cuda_graphs"),
         ({"merge_iou": 1.5}, "merge_iou must be from 0 to 1, got 1.5"),
         ({"score_threshold": "good"}, "must be a number or \"best\", got 'good'"),
         ({"score_threshold": "best"}, "is for the output folder of a training"),

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..cli import add_model, add_overrides
 from ..loading import DTYPES
-from ..modeling import DeformableDETR
+from ..modeling import DeformableDETR, prepare_for_inference
 from .launches import count_launches, format_launches, sum_by_phase
-from .peers import OURS, TORCHVISION, TRANSFORMERS, Batch, build, find_peers, make_batch
+from .peers import OURS, TORCHVISION, TRANSFORMERS, Batch, Ours, build, find_peers, make_batch
 from .timing import CLOCKS, Call, peak_memory, print_and_save, summarise, time_in_turns
 
 NOTES = """\
@@ -37,8 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--modes",
         nargs="+",
         default=["eager"],
-        choices=["eager", "compiled"],
-        help="compiled: the transformer of our model",
+        choices=["eager", "compiled", "prepared"],
+        help="of our model; compiled: its transformer; prepared: prepare_for_inference in each --precision",
+    )
+    parser.add_argument(
+        "--cuda-graphs", action=argparse.BooleanOptionalAction, help="of prepared models (default: on CUDA)"
     )
     parser.add_argument(
         "--peers",
@@ -125,15 +128,17 @@ def make_contenders(variant: str, batch: Batch, args: argparse.Namespace) -> lis
             model = build(name, variant, batch, opts=args.opts)
             if mode == "compiled":
                 model.model.transformer.compile()
-            contenders += [
-                Contender(
-                    {"implementation": name, "dtype": dtype, "mode": mode},
-                    model,
-                    make_inference(model, batch, dtype=dtype),
-                )
-                for dtype in args.dtypes
-            ]
+            for dtype in args.dtypes:
+                detector = prepare(model, dtype, args) if mode == "prepared" else model
+                columns = {"implementation": name, "dtype": dtype, "mode": mode}
+                contenders.append(Contender(columns, detector, make_inference(detector, batch, dtype=dtype)))
     return contenders
+
+
+def prepare(ours: Ours, dtype: str, args: argparse.Namespace) -> Ours:
+    """Our model prepared for inference in a precision of ``--precision``."""
+    prepared = prepare_for_inference(ours.model, dtype=DTYPES.get(dtype), cuda_graphs=args.cuda_graphs)
+    return Ours(prepared).eval()
 
 
 def measure(

@@ -60,7 +60,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="COCO annotation file whose image and category ids detections.json takes, to be compared with it",
     )
     parser.add_argument("--batch-size", type=int, default=1, help="images at a time (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the computation (default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        "--dtype",
+        dest="dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of weights and computation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        help="replay images of a size that was seen before as one CUDA graph (default: on CUDA, without --compile)",
+    )
     parser.add_argument("--channels-last", action="store_true", help="memory layout of the backbone")
     parser.add_argument("--compile", action="store_true", help="compile the transformer; the first images take minutes")
     # Inputs may also stand between and behind the flags.
@@ -233,6 +245,7 @@ def _build_predictor(args: argparse.Namespace) -> Predictor:
         device=args.device,
         dtype=DTYPES[args.dtype],
         channels_last=args.channels_last,
+        cuda_graphs=args.cuda_graphs,
         compile=args.compile,
         opts=args.opts,
         score_threshold=args.score,

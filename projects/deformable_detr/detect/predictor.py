@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.structures import Instances
+from torch import nn
 from torchvision.ops import batched_nms
 
 from ..checkpoint.classes import COCO_CLASSES_BY_ID
 from ..loading import DTYPES, LoadedModel, load_model
+from ..modeling import prepare_for_inference
 from .images import ImageSource, prepare_image, read_image
 from .results import read_best_score
 
@@ -37,9 +39,12 @@ class Predictor:
         merge_iou: of two detections of one class that overlap by more than this IoU, only the better one is returned;
             for models that were trained briefly. None keeps all.
         batch_size: images of equal size that go through the model together.
-        dtype: of the computation, under autocast; the weights stay float32.
-        channels_last: keep the backbone's weights in this memory layout; on a CPU its features always have it.
-        compile: compile the transformer with ``torch.compile``; the first images take minutes.
+        dtype: of the computation; a copy of the model has its weights in it, see
+            :func:`deformable_detr.prepare_for_inference`.
+        channels_last: keep the backbone's weights in this memory layout, as a ResNet's are anyway.
+        cuda_graphs: replay images of a size that was seen before as one CUDA graph; by default on CUDA.
+        compile: compile the transformer with ``torch.compile``, in place of preparing a copy; the first images take
+            minutes.
         input_format: channel order of arrays, "RGB" or "BGR" (as ``cv2.imread`` gives).
         opts: overrides of the config.
 
@@ -57,6 +62,7 @@ class Predictor:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        cuda_graphs: bool | None = None,
         compile: bool = False,
         opts: Sequence[str] = (),
         # Input and output:
@@ -76,6 +82,8 @@ class Predictor:
                 raise ValueError(f"{name} must be from 0 to 1, got {value:g}")
         if dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of torch.{', torch.'.join(DTYPES)}, got {dtype}")
+        if compile and cuda_graphs:
+            raise ValueError("give compile or cuda_graphs, not both")
         if isinstance(model, LoadedModel):
             if weights is not None or device is not None or opts:
                 raise ValueError("weights, device and opts are for a model by name; this one is loaded already")
@@ -91,8 +99,7 @@ class Predictor:
         self.category_ids = _category_ids(self.class_names)
         if channels_last:
             self.loaded.model.backbone.to(memory_format=torch.channels_last)
-        if compile:
-            self.loaded.model.transformer.compile(dynamic=True)
+        self.detector = self._build_detector(cuda_graphs, compile=compile)
 
     @property
     def class_names(self) -> list[str]:
@@ -160,11 +167,19 @@ class Predictor:
             for label, score, box in zip(instances.pred_classes.tolist(), instances.scores.tolist(), boxes, strict=True)
         ]
 
+    def _build_detector(self, cuda_graphs: bool | None, *, compile: bool) -> nn.Module:
+        model = self.loaded.model
+        if compile:
+            model.transformer.compile(dynamic=True)
+            return model
+        return prepare_for_inference(model, dtype=self.dtype, cuda_graphs=cuda_graphs)
+
     @torch.no_grad()
     def _forward(self, batch: list[dict]) -> list[Instances]:
+        # A prepared copy computes in its own dtype all the same.
         autocast = torch.autocast(self.loaded.model.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with autocast:
-            outputs = self.loaded.model(batch)
+            outputs = self.detector(batch)
         return [self._select(output["instances"].to("cpu")) for output in outputs]
 
     def _select(self, instances: Instances) -> Instances:
