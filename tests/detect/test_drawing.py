@@ -85,11 +85,9 @@ def test_labels_without_room_are_left_out_from_the_last_on():
 
 
 def test_a_name_that_is_wider_than_the_image_is_written_smaller():
-    width = 200
     text = "a class with a very long name 100%"
-    font = drawing._fitting_font(text, 20, width)
-    assert width * 0.9 < drawing._size_of(text, font)[0] <= width
-    assert drawing._fitting_font("cat", 20, width).size == 20
+    assert 180 < drawing._fitting_line(text, 20, 200).width <= 200
+    assert drawing._fitting_line("cat", 20, 200).width == drawing.Line("cat", 20).width
 
 
 def test_parts_of_a_box_beyond_the_border_are_drawn_at_the_border():
@@ -106,24 +104,47 @@ def test_boxes_follow_a_picture_that_is_reduced_or_enlarged():
     assert draw_frame(gray(100, 200), found, ["x"]).shape == (100, 200, 3)
 
 
+CACHES = (drawing._font_files, drawing._font_with, drawing._has_letters, drawing._warn_of_missing)
+
+
 @pytest.fixture
-def only_matplotlibs_font(monkeypatch):
-    """As on a machine without fonts of its own."""
-    caches = (drawing._font_files, drawing._font_file, drawing._has_letters)
-    for function in caches:
-        function.cache_clear()
-    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
-    yield
-    for function in caches:
+def install(monkeypatch):
+    """A function (letters -> file) that lets a machine have these fonts beside matplotlib's own, and no others."""
+
+    def install(fonts=None):
+        for function in CACHES:
+            function.cache_clear()
+        own = font_manager.findfont("DejaVu Sans")
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda: list(fonts or {}))
+        has = drawing._has_letters.__wrapped__
+        known = {
+            own: lambda letters: has(own, letters),
+            **{file: set(own).issuperset for file, own in (fonts or {}).items()},
+        }
+        monkeypatch.setattr(drawing, "_has_letters", lambda file, letters: known[file](letters))
+
+    yield install
+    for function in CACHES:
         function.cache_clear()
 
 
-def test_letters_that_no_font_has_are_named_once(only_matplotlibs_font, caplog):
-    assert drawing.missing_letters(["cat", "猫 a", "कुत्ता"]) == "".join(sorted(set("猫कुत्ता")))
+def test_letters_that_no_font_has_are_named_once(install, caplog):
+    install()
+    names = ["cat", "猫 a", "कुत्ता"]
+    assert drawing.missing_letters(names) == "".join(sorted(set("猫कुत्ता")))
     with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            draw_boxes(gray(50, 90), [(5, 20, 60, 45)], [0], ["猫 90%"])
-    assert [record.args for record in caplog.records] == [("猫",)]
+        for score in (0.5, 0.6):
+            draw_frame(gray(50, 90), instances_of((50, 90), ((5, 20, 60, 45), score, 1)), names)
+    assert [record.args for record in caplog.records] == [(drawing.missing_letters(names),)]
+
+
+def test_words_are_taken_from_the_fonts_that_have_them(install):
+    """A font of one script often has neither digits nor Latin letters."""
+    install({"sans.ttf": "แมว", "both.ttf": "猫0123456789%"})
+    assert drawing._split_by_font("猫 90%") == [("猫 90%", "both.ttf")]
+    own = font_manager.findfont("DejaVu Sans")
+    assert drawing._split_by_font("แมว 90%") == [("แมว ", "sans.ttf"), ("90%", own)]
+    assert drawing._split_by_font("cat 90%") == [("cat 90%", own)]
 
 
 def test_letters_are_taken_from_an_installed_font_that_has_them(caplog):

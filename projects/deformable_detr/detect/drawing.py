@@ -1,6 +1,7 @@
 """Colours, letters and labelled boxes: what every picture of detections and ground truth is drawn with."""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ LARGEST_PICTURE = 4096
 # Shares of the mean side of a picture, with their smallest values in pixels.
 _LINE_WIDTH, _MIN_LINE_WIDTH = 0.0035, 2
 _LETTER_HEIGHT, _MIN_LETTER_HEIGHT = 0.02, 12
+_PADDING = 3  # px left and right of a label's text
 # Linear RGB -> cone responses -> OKLab (B. Ottosson, 2020), in which distances are differences that people see.
 _TO_CONES = np.array([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]])
 _TO_OKLAB = np.array([[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]])
@@ -83,37 +85,65 @@ def _has_letters(file: str, letters: frozenset[str]) -> bool:
 
 
 @cache
-def _font_file(letters: frozenset[str]) -> str:
-    """The first font that has all letters; where there is none, the one that has letters and digits at least."""
-    found = next((file for file in _font_files() if _has_letters(file, letters)), None)
-    if found is None:
-        shown = "".join(sorted(letter for letter in letters if not _has_letters(_font_files()[0], frozenset(letter))))
-        logger.warning("no font on this machine has all letters of %s: pictures show boxes in their place", shown)
-    return found or _font_files()[0]
+def _font_with(letters: frozenset[str]) -> str | None:
+    """The first font that has all letters."""
+    return next((file for file in _font_files() if _has_letters(file, letters)), None)
 
 
 def missing_letters(texts: Iterable[str]) -> str:
-    """Letters that no font on this machine has, so that pictures cannot show them."""
+    """Letters that no font on this machine has, so that pictures show boxes in their place."""
     letters = sorted({letter for text in texts for letter in text if not letter.isspace()})
-    return "".join(c for c in letters if not any(_has_letters(file, frozenset(c)) for file in _font_files()))
+    return "".join(letter for letter in letters if _font_with(frozenset(letter)) is None)
+
+
+@cache
+def _warn_of_missing(names: tuple[str, ...]) -> None:
+    if missing := missing_letters(names):
+        logger.warning("no font on this machine has the letters %s: pictures show boxes in their place", missing)
+
+
+def _split_by_font(text: str) -> list[tuple[str, str]]:
+    """A text as a whole, or word by word where no font has all of its letters, with files of fonts."""
+    words = [text] if _font_with(frozenset(text) - {" "}) else re.split(r"(?<= )", text)
+    return [(word, _font_with(frozenset(word) - {" "}) or _font_files()[0]) for word in words]
 
 
 @contextmanager
-def matplotlib_letters(texts: Iterable[str]) -> Iterator[None]:
-    """Let matplotlib take the letters of texts from every font that is needed for them."""
-    files = {_font_file(frozenset(text) - {" "}): None for text in ("", *texts)}
+def matplotlib_letters(names: Iterable[str]) -> Iterator[None]:
+    """Let matplotlib take letters from every font that is needed for names; of those that none has a warning tells."""
+    names = tuple(names)
+    _warn_of_missing(names)
+    files = {file: None for name in ("", *names) for _, file in _split_by_font(name)}
     for file in files:
         font_manager.fontManager.addfont(file)
     families = [FT2Font(file).family_name for file in files]
     with rc_context({"font.family": families}), warnings.catch_warnings():
-        # What no font has is said already.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
 
 
-def text_font(text: str, height: int) -> ImageFont.FreeTypeFont:
-    """A font that has the letters of a text, in a size in pixels."""
-    return ImageFont.truetype(_font_file(frozenset(text) - {" "}), height)
+class Line:
+    """A line of text with letters of a height in pixels, from whatever fonts have them.
+
+    Attributes:
+        width, height: of the whole, in pixels.
+    """
+
+    def __init__(self, text: str, letter_height: int) -> None:
+        self._parts = [(part, _load_font(file, letter_height)) for part, file in _split_by_font(text)]
+        self._ascent = max(font.getmetrics()[0] for _, font in self._parts)
+        self.width = round(sum(font.getlength(part) for part, font in self._parts))
+        self.height = self._ascent + max(font.getmetrics()[1] for _, font in self._parts)
+
+    def draw(self, draw: ImageDraw.ImageDraw, left: float, top: float, colour: str) -> None:
+        for part, font in self._parts:
+            draw.text((left, top + self._ascent), part, fill=colour, font=font, anchor="ls")
+            left += font.getlength(part)
+
+
+@cache
+def _load_font(file: str, height: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(file, height)
 
 
 def draw_boxes(
@@ -134,40 +164,31 @@ def draw_boxes(
         uint8 RGB (H, W, 3).
     """
     height, width = picture.shape[:2]
-    line = max(_MIN_LINE_WIDTH, round(_LINE_WIDTH * (height + width) / 2))
+    thickness = max(_MIN_LINE_WIDTH, round(_LINE_WIDTH * (height + width) / 2))
     letters = max(_MIN_LETTER_HEIGHT, round(_LETTER_HEIGHT * (height + width) / 2))
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     boxes = np.asarray(boxes, dtype=float).reshape(-1, 4).clip(0, [width - 1, height - 1] * 2)
     colours = [class_colour(index) for index in classes]
     for box, colour in reversed(list(zip(boxes.tolist(), colours, strict=True))):
-        draw.rectangle(box, outline=colour, width=line)
-    fonts = [_fitting_font(text, letters, width) for text in texts]
-    sizes = [_size_of(text, font) for text, font in zip(texts, fonts, strict=True)]
+        draw.rectangle(box, outline=colour, width=thickness)
+    lines = [_fitting_line(text, letters, width - 2 * _PADDING) for text in texts]
+    sizes = [(line.width + 2 * _PADDING, line.height) for line in lines]
     places = place_labels(boxes.tolist(), sizes, (width, height))
-    placed = [label for label in zip(places, boxes.tolist(), colours, texts, fonts, strict=True) if label[0]]
-    for (left, top, right, bottom), (x0, y0, x1, y1), colour, _, _ in placed:
+    labels = [label for label in zip(places, boxes.tolist(), colours, lines, strict=True) if label[0]]
+    for (left, top, right, bottom), (x0, y0, x1, y1), colour, _ in labels:
         nearest = min(max(left, x0), x1), min(max(top, y0), y1)
-        draw.line([((left + right) / 2, (top + bottom) / 2), nearest], fill=colour, width=max(1, line // 2))
-    for (left, top, right, bottom), _, colour, text, font in placed:
+        draw.line([((left + right) / 2, (top + bottom) / 2), nearest], fill=colour, width=max(1, thickness // 2))
+    for (left, top, right, bottom), _, colour, line in labels:
         draw.rectangle((left, top, right - 1, bottom - 1), fill=colour)
-        draw.text((left + _PADDING, (top + bottom) / 2), text, fill=_ink_on(colour), font=font, anchor="lm")
+        line.draw(draw, left + _PADDING, top, _ink_on(colour))
     return np.asarray(image)
 
 
-_PADDING = 3  # px left and right of a text
-
-
-def _size_of(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
-    """Width and height of a label."""
-    return round(font.getlength(text)) + 2 * _PADDING, sum(font.getmetrics()) + 1
-
-
-def _fitting_font(text: str, height: int, width: int) -> ImageFont.FreeTypeFont:
-    """A font that is smaller than wanted where the text would be wider than the picture."""
-    font = text_font(text, height)
-    wanted = _size_of(text, font)[0]
-    return font if wanted <= width else text_font(text, max(1, int(height * (width - 2 * _PADDING) / wanted)))
+def _fitting_line(text: str, height: int, width: int) -> Line:
+    """A line that is smaller than wanted where it would be wider than there is room."""
+    line = Line(text, height)
+    return line if line.width <= width else Line(text, max(1, height * width // line.width))
 
 
 def place_labels(
@@ -185,20 +206,26 @@ def place_labels(
     """
     taken = np.empty((0, 4))
     places: list[tuple[int, int, int, int] | None] = []
-    for (x0, y0, x1, y1), (w, h) in zip(boxes, sizes, strict=True):
-        at_box = np.array([(x, y) for x in (x0, x1 - w) for y in (y0 - h, y0, y1, y1 - h)])
-        room = np.maximum(np.subtract(picture_size, (w, h)), 0)
-        steps = np.meshgrid(np.arange(0, room[0] + 1, max(w // 4, 1)), np.arange(0, room[1] + 1, h))
-        anywhere = np.stack(steps, axis=-1).reshape(-1, 2)
-        nearest = np.square(anywhere - (x0, y0 - h)).sum(axis=1).argsort(kind="stable")
-        corners = np.concatenate([at_box, anywhere[nearest]]).clip(0, room).round()
-        candidates = np.concatenate([corners, corners + (w, h)], axis=1)
-        low = np.maximum(candidates[:, None, :2], taken[None, :, :2])
-        high = np.minimum(candidates[:, None, 2:], taken[None, :, 2:])
-        free = candidates[~(low < high).all(axis=2).any(axis=1)]
+    for (x0, y0, x1, y1), size in zip(boxes, sizes, strict=True):
+        w, h = size
+        room = np.maximum(np.subtract(picture_size, size), 0)
+        at_box = np.array([(x, y) for x in (x0, x1 - w) for y in (y0 - h, y0, y1, y1 - h)]).clip(0, room).round()
+        free = _free_places(at_box, size, taken)
+        if not len(free):
+            steps = np.meshgrid(np.arange(0, room[0] + 1, max(w // 4, 1)), np.arange(0, room[1] + 1, h))
+            free = _free_places(np.stack(steps, axis=-1).reshape(-1, 2), size, taken)
+            free = free[np.square(free[:, :2] - (x0, y0 - h)).sum(axis=1).argsort(kind="stable")]
         taken = np.concatenate([taken, free[:1]])
         places.append(tuple(free[0].astype(int).tolist()) if len(free) else None)
     return places
+
+
+def _free_places(corners: np.ndarray, size: tuple[int, int], taken: np.ndarray) -> np.ndarray:
+    """Those (n, 4) of the places of a size at left upper corners (m, 2) that share no pixel with one that is taken."""
+    places = np.concatenate([corners, corners + size], axis=1)
+    low = np.maximum(places[:, None, :2], taken[None, :, :2])
+    high = np.minimum(places[:, None, 2:], taken[None, :, 2:])
+    return places[~(low < high).all(axis=2).any(axis=1)]
 
 
 def draw_detections(picture: np.ndarray, instances: Instances, class_names: Sequence[str]) -> np.ndarray:
@@ -220,6 +247,7 @@ def draw_detections(picture: np.ndarray, instances: Instances, class_names: Sequ
 
 def draw_frame(picture: np.ndarray, instances: Instances, class_names: Sequence[str]) -> np.ndarray:
     """:func:`draw_detections` without enlarging: a frame of a video stays as large as it is."""
+    _warn_of_missing(tuple(class_names))
     height, width = picture.shape[:2]
     instances = instances[instances.scores.argsort(descending=True, stable=True)]
     boxes = instances.pred_boxes.clone()

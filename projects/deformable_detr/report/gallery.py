@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from ..data.dataset_dict import get_objects
 from ..data.images import read_file
-from ..detect.drawing import draw_boxes, text_font
+from ..detect.drawing import Line, draw_boxes
 from ..files import replacing_file
 
 # What stands left and right in a pair.
@@ -142,9 +142,9 @@ def _arrange(pairs: Sequence[tuple[np.ndarray, np.ndarray]], title: str) -> Imag
     columns = [_GAP + index * (PANEL_SIZE + _GAP) for index in range(2 * min(len(pairs), PAIRS_PER_ROW))]
     sheet = Image.new("RGB", (columns[-1] + PANEL_SIZE + _GAP, _HEADER + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((_GAP, _GAP), title, fill="black", font=text_font(title, 22))
+    Line(title, 22).draw(draw, _GAP, _GAP, "black")
     for index, left in enumerate(columns):
-        draw.text((left, _HEADER - 34), PAIR[index % 2], fill="black", font=text_font(PAIR[index % 2], 18))
+        Line(PAIR[index % 2], 18).draw(draw, left, _HEADER - 34, "black")
     top = _HEADER
     for row, height in zip(rows, heights, strict=True):
         for left, panel in zip(columns, (panel for pair in row for panel in pair), strict=False):
