@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -16,6 +16,7 @@ from deformable_detr.solver import (
     build_lr_scheduler,
     build_optimizer,
     get_param_groups,
+    layer_factors,
     lr_factor,
 )
 
@@ -100,6 +101,117 @@ def test_decay_of_norms_and_biases_can_be_set():
 )
 def test_factor_follows_the_name(name, factor):
     assert lr_factor(name, backbone_multiplier=0.5, location_multiplier=0.25) == factor
+
+
+def named(**parameters: nn.Module | nn.Parameter) -> nn.Module:
+    """A module of which ``vit__blocks`` is called "vit.blocks"."""
+    root = nn.Module()
+    for name, value in parameters.items():
+        *parents, last = name.split("__")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                setattr(module, parent, nn.Module())
+            module = getattr(module, parent)
+        setattr(module, last, value)
+    return root
+
+
+def one() -> nn.Parameter:
+    return nn.Parameter(torch.ones(1))
+
+
+def rates(model: nn.Module, groups: list[dict]) -> dict[str, float]:
+    by_parameter = {id(p): group["lr"] for group in groups for p in group["params"]}
+    return {name: by_parameter[id(p)] for name, p in model.named_parameters()}
+
+
+def test_every_block_of_a_vit_learns_slower_than_the_next():
+    vit = "backbone__bottom_up__net__"
+    model = named(
+        **{
+            f"{vit}pos_embed": one(),
+            f"{vit}patch_embed__proj__weight": one(),
+            f"{vit}blocks": nn.ModuleList([named(weight=one(), residual__weight=one()) for _ in range(11)]),
+        },
+        backbone__input_proj__weight=one(),
+        transformer__blocks__0__weight=one(),
+    )
+    groups = get_param_groups(
+        model, base_lr=1.0, weight_decay=0.1, layer_decay=0.5, backbone_multiplier=0.1, location_multiplier=1.0
+    )
+    net = "backbone.bottom_up.net."
+    expected = {f"{net}blocks.{n}.weight": 0.1 * 0.5 ** (11 - n) for n in range(11)}
+    expected |= {f"{net}blocks.{n}.residual.weight": 0.1 for n in range(11)}
+    expected |= dict.fromkeys((f"{net}pos_embed", f"{net}patch_embed.proj.weight"), 0.1 * 0.5**12)
+    expected |= {"backbone.input_proj.weight": 1.0, "transformer.blocks.0.weight": 1.0}
+    assert rates(model, groups) == pytest.approx(expected)
+
+
+def test_blocks_of_a_swin_are_counted_through_its_stages():
+    model = named(
+        backbone__bottom_up__patch_embed__weight=one(),
+        backbone__bottom_up__layers=nn.ModuleList(
+            [
+                named(blocks=nn.ModuleList([named(bias=one()), named(bias=one())]), downsample__weight=one()),
+                named(blocks=nn.ModuleList([named(bias=one())])),
+            ]
+        ),
+        backbone__bottom_up__norm1__weight=one(),
+    )
+    assert layer_factors(model, 0.5) == {
+        "backbone.bottom_up.patch_embed.weight": 0.5**4,
+        "backbone.bottom_up.layers.0.blocks.0.bias": 0.5**3,
+        "backbone.bottom_up.layers.0.blocks.1.bias": 0.5**2,
+        "backbone.bottom_up.layers.0.downsample.weight": 0.5**2,
+        "backbone.bottom_up.layers.1.blocks.0.bias": 0.5,
+    }
+
+
+def test_decay_by_layers_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match=r"layer_decay \(0\.5\) needs a backbone with blocks"):
+        layer_factors(named(backbone__conv=nn.Linear(1, 1)), 0.5)
+    for decay in (0.0, 1.5):
+        with pytest.raises(ValueError, match=rf"layer_decay must be in \(0, 1\], got {decay}"):
+            layer_factors(nn.Linear(1, 1), decay)
+
+
+def test_parameters_are_overridden_by_the_last_part_of_their_names(caplog):
+    model = named(backbone__bottom_up__table=one(), transformer__table=one(), transformer__weight=one())
+    overrides = {"table": {"weight_decay": 0.0, "lr": 0.3}, "absent": {"lr": 0.5}}
+    groups = get_param_groups(
+        model, base_lr=1.0, weight_decay=0.1, overrides=overrides, lr_factor_func=lambda name: 0.5
+    )
+    # Its learning rate is a value, not a factor; the other's is halved.
+    found = {name: 0.3 for name in ("backbone.bottom_up.table", "transformer.table")} | {"transformer.weight": 0.5}
+    assert rates(model, groups) == pytest.approx(found)
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert [decay[id(p)] for p in model.parameters()] == [0.0, 0.0, 0.1]
+    assert overrides == {"table": {"weight_decay": 0.0, "lr": 0.3}, "absent": {"lr": 0.5}}
+    assert "The overrides of absent change nothing" in caplog.text
+
+
+def test_overrides_of_anything_else_are_refused():
+    with pytest.raises(ValueError, match="overrides of weight must be of lr or weight_decay, got weigth_decay"):
+        get_param_groups(nn.Linear(1, 1), base_lr=1.0, weight_decay=0.1, overrides={"weight": {"weigth_decay": 0.0}})
+    with pytest.raises(ValueError, match=r"SOLVER\.OVERRIDES must be triples .*got \('pos_embed', 0\.0\)"):
+        build_optimizer(load("", "SOLVER.OVERRIDES", "[('pos_embed', 0.0)]"), nn.Linear(1, 1))
+
+
+def test_both_systems_override_by_name_and_decay_by_layer():
+    """With a block that stands for a transformer's, in a backbone that is otherwise a convolution."""
+    model = named(backbone__bottom_up__blocks__0__table=one(), transformer__table=one())
+    cfg = load("", "SOLVER.OVERRIDES", "[('table', 'weight_decay', 0.5)]", "SOLVER.LAYER_DECAY", "0.25")
+    lazy = load_config(
+        str(CONFIGS / "deformable_detr_R_50.py"),
+        ["optimizer.params.layer_decay=0.25", "+optimizer.params.overrides.table.weight_decay=0.5"],
+    )
+    lazy.optimizer.params.model = model
+    for optimizer in (build_optimizer(cfg, model), instantiate(lazy.optimizer)):
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.5}
+        assert rates(model, optimizer.param_groups) == pytest.approx(
+            {"backbone.bottom_up.blocks.0.table": 2e-4 * 0.1 * 0.25, "transformer.table": 2e-4}
+        )
 
 
 # Clipping

@@ -107,7 +107,12 @@ dataloader = dict(
 
 optimizer = L(ClippedAdamW)(
     params=L(get_param_groups)(
-        base_lr="${..lr}", weight_decay="${..weight_decay}", backbone_multiplier=0.1, location_multiplier=0.1
+        base_lr="${..lr}",
+        weight_decay="${..weight_decay}",
+        backbone_multiplier=0.1,
+        location_multiplier=0.1,
+        layer_decay=1.0,
+        overrides={},
     ),
     lr=2e-4,
     weight_decay=1e-4,

@@ -1,8 +1,11 @@
 """The official optimiser: AdamW with slower backbone and location layers, gradients clipped over the whole model."""
 
+import bisect
 import itertools
 import logging
 import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +27,52 @@ def lr_factor(name: str, *, backbone_multiplier: float, location_multiplier: flo
     return 1.0
 
 
+def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
+    """Learning-rate factors of a backbone's parameters by depth: ``decay`` for each block from here to the last.
+
+    The rule of Detectron2's ViTDet, for every backbone with "blocks" (ViT, MViT) and with "layers" of "blocks" (Swin).
+    The last block has ``decay``; the embeddings before the first of n blocks have ``decay ** (n + 1)``. What follows
+    the blocks has no factor, nor have the residual convolutions inside of a ViT's blocks, which are not pre-trained.
+
+    Raises:
+        ValueError: if ``decay`` is not in (0, 1], or if the backbone has no blocks.
+    """
+    if not 0 < decay <= 1:
+        raise ValueError(f"layer_decay must be in (0, 1], got {decay}")
+    if decay == 1:
+        return {}
+    names = [name for name, _ in model.named_parameters() if name.startswith("backbone.")]
+    blocks = sorted({_block_of(match) for name in names if (match := _BLOCK.search(name)) and match["block"]})
+    if not blocks:
+        raise ValueError(f"layer_decay ({decay}) needs a backbone with blocks, such as a ViT or a Swin; this has none")
+    factors = {}
+    for name in names:
+        match = _BLOCK.search(name)
+        if match and ".residual." not in name:
+            # What merges patches between two stages goes with the last block of the first.
+            factors[name] = decay ** (len(blocks) - bisect.bisect_right(blocks, _block_of(match)) + 1)
+        elif "patch_embed." in name or "pos_embed" in name:
+            factors[name] = decay ** (len(blocks) + 1)
+    return factors
+
+
+# Of a block, or of a Swin's merging of patches: its stage, if it is in one, and its number.
+_BLOCK = re.compile(r"\.(?:layers\.(?P<stage>\d+)\.)?(?:blocks\.(?P<block>\d+)|downsample)\.")
+
+
+def _block_of(match: re.Match) -> tuple[int, float]:
+    return int(match["stage"] or 0), int(match["block"]) if match["block"] else math.inf
+
+
+def _check_overrides(model: nn.Module, overrides: Mapping[str, Mapping[str, Any]]) -> None:
+    names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    for name, values in overrides.items():
+        if unknown := values.keys() - {"lr", "weight_decay"}:
+            raise ValueError(f"overrides of {name} must be of lr or weight_decay, got {', '.join(sorted(unknown))}")
+        if name not in names:
+            logger.warning(f"The overrides of {name} change nothing: no parameter's name ends in it")
+
+
 def get_param_groups(
     model: nn.Module,
     *,
@@ -33,22 +82,40 @@ def get_param_groups(
     weight_decay_bias: float | None = None,
     backbone_multiplier: float = 0.1,
     location_multiplier: float = 0.1,
+    layer_decay: float = 1.0,
+    lr_factor_func: Callable[[str], float] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups by learning rate and weight decay, trainable parameters only.
 
     Args:
         model: a :class:`DeformableDETR`, before it is wrapped for distributed training.
         weight_decay_norm, weight_decay_bias: None decays them like every other parameter, as the official code does.
+        layer_decay: as for :func:`layer_factors`.
+        lr_factor_func: one more factor on the learning rate, from the name of a parameter, as in Detectron2.
+        overrides: last part of a parameter's name -> its "lr" or "weight_decay", as in Detectron2: values, which no
+            factor changes, such as ``{"relative_position_bias_table": {"weight_decay": 0.0}}``.
+
+    Raises:
+        ValueError: if an override is of anything but these two, or ``layer_decay`` does not fit.
     """
+    # Detectron2's function writes into it.
+    overrides = {name: dict(values) for name, values in (overrides or {}).items()}
+    _check_overrides(model, overrides)
     groups = get_default_optimizer_params(
         model,
         base_lr=base_lr,
         weight_decay=weight_decay,
         weight_decay_norm=weight_decay_norm,
         weight_decay_bias=weight_decay_bias,
+        overrides=overrides,
     )
+    by_layer = layer_factors(model, layer_decay)
     for name, parameter in model.named_parameters():
+        if "lr" in overrides.get(name.rpartition(".")[2], {}):
+            continue
         factor = lr_factor(name, backbone_multiplier=backbone_multiplier, location_multiplier=location_multiplier)
+        factor *= by_layer.get(name, 1.0) * (lr_factor_func(name) if lr_factor_func else 1.0)
         if parameter.requires_grad and factor != 1.0:
             groups.append({"params": [parameter], "lr": base_lr * factor})
     # Later entries override earlier ones of the same parameter.
@@ -111,7 +178,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     Raises:
         ValueError: if ``SOLVER.OPTIMIZER``, ``CLIP_GRADIENTS`` or ``BIAS_LR_FACTOR`` asks for what this project does
-            not provide.
+            not provide; what :func:`get_param_groups` does.
     """
     solver = cfg.SOLVER
     if solver.OPTIMIZER.upper() != "ADAMW":
@@ -135,8 +202,23 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         backbone_multiplier=solver.BACKBONE_MULTIPLIER,
         location_multiplier=solver.LOCATION_MULTIPLIER,
+        layer_decay=solver.LAYER_DECAY,
+        overrides=_read_overrides(solver.OVERRIDES),
     )
     return ClippedAdamW(groups, lr=solver.BASE_LR, max_norm=clip.CLIP_VALUE if clip.ENABLED else None)
+
+
+def _read_overrides(triples: Sequence[tuple[str, str, float]]) -> dict[str, dict[str, float]]:
+    overrides: dict[str, dict[str, float]] = {}
+    for triple in triples:
+        if not isinstance(triple, tuple | list) or len(triple) != 3:
+            raise ValueError(
+                'SOLVER.OVERRIDES must be triples such as ("pos_embed", "weight_decay", 0.0): the last part of a '
+                f"parameter's name, what of it, and the value; got {triple!r}"
+            )
+        name, what, value = triple
+        overrides.setdefault(name, {})[what] = value
+    return overrides
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:

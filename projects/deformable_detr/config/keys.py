@@ -52,6 +52,10 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     cfg.SOLVER.setdefault("OPTIMIZER", "ADAMW")
     cfg.SOLVER.setdefault("BACKBONE_MULTIPLIER", 0.1)
     cfg.SOLVER.setdefault("LOCATION_MULTIPLIER", 0.1)
+    # Another factor for each block of the backbone (ViT, Swin) from there to its last one; 1 for none.
+    cfg.SOLVER.setdefault("LAYER_DECAY", 1.0)
+    # Values for parameters by the last part of their names: ("relative_position_bias_table", "weight_decay", 0.0), ...
+    cfg.SOLVER.setdefault("OVERRIDES", [])
 
     # What mixed precision computes in: "float16" or "bfloat16".
     cfg.SOLVER.AMP.setdefault("PRECISION", "float16")
