@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from detectron2.utils import comm
 
 from deformable_detr.startup.launch import TORCHRUN_VARIABLES, launch
 
@@ -90,3 +91,22 @@ def test_without_torchrun_detectron2_launches(monkeypatch):
     args = argparse.Namespace(num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto")
     launch(seen.append, args)
     assert seen == [args]
+
+
+@pytest.mark.parametrize("has_call", [True, False], ids=["as on its main branch", "as in version 0.6"])
+def test_detectron2_is_told_the_processes_of_the_machine(torchrun, monkeypatch, has_call):
+    """The groups of two machines with two processes each, seen from the third process."""
+    told = []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda *_, **__: None)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 2)
+    monkeypatch.setattr("torch.distributed.new_group", list)
+    monkeypatch.setattr(comm, "_LOCAL_PROCESS_GROUP", None)
+    if has_call:
+        monkeypatch.setattr(comm, "create_local_process_group", told.append, raising=False)
+    else:
+        monkeypatch.delattr(comm, "create_local_process_group", raising=False)
+    launch(lambda args: None, argparse.Namespace(num_gpus=1, num_machines=1), device="cpu")
+    assert (told, comm._LOCAL_PROCESS_GROUP) == (([2], None) if has_call else ([], [2, 3]))
