@@ -138,6 +138,13 @@ def test_analyze_model_counts_parameters_operations_and_activations(yaml_cfg):
     assert activation_count_operators(model, inputs)["conv"] > 0
 
 
+def test_analyze_model_takes_the_model_and_the_data_of_a_lazy_config(lazy_cfg):
+    model, inputs = instantiate(lazy_cfg.model).eval(), next(iter(instantiate(lazy_cfg.dataloader.test)))
+    assert "transformer.encoder" in parameter_count_table(model, max_depth=5)
+    assert FlopCountAnalysis(model, inputs).by_operator()["conv"] > 0
+    assert activation_count_operators(model, inputs)["conv"] > 0
+
+
 @pytest.mark.parametrize("sizes", [[(64, 96)], [(64, 96), (80, 64)]])
 def test_traced_models_detect_as_they_do_for_images_of_the_traced_sizes(yaml_cfg, sizes):
     def images() -> list[dict]:
@@ -182,6 +189,9 @@ def test_visualize_data_draws_what_the_loader_gives(yaml_cfg):
         labels=labels, boxes=x["instances"].gt_boxes
     )
     assert drawn.get_image().shape == image.shape
+    record = DatasetCatalog.get(TRAIN)[0]
+    image = utils.read_image(record["file_name"], "RGB")
+    assert Visualizer(image, MetadataCatalog.get(TRAIN)).draw_dataset_dict(record).get_image().any()
 
 
 def test_visualize_json_results_draws_the_file_of_an_evaluation(yaml_cfg):

@@ -1,0 +1,50 @@
+"""What is said of a model before it is trained."""
+
+import pytest
+from detectron2.modeling import build_model
+
+from deformable_detr import load_config
+from deformable_detr.config import find_config_file
+from deformable_detr.startup.checks import check_unused_parameters
+
+MODEL = "deformable_detr_R_50"
+
+
+@pytest.fixture(params=["yaml", "lazy"])
+def config_of(request):
+    """A function (find_unused_parameters) -> configuration in one of the two systems."""
+
+    def load(find: bool):
+        if request.param == "yaml":
+            return load_config(MODEL, ["SOLVER.FIND_UNUSED_PARAMETERS", str(find)])
+        return load_config(find_config_file(MODEL, suffix=".py"), [f"train.ddp.find_unused_parameters={find}"])
+
+    return load
+
+
+@pytest.fixture
+def model(tiny_yaml):
+    """Without its last stage: the backbone has an output that no level comes from."""
+    _, path, *opts = tiny_yaml()
+    return build_model(load_config(path, [*opts, "MODEL.DEFORMABLE_DETR.IN_FEATURES", "['res3', 'res4']"]))
+
+
+def test_several_processes_need_the_key_for_unused_parameters(model, config_of, monkeypatch, caplog):
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    key = r"(SOLVER\.FIND_UNUSED_PARAMETERS|train\.ddp\.find_unused_parameters)"
+    # Two blocks of two convolutions, and a shortcut in the first; frozen norms have no parameters.
+    with pytest.raises(ValueError, match=rf"^5 parameters .*: bottom_up\.res5\.0\..*, or set {key}"):
+        check_unused_parameters(model, config_of(False))
+    check_unused_parameters(model, config_of(True))
+    assert "5 parameters of the backbone are never trained" in caplog.text
+
+
+def test_one_process_is_warned_of_unused_parameters(model, config_of, caplog):
+    check_unused_parameters(model, config_of(False))
+    assert "bottom_up.res5.1.conv2.weight" in caplog.text
+
+
+def test_nothing_is_said_of_a_model_whose_parameters_are_all_used(tiny_yaml, config_of, caplog):
+    _, path, *opts = tiny_yaml()
+    check_unused_parameters(build_model(load_config(path, opts)), config_of(False))
+    assert not caplog.records
