@@ -11,48 +11,52 @@
 #include <type_traits>
 
 #include "../ms_deform_attn.h"
-#include "ms_deform_attn_kernel.cuh"
+#include "ms_deform_attn_backward.cuh"
+#include "ms_deform_attn_forward.cuh"
+#include "ms_deform_attn_sorted_backward.cuh"
 
 namespace deformable_detr {
 namespace {
 
 constexpr int kVectorBytes = 16;
 constexpr int64_t kMaxRowBytes = int64_t{1} << 31;
+constexpr int64_t kDefaultSharedMemory = 48 << 10;
 
 bool aligned(const at::Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kVectorBytes == 0;
 }
 
-// Whether every row of channels can be read in whole, aligned vectors of `lanes` neighbouring threads.
-bool fits_vectors(const at::Tensor& value, int64_t lanes) {
-  const int64_t vector = kVectorBytes / value.element_size();
+// Whether every row of channels can be read in whole, aligned vectors by `lanes` neighbouring threads.
+bool fits_vectors(const at::Tensor& value, int64_t vector, int64_t lanes) {
   bool fits = value.size(3) % (vector * lanes) == 0 && aligned(value);
   for (int dim = 0; dim < 3; ++dim) fits = fits && value.stride(dim) % vector == 0;
   return fits;
 }
 
-Geometry geometry_of(const at::Tensor& value, at::IntArrayRef spatial_shapes, const Sizes& sizes, int32_t lanes,
-                     int64_t sample_bytes) {
+bool has_vector_reductions() {
+  int device = 0, major = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major >= 9;
+}
+
+Geometry geometry_of(const at::Tensor& value, at::IntArrayRef spatial_shapes, const Sizes& sizes, int32_t lanes) {
   TORCH_CHECK(sizes.L <= kMaxLevels, "spatial_shapes must hold at most ", kMaxLevels, " levels on CUDA, got ", sizes.L);
-  TORCH_CHECK(sizes.S < kMaxRows, "value must have S < 2^27 on CUDA, got ", sizes.S);
   TORCH_CHECK(sizes.Lq < (1 << 30), "sampling_locations must have Lq < 2^30 on CUDA, got ", sizes.Lq);
-  TORCH_CHECK(sizes.P < (1 << 20), "sampling_locations must have P < 2^20 on CUDA, got ", sizes.P);
-  return make_geometry(sizes, spatial_shapes.data(), value.strides().data(), lanes, sample_bytes);
+  TORCH_CHECK(sizes.P < (1 << 14), "sampling_locations must have P < 2^14 on CUDA, got ", sizes.P);
+  TORCH_CHECK(sizes.M * sizes.L * sizes.P < (int64_t{1} << 31),
+              "sampling_locations must have M * L * P < 2^31 on CUDA, got ", sizes.M, " * ", sizes.L, " * ", sizes.P);
+  const Geometry at = make_geometry(sizes, spatial_shapes.data(), value.strides().data(), lanes);
+  TORCH_CHECK(at.tasks < (int64_t{1} << 31),
+              "sampling_locations has too many queries for CUDA: ", sizes.N * sizes.M * sizes.Lq);
+  return at;
 }
 
 template <typename Kernel, typename... Arguments>
-void launch(Kernel kernel, const Geometry& at, int64_t sample_bytes, Arguments... arguments) {
-  const int64_t shared = shared_bytes(at, sample_bytes);
-  if (shared > kDefaultSharedMemory) {
-    int device = 0, limit = 0;
-    C10_CUDA_CHECK(cudaGetDevice(&device));
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    TORCH_CHECK(shared <= limit, "L * P = ", at.L, " * ", at.P, " needs ", shared,
-                " bytes of shared memory but this device has ", limit);
+void launch(Kernel kernel, const Geometry& at, int64_t threads, int64_t shared, Arguments... arguments) {
+  if (shared > kDefaultSharedMemory)
     C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-  }
-  const int64_t blocks = std::min<int64_t>(at.tasks, INT32_MAX);
-  kernel<<<blocks, threads_per_block(at), shared, c10::cuda::getCurrentCUDAStream()>>>(at, arguments...);
+  kernel<<<at.tasks, threads, shared, c10::cuda::getCurrentCUDAStream()>>>(at, arguments...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -86,11 +90,11 @@ at::Tensor ms_deform_attn_cuda(const at::Tensor& value, at::IntArrayRef spatial_
     using T = decltype(t);
     using A = decltype(a);
     constexpr int vector = kVectorBytes / sizeof(T);
-    const bool vectors = fits_vectors(source, 1);
-    const int64_t lanes = std::min<int64_t>(divide_up(sizes.D, vectors ? vector : 1), kThreads);
-    const Geometry at = geometry_of(source, spatial_shapes, sizes, lanes, sizeof(Sample<A>));
-    launch(vectors ? forward_kernel<T, A, vector> : forward_kernel<T, A, 1>, at, sizeof(Sample<A>),
-           source.template const_data_ptr<T>(), locations.template const_data_ptr<A>(),
+    const bool vectors = fits_vectors(source, vector, 1);
+    const int32_t lanes = lanes_for(sizes.D, vectors ? vector : 1);
+    const Geometry at = geometry_of(source, spatial_shapes, sizes, lanes);
+    launch(vectors ? forward_kernel<T, A, vector> : forward_kernel<T, A, 1>, at, at.warps * kWarp,
+           at.warps * sizeof(Staged<A>), source.template const_data_ptr<T>(), locations.template const_data_ptr<A>(),
            weights.template const_data_ptr<A>(), output.template mutable_data_ptr<T>());
   });
   return output;
@@ -105,24 +109,38 @@ struct BackwardLaunch {
 
   template <typename Sum>
   void run(const Sum& grad_value) const {
-    constexpr int vector = kVectorBytes / sizeof(T);
     // Only for what is fast: every case more is another kernel to compile.
     if constexpr (std::is_same_v<Sum, AtomicSum<float>>) {
-      if (fits_vectors(value, 32)) return run<vector, 32>(grad_value);
-      if (fits_vectors(value, 16)) return run<vector, 16>(grad_value);
-      if (fits_vectors(value, 8)) return run<vector, 8>(grad_value);
-      if (fits_vectors(value, 4)) return run<vector, 4>(grad_value);
+      if (can_sort()) return run_sorted(grad_value.grad_value);
+      if (fits_vectors(value, 4, 32)) return run<4, 32>(grad_value);
+      if (fits_vectors(value, 4, 16)) return run<4, 16>(grad_value);
+      if (fits_vectors(value, 4, 8)) return run<4, 8>(grad_value);
+      if (fits_vectors(value, 4, 4)) return run<4, 4>(grad_value);
     }
     run<1, 32>(grad_value);
   }
 
+  // A query per pixel, the usual 32 channels, and a device whose reductions are of 16 bytes.
+  bool can_sort() const {
+    return sizes.Lq == sizes.S && sizes.S < kMaxSortedRows && sizes.D == 4 * kSortedLanes &&
+           fits_vectors(value, 4, kSortedLanes) && has_vector_reductions();
+  }
+
+  void run_sorted(float* grad_value) const {
+    const Geometry at = geometry_of(value, spatial_shapes, sizes, kSortedLanes);
+    launch(sorted_backward_kernel<T, kSortedLanes>, at, kThreads, sizeof(SortedMemory<kSortedLanes>),
+           grad_output.const_data_ptr<T>(), value.const_data_ptr<T>(), locations.const_data_ptr<float>(),
+           weights.const_data_ptr<float>(), grad_value, grad_locations.mutable_data_ptr<float>(),
+           grad_weights.mutable_data_ptr<float>());
+  }
+
   template <int VEC, int G, typename Sum>
   void run(const Sum& grad_value) const {
-    constexpr int64_t sample_bytes = sizeof(Sample<A>) + sizeof(Pack<A, 4>);
-    const Geometry at = geometry_of(value, spatial_shapes, sizes, G, sample_bytes);
-    launch(backward_kernel<T, A, VEC, G, Sum>, at, sample_bytes, grad_output.const_data_ptr<T>(),
-           value.const_data_ptr<T>(), locations.const_data_ptr<A>(), weights.const_data_ptr<A>(), grad_value,
-           grad_locations.mutable_data_ptr<A>(), grad_weights.mutable_data_ptr<A>());
+    const Geometry at = geometry_of(value, spatial_shapes, sizes, G);
+    launch(backward_kernel<T, A, VEC, G, Sum>, at, at.warps * kWarp, at.warps * sizeof(StagedWithDots<A>),
+           grad_output.const_data_ptr<T>(), value.const_data_ptr<T>(), locations.const_data_ptr<A>(),
+           weights.const_data_ptr<A>(), grad_value, grad_locations.mutable_data_ptr<A>(),
+           grad_weights.mutable_data_ptr<A>());
   }
 };
 

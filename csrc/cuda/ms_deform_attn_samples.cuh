@@ -17,10 +17,11 @@ constexpr int kMaxLevels = 16;
 // time, which do not fit into its cache together.
 constexpr int kThreads = 512;
 constexpr int kBlocks = 2;
-constexpr int kEnoughBlocks = 264;  // two for each of the 132 multiprocessors of an H100
-constexpr int64_t kDefaultSharedMemory = 48 << 10;
-constexpr int kTile = 16;                       // a tile of the encoder is kTile x kTile pixels
-constexpr int64_t kMaxRows = int64_t{1} << 27;  // a sample packs its row beside four flags
+constexpr int kWarp = 32;
+constexpr int kEnoughBlocks = 264;      // two for each of the 132 multiprocessors of an H100
+constexpr int kEnoughWarps = 132 * 32;  // what these can hold at a time
+constexpr int kTile = 16;               // a tile of the encoder is kTile x kTile pixels
+constexpr int kStaged = 64;             // points that a warp stages at a time
 
 struct Level {
   int32_t height, width, start, first_tile;
@@ -33,28 +34,36 @@ struct Geometry {
   uint32_t row_stride, grad_row_stride;     // of value, and of grad_value, which is (N, S, M, D) contiguous
   int64_t image_stride, grad_image_stride;  // likewise
   int64_t head_stride;                      // of value
-  int64_t tiles;                            // per image and head
-  int64_t tasks;                            // tiles of all images and heads
-  int32_t tile_queries;                     // places for queries in a tile, a multiple of the next
-  int32_t pass_queries;                     // queries a block works on at a time
-  int32_t lanes;                            // G, threads per query
-  int32_t pitch;                            // samples per query in shared memory; odd, against bank conflicts
+  int64_t tasks;                            // tiles of all images and heads, each a block
+  uint32_t tiles;                           // per image and head
+  uint32_t points;                          // L * P
+  uint32_t per_level;                       // 2^32 / P rounded up, to divide by P; 0 for P = 1
+  uint32_t query_points;                    // M * L * P: from a query to the next
+  int32_t tile_queries;                     // places for queries in a tile
+  int32_t warps;                            // of a block
+  int32_t lanes;                            // G, threads that share the channels of a row
+  int32_t parts;                            // groups of G threads that share the points of a query
+  int32_t queries;                          // of a warp at a time: queries * parts * lanes = kWarp
+  uint32_t chunk;                           // points per query that a warp stages at a time: queries * chunk = kStaged
+  uint32_t chunk_bits;                      // chunk = 1 << chunk_bits
   bool tiled;                               // queries are the pixels of the levels
 };
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline int32_t round_down_to_power_of_two(int64_t number) {
-  int32_t power = 1;
-  while (2 * power <= number) power *= 2;
-  return power;
+// The fewest threads, a power of two of at least 4, that read a row of `vector` channels each at once; at most a warp.
+inline int32_t lanes_for(int64_t channels, int64_t vector) {
+  int32_t lanes = 4;
+  while (lanes < kWarp && lanes * vector < channels) lanes *= 2;
+  return lanes;
 }
 
-// `lanes` threads per query; `sample_bytes` of shared memory per sample.
 inline Geometry make_geometry(const Sizes& sizes, const int64_t* spatial_shapes, const int64_t* value_strides,
-                              int32_t lanes, int64_t sample_bytes) {
+                              int32_t lanes) {
   Geometry at{};
   at.L = sizes.L, at.P = sizes.P, at.M = sizes.M, at.D = sizes.D, at.Lq = sizes.Lq;
+  at.points = sizes.L * sizes.P, at.query_points = sizes.M * at.points;
+  at.per_level = sizes.P == 1 ? 0 : divide_up(int64_t{1} << 32, sizes.P);
   at.image_stride = value_strides[0], at.row_stride = value_strides[1], at.head_stride = value_strides[2];
   at.grad_row_stride = sizes.M * sizes.D, at.grad_image_stride = sizes.S * at.grad_row_stride;
   int64_t start = 0, tiles = 0;
@@ -65,102 +74,118 @@ inline Geometry make_geometry(const Sizes& sizes, const int64_t* spatial_shapes,
     start += height * width;
     tiles += divide_up(height, kTile) * divide_up(width, kTile);
   }
-  at.lanes = lanes;
-  at.pitch = (at.L * at.P) | 1;
-  // Powers of two, so that passes divide tiles; whole warps even if their samples need more than the default of
-  // shared memory.
-  const int64_t fitting = std::min(kDefaultSharedMemory / (at.pitch * sample_bytes), int64_t{kThreads / lanes});
-  const int32_t fewest = std::max(32 / lanes, 1);
-  at.pass_queries = round_down_to_power_of_two(std::max<int64_t>(fitting, fewest));
   at.tiled = sizes.Lq == sizes.S;
-  // A decoder has few queries: rather small blocks than multiprocessors without any.
-  while (!at.tiled && at.pass_queries > fewest &&
-         divide_up(sizes.Lq, at.pass_queries) * sizes.N * sizes.M < kEnoughBlocks)
-    at.pass_queries /= 2;
-  at.tile_queries = at.tiled ? kTile * kTile : at.pass_queries;
+  at.lanes = lanes;
+  // A decoder has few queries: rather many groups for each than multiprocessors without any work, and small blocks.
+  const int64_t queries = sizes.N * sizes.M * sizes.Lq;
+  at.parts = 1;
+  while (!at.tiled && 2 * at.parts * lanes <= kWarp && 2 * at.parts <= sizes.L * sizes.P &&
+         queries * lanes * at.parts < kEnoughWarps * kWarp)
+    at.parts *= 2;
+  at.queries = kWarp / (lanes * at.parts);
+  at.chunk = kStaged / at.queries;
+  while ((1u << at.chunk_bits) < at.chunk) ++at.chunk_bits;
+  at.warps = kThreads / kWarp;
+  while (!at.tiled && at.warps > 1 && divide_up(sizes.Lq, at.queries * at.warps) * sizes.N * sizes.M < kEnoughBlocks)
+    at.warps /= 2;
+  at.tile_queries = at.tiled ? kTile * kTile : at.queries * at.warps;
   at.tiles = at.tiled ? tiles : divide_up(sizes.Lq, at.tile_queries);
   at.tasks = at.tiles * sizes.N * sizes.M;
   return at;
 }
 
-inline int64_t shared_bytes(const Geometry& at, int64_t sample_bytes) {
-  return at.pass_queries * at.pitch * sample_bytes;
+// The product of two 32-bit numbers. The compiler, left alone, takes two instructions where a factor is a parameter.
+__device__ inline uint64_t multiply_wide(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t{a} * b;
+#endif
 }
 
-inline int32_t threads_per_block(const Geometry& at) { return divide_up(at.pass_queries * at.lanes, 32) * 32; }
+template <typename T>
+__device__ inline T* row_at(T* first, uint32_t row, uint32_t row_bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + multiply_wide(row, row_bytes));
+}
 
 template <typename T, int VEC>
 struct alignas(sizeof(T) * VEC) Pack {
   T items[VEC];
 };
 
-enum Corner : uint32_t { kTopLeft = 1, kTopRight = 2, kBottomLeft = 4, kBottomRight = 8 };
-
-// One sampling point.
+// Where a sampling point lies on the map of its level.
 template <typename A>
-struct alignas(4 * sizeof(A)) Sample {
-  uint32_t packed;  // 16 * (row of the bottom right corner, which is never negative) + the corners inside the map
-  A x, y;           // distance from the left and top corners, in [0, 1)
-  A weight;
+struct Place {
+  int32_t column, line;  // of its top left corner, from -1 on
+  A x, y;                // distance from it, in [0, 1)
+  bool inside;           // whether any corner is on the map
 
-  __device__ uint32_t row() const { return packed >> 4; }
-  __device__ bool has(int corner) const { return packed & 1u << corner; }
-
-  // The share of each corner.
-  __device__ Pack<A, 4> shares() const {
-    const A bottom = weight * y, top = weight - bottom, top_right = top * x, bottom_right = bottom * x;
-    return {top - top_right, top_right, bottom - bottom_right, bottom_right};
-  }
-};
-
-// Where the channels of corners are. Bytes and unsigned 32-bit numbers make the product a single instruction.
-template <typename T>
-struct Corners {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  Byte* first;
-  uint32_t row;
-  uint64_t line;
-
-  __device__ Corners(T* first, uint32_t row_stride, uint32_t width)
-      : first(reinterpret_cast<Byte*>(first)), row(row_stride * sizeof(T)), line(uint64_t{width} * row) {}
-
-  __device__ T* at(uint32_t bottom_right, int corner) const {
-    Byte* start = first + uint64_t{bottom_right} * row;
-    return reinterpret_cast<T*>(start - (corner & 2 ? 0 : line) - (corner & 1 ? 0 : row));
-  }
+  __device__ bool has_left() const { return column >= 0; }
+  __device__ bool has_top() const { return line >= 0; }
+  __device__ bool has_right(const Level& level) const { return column + 1 < level.width; }
+  __device__ bool has_bottom(const Level& level) const { return line + 1 < level.height; }
 };
 
 template <typename A>
-__device__ inline Sample<A> make_sample(const Level& level, const Pack<A, 2>& location, A weight) {
+__device__ inline Place<A> locate(const Level& level, const Pack<A, 2>& location) {
   const A x = location.items[0] * level.width - A(0.5), y = location.items[1] * level.height - A(0.5);
-  // False for NaN; a point outside gets no corner and so no part in anything.
-  const bool inside = x > -1 && x < level.width && y > -1 && y < level.height;
-  const int32_t column = static_cast<int32_t>(floor(inside ? x : A(0)));
-  const int32_t line = static_cast<int32_t>(floor(inside ? y : A(0)));
-  const uint32_t horizontal =
-      (column >= 0 ? kTopLeft | kBottomLeft : 0) | (column + 1 < level.width ? kTopRight | kBottomRight : 0);
-  const uint32_t vertical =
-      (line >= 0 ? kTopLeft | kTopRight : 0) | (line + 1 < level.height ? kBottomLeft | kBottomRight : 0);
-  const uint32_t row = level.start + (line + 1) * level.width + column + 1;
-  return {row * 16 + (inside ? horizontal & vertical : 0), inside ? x - column : A(0), inside ? y - line : A(0),
-          inside ? weight : A(0)};
+  // False for NaN; a point outside gets no corner and so no part in anything. No short-circuits: they are branches.
+  const bool inside =
+      (x > -1) & (x < level.width) & (y > -1) & (y < level.height) & (level.width > 0) & (level.height > 0);
+  const A within_x = inside ? x : A(0), within_y = inside ? y : A(0);
+  const A left = floor(within_x), top = floor(within_y);
+  return {static_cast<int32_t>(left), static_cast<int32_t>(top), within_x - left, within_y - top, inside};
+}
+
+// Rows of the corners (top left, top right, bottom left, bottom right) of a point, and the share of each.
+template <typename A>
+struct Sample {
+  static constexpr uint32_t kOutside = uint32_t{1} << 31;  // added to the first row of a point outside the map
+
+  Pack<uint32_t, 4> rows;
+  Pack<A, 4> shares;
+
+  // A point whose rows can be read and must not be counted.
+  __device__ static Sample outside() { return {{kOutside}}; }
+  __device__ static bool is_inside(const Pack<uint32_t, 4>& rows) { return rows.items[0] < kOutside; }
+  __device__ static uint32_t row(const Pack<uint32_t, 4>& rows, int corner) {
+    return corner == 0 ? rows.items[0] & ~kOutside : rows.items[corner];
+  }
+};
+
+// A corner that is not on the map is replaced by its neighbour that is, and they have half of that one's share each: so
+// all corners can be read and nothing is read that does not count.
+template <typename A>
+__device__ inline Sample<A> make_sample(const Level& level, const Place<A>& place, A weight) {
+  A left = 1 - place.x, right = place.x, top = 1 - place.y, bottom = place.y;
+  if (!place.has_left()) left = right = right / 2;
+  if (!place.has_right(level)) left = right = left / 2;
+  if (!place.has_top()) top = bottom = bottom / 2;
+  if (!place.has_bottom(level)) top = bottom = top / 2;
+  top *= weight, bottom *= weight;
+  const int32_t first_column = max(place.column, 0), last_column = min(place.column + 1, level.width - 1);
+  const uint32_t above = level.start + max(place.line, 0) * level.width;
+  const uint32_t below = level.start + min(place.line + 1, level.height - 1) * level.width;
+  if (!place.inside) return Sample<A>::outside();
+  return {{above + first_column, above + last_column, below + first_column, below + last_column},
+          {top * left, top * right, bottom * left, bottom * right}};
 }
 
 // What a block works on: queries of one head of one image, in lines of kTile places.
 struct Task {
-  int64_t image;
-  int64_t first_row;  // index of (image, query 0, head) in (N, Lq, M)
-  int32_t head;
+  uint32_t image, head;
   int32_t first_query, next_line;  // the query at the first place; what leads from a place to the one below
   int32_t columns, end;            // there are no places further right and no queries from `end` on
 };
 
-__device__ inline Task task_at(const Geometry& at, int64_t number) {
-  const int64_t image_head = number / at.tiles;
-  const int32_t tile = static_cast<int32_t>(number % at.tiles);
+__device__ inline Task task_at(const Geometry& at, uint32_t number) {
+  const uint32_t image_head = number / at.tiles;
+  const int32_t tile = number % at.tiles;
   Task task{};
-  task.image = image_head / at.M, task.head = static_cast<int32_t>(image_head % at.M);
-  task.first_row = task.image * at.Lq * at.M + task.head;
+  task.image = image_head / at.M, task.head = image_head % at.M;
   if (!at.tiled) {
     task.first_query = tile * at.tile_queries, task.next_line = task.columns = kTile, task.end = at.Lq;
     return task;
@@ -175,62 +200,100 @@ __device__ inline Task task_at(const Geometry& at, int64_t number) {
   return task;
 }
 
+// The task of this block.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// In shared memory, where the compiler runs out of registers otherwise.
+__device__ inline const Task& own_task(const Geometry& at) {
+  __shared__ Task task;
+  if (threadIdx.x == 0) task = task_at(at, blockIdx.x);
+  __syncthreads();
+  return task;
+}
+#else
+__device__ inline Task own_task(const Geometry& at) { return task_at(at, blockIdx.x); }
+#endif
+
 // The query at a place of the tile, -1 where the tile sticks out of the map.
 __device__ inline int32_t query_at(const Task& task, uint32_t place) {
   const int32_t line = place / kTile, column = place % kTile;
   const int32_t query = task.first_query + line * task.next_line + column;
-  return column < task.columns && query < task.end ? query : -1;
+  return (column < task.columns) & (query < task.end) ? query : -1;
 }
 
-// Whether the map has the line of a place.
-__device__ inline bool has_line(const Task& task, int place) {
-  return task.first_query + place / kTile * task.next_line < task.end;
+// Index of (image, query 0, head) in (N, Lq, M).
+__device__ inline int64_t first_row(const Geometry& at, const Task& task) {
+  return int64_t{task.image} * at.Lq * at.M + task.head;
 }
 
-// Index of (image, query, head) in (N, Lq, M).
-__device__ inline int64_t output_row(const Geometry& at, const Task& task, int32_t query) {
-  return task.first_row + static_cast<int64_t>(query) * at.M;
+// Whether the tile has a query at any of the places of a warp from `place` on.
+__device__ inline bool has_place(const Task& task, uint32_t place) {
+  return (task.first_query + place / kTile * task.next_line < task.end) & (place % kTile < task.columns);
 }
 
-// Shares out the points of the queries at places [first, first + pass_queries) of the tile. Neighbouring threads get
-// neighbouring points, and a thread the same point of every query that it gets, so that divisions are rare.
-// function(level, place of the sample, index of the point in (N, Lq, M, L, P)), the last -1 where there is no query.
-template <typename Function>
-__device__ inline void for_each_point(const Geometry& at, const Task& task, int first, const Function& function) {
-  const uint32_t points = at.L * at.P, across = points < blockDim.x ? points : blockDim.x, down = blockDim.x / across;
-  const uint32_t first_slot = threadIdx.x / across;
-  if (first_slot >= down) return;
-  for (uint32_t point = threadIdx.x % across; point < points; point += across) {
-    const Level& level = at.levels[point / at.P];
-    for (int slot = first_slot; slot < at.pass_queries; slot += down) {
-      const int32_t query = query_at(task, first + slot);
-      function(level, slot * at.pitch + point, query < 0 ? -1 : output_row(at, task, query) * points + point);
-    }
+// What a warp stages in shared memory. Neighbouring queries are an odd number of entries apart, so that different
+// groups of threads read different banks.
+template <typename A>
+struct Staged {
+  static constexpr int kPlaces = kStaged + kWarp / 4;  // one more for each of up to 8 queries
+
+  Pack<uint32_t, 4> rows[kPlaces];
+  Pack<A, 4> shares[kPlaces];
+};
+
+// A point that a thread works on, of those that a warp stages.
+struct Point {
+  bool exists;  // the rest is of another one otherwise, so that it can be read
+  uint32_t level;
+  int64_t index;   // in (N, Lq, M, L, P)
+  uint32_t place;  // in Staged
+};
+
+// Number i < kStaged of the points [start, start + chunk) of the queries of a warp, at place `first` of the tile and
+// after. `offset` is the index of the first point of query 0.
+__device__ inline Point point_at(const Geometry& at, const Task& task, int first, uint32_t start, uint32_t i,
+                                 int64_t offset) {
+  const uint32_t slot = i >> at.chunk_bits, number = start + (i & (at.chunk - 1));
+  const int32_t query = query_at(task, first + slot);
+  const bool exists = query >= 0 && number < at.points;
+  const uint32_t point = exists ? number : 0;
+  const uint32_t level = at.per_level ? multiply_wide(point, at.per_level) >> 32 : point;
+  return {exists, level, offset + static_cast<int64_t>(multiply_wide(exists ? query : 0, at.query_points)) + point,
+          i + slot};
+}
+
+template <typename A>
+__device__ inline void stage(const Geometry& at, const Task& task, int first, uint32_t start, const A* locations,
+                             const A* weights, Staged<A>& staged) {
+  constexpr int count = kStaged / kWarp;
+  const int64_t offset = first_row(at, task) * at.points;
+  Point points[count];
+  Pack<A, 2> location[count];
+  A weight[count];
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    points[i] = point_at(at, task, first, start, threadIdx.x % kWarp + i * kWarp, offset);
+    location[i] = reinterpret_cast<const Pack<A, 2>*>(locations)[points[i].index];
+    weight[i] = weights[points[i].index];
+  }
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    const Level& level = at.levels[points[i].level];
+    Place<A> place = locate(level, location[i]);
+    place.inside &= points[i].exists;
+    const Sample<A> sample = make_sample(level, place, weight[i]);
+    staged.rows[points[i].place] = sample.rows;
+    staged.shares[points[i].place] = sample.shares;
   }
 }
 
-// Fills `samples` for the queries at places [first, first + pass_queries) of the tile.
-template <typename A>
-__device__ inline void stage(const Geometry& at, const Task& task, int first, const A* locations, const A* weights,
-                             Sample<A>* samples) {
-  for_each_point(at, task, first, [&](const Level& level, int place, int64_t index) {
-    Sample<A> sample{0, A(0), A(0), A(0)};
-    if (index >= 0) sample = make_sample(level, reinterpret_cast<const Pack<A, 2>*>(locations)[index], weights[index]);
-    samples[place] = sample;
-  });
-}
-
-// VEC channels, zeros where not `valid`. Nothing is read then: the row may belong to another line, level or image and
-// hold NaN. Vectors are read and replaced by zeros as 32-bit words: with 16-bit numbers that takes twice as many
-// instructions.
+// VEC channels. As 32-bit words: with 16-bit numbers reading takes twice as many instructions.
 template <typename T, typename A, int VEC>
-__device__ inline void load(const T* from, bool valid, A (&to)[VEC]) {
+__device__ inline void load(const T* from, A (&to)[VEC]) {
   if constexpr (VEC == 1) {
-    to[0] = valid ? static_cast<A>(*from) : A(0);
+    to[0] = static_cast<A>(*from);
   } else {
     using Words = Pack<uint32_t, sizeof(T) * VEC / sizeof(uint32_t)>;
-    Words words{};
-    if (valid) words = *reinterpret_cast<const Words*>(from);
+    const Words words = *reinterpret_cast<const Words*>(from);
     Pack<T, VEC> numbers;
     memcpy(&numbers, &words, sizeof(words));
 #pragma unroll

@@ -1,6 +1,6 @@
-// Enough of CUDA to run a kernel on the CPU: every thread of a block is a fiber, and the fibers take turns at each
-// barrier, so a missing barrier lets a thread read what its neighbours have not written yet. Shared memory starts
-// as garbage in every block.
+// Enough of CUDA to run a kernel on the CPU: every thread of a block is a fiber, and the fibers of a warp take turns at
+// each barrier, so a missing barrier lets a thread read what its neighbours have not written yet. A warp goes on as far
+// as it can before the next one starts. Shared memory starts as garbage in every block.
 #pragma once
 
 #include <math.h>
@@ -9,6 +9,7 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -16,9 +17,13 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __shared__
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
+
+using std::max;
+using std::min;
 
 struct Index {
   unsigned x;
@@ -29,12 +34,16 @@ namespace emulation {
 
 constexpr size_t kStackBytes = 64 << 10;
 
+constexpr unsigned kWarpThreads = 32;
+
+enum class Wait { kNothing, kWarp, kBlock, kEnd };
+
 struct Fiber {
   ucontext_t start;
   jmp_buf resume;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  int barriers = 0;
-  bool started = false, done = false;
+  Wait wait = Wait::kNothing;
+  bool started = false;
 };
 
 inline jmp_buf scheduler;
@@ -44,25 +53,36 @@ inline std::function<void()> body;
 
 inline void run_fiber() {
   body();
-  fibers[threadIdx.x].done = true;
+  fibers[threadIdx.x].wait = Wait::kEnd;
   _longjmp(scheduler, 1);
 }
 
-inline void barrier() {
+inline void barrier(Wait wait) {
   Fiber& self = fibers[threadIdx.x];
-  ++self.barriers;
+  self.wait = wait;
   if (!_setjmp(self.resume)) _longjmp(scheduler, 1);
 }
 
 // Runs one fiber up to its next barrier. Only the first time through ucontext, which calls the kernel of the system.
 inline void resume(Fiber& fiber) {
+  fiber.wait = Wait::kNothing;
   if (_setjmp(scheduler)) return;
   if (fiber.started) _longjmp(fiber.resume, 1);
   fiber.started = true;
   setcontext(&fiber.start);
 }
 
-// Until all are done, each fiber in turn runs up to its next barrier.
+// Runs the fibers of a warp, each in turn up to its next barrier, until all wait for other warps or are done.
+inline Wait run_warp(unsigned first) {
+  const unsigned end = std::min<unsigned>(first + kWarpThreads, fibers.size());
+  do {
+    for (threadIdx.x = first; threadIdx.x < end; ++threadIdx.x) resume(fibers[threadIdx.x]);
+    for (unsigned i = first; i < end; ++i)
+      if (fibers[i].wait != fibers[first].wait) throw std::runtime_error("threads of a warp met different barriers");
+  } while (fibers[first].wait == Wait::kWarp);
+  return fibers[first].wait;
+}
+
 inline void run_block(unsigned threads) {
   fibers = std::vector<Fiber>(threads);
   exchange.assign(threads * 16, 0);
@@ -72,12 +92,10 @@ inline void run_block(unsigned threads) {
     fiber.start.uc_stack.ss_size = kStackBytes;
     makecontext(&fiber.start, run_fiber, 0);
   }
-  for (bool working = true; working;) {
-    for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) resume(fibers[threadIdx.x]);
-    working = !fibers[0].done;
-    for (const Fiber& fiber : fibers)
-      if (fiber.done != fibers[0].done || fiber.barriers != fibers[0].barriers)
-        throw std::runtime_error("threads of a block met different numbers of barriers");
+  for (Wait wait = Wait::kBlock; wait == Wait::kBlock;) {
+    wait = run_warp(0);
+    for (unsigned first = kWarpThreads; first < threads; first += kWarpThreads)
+      if (run_warp(first) != wait) throw std::runtime_error("warps of a block met different numbers of barriers");
   }
 }
 
@@ -94,19 +112,43 @@ void launch(unsigned blocks, unsigned threads, void* shared, size_t shared_bytes
 
 }  // namespace emulation
 
-inline void __syncthreads() { emulation::barrier(); }
+inline void __syncthreads() { emulation::barrier(emulation::Wait::kBlock); }
+inline void __syncwarp() { emulation::barrier(emulation::Wait::kWarp); }
 
+namespace emulation {
+
+// What the thread `from` of this warp offers; every thread of the warp takes part.
 template <typename T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
-  char* slots = emulation::exchange.data();
+T exchange_with(T value, unsigned from) {
+  char* slots = exchange.data();
   memcpy(slots + 16 * threadIdx.x, &value, sizeof(T));
-  emulation::barrier();
-  memcpy(&value, slots + 16 * (threadIdx.x ^ mask), sizeof(T));
-  emulation::barrier();
+  barrier(Wait::kWarp);
+  memcpy(&value, slots + 16 * (threadIdx.x / 32 * 32 + from), sizeof(T));
+  barrier(Wait::kWarp);
   return value;
 }
 
+}  // namespace emulation
+
 template <typename T>
-void atomicAdd(T* to, T value) {
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulation::exchange_with(value, lane % 32);
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned offset) {
+  const unsigned lane = threadIdx.x % 32;
+  return emulation::exchange_with(value, lane < offset ? lane : lane - offset);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulation::exchange_with(value, threadIdx.x % 32 ^ mask);
+}
+
+template <typename T>
+T atomicAdd(T* to, T value) {
+  const T before = *to;
   *to += value;
+  return before;
 }

@@ -8,7 +8,8 @@
 #define DEFORMABLE_DETR_VECTOR_REDUCTIONS
 #endif
 
-#include "../../csrc/cuda/ms_deform_attn_kernel.cuh"
+#include "../../csrc/cuda/ms_deform_attn_forward.cuh"
+#include "../../csrc/cuda/ms_deform_attn_sorted_backward.cuh"
 
 namespace deformable_detr {
 
@@ -26,27 +27,39 @@ struct Call {
   float bound;
 };
 
+Geometry geometry_of(const Call& call, int32_t lanes) {
+  return make_geometry(call.sizes, call.spatial_shapes, call.strides, lanes);
+}
+
 template <typename Kernel, typename... Arguments>
-void launch(const Call& call, int32_t lanes, int64_t sample_bytes, Kernel kernel, const Arguments&... arguments) {
-  const Geometry at = make_geometry(call.sizes, call.spatial_shapes, call.strides, lanes, sample_bytes);
-  // Fewer blocks than tasks, so that blocks go on to a second task.
-  const unsigned blocks = at.tasks > 2 ? at.tasks - 1 : at.tasks;
-  emulation::launch(blocks, threads_per_block(at), shared_memory, shared_bytes(at, sample_bytes), kernel, at,
-                    arguments...);
+void launch(const Geometry& at, size_t shared_bytes, Kernel kernel, const Arguments&... arguments) {
+  if (shared_bytes > sizeof(shared_memory)) throw std::invalid_argument("too much shared memory");
+  emulation::launch(at.tasks, at.warps * kWarp, shared_memory, shared_bytes, kernel, at, arguments...);
 }
 
 template <typename T, typename A, int VEC>
 void forward(const Call& call, int32_t lanes) {
-  launch(call, lanes, sizeof(Sample<A>), forward_kernel<T, A, VEC>, static_cast<const T*>(call.value),
+  const Geometry at = geometry_of(call, lanes);
+  launch(at, at.warps * sizeof(Staged<A>), forward_kernel<T, A, VEC>, static_cast<const T*>(call.value),
          static_cast<const A*>(call.locations), static_cast<const A*>(call.weights), static_cast<T*>(call.output));
 }
 
 template <typename T, typename A, int VEC, int G, typename Sum>
 void backward(const Call& call, const Sum& sum) {
-  launch(call, G, sizeof(Sample<A>) + sizeof(Pack<A, 4>), backward_kernel<T, A, VEC, G, Sum>,
+  const Geometry at = geometry_of(call, G);
+  launch(at, at.warps * sizeof(StagedWithDots<A>), backward_kernel<T, A, VEC, G, Sum>,
          static_cast<const T*>(call.grad_output), static_cast<const T*>(call.value),
          static_cast<const A*>(call.locations), static_cast<const A*>(call.weights), sum,
          static_cast<A*>(call.grad_locations), static_cast<A*>(call.grad_weights));
+}
+
+template <typename T>
+void sorted_backward(const Call& call) {
+  launch(geometry_of(call, kSortedLanes), sizeof(SortedMemory<kSortedLanes>), sorted_backward_kernel<T, kSortedLanes>,
+         static_cast<const T*>(call.grad_output), static_cast<const T*>(call.value),
+         static_cast<const float*>(call.locations), static_cast<const float*>(call.weights),
+         static_cast<float*>(call.grad_value), static_cast<float*>(call.grad_locations),
+         static_cast<float*>(call.grad_weights));
 }
 
 template <typename T, typename A, int VEC, int G>
@@ -70,13 +83,15 @@ void backward(const Call& call) {
 template <typename T, typename A>
 void run(const Call& call, int32_t vector, int32_t lanes) {
   constexpr int whole = 16 / sizeof(T);
+  constexpr int sums = 16 / sizeof(A);
   if (call.output) return vector == 1 ? forward<T, A, 1>(call, lanes) : forward<T, A, whole>(call, lanes);
   if (vector == 1) return backward<T, A, 1, 32>(call);
   if constexpr (sizeof(A) == sizeof(float)) {
-    if (lanes == 4) return backward<T, A, whole, 4>(call);
-    if (lanes == 8) return backward<T, A, whole, 8>(call);
-    if (lanes == 16) return backward<T, A, whole, 16>(call);
-    if (lanes == 32) return backward<T, A, whole, 32>(call);
+    if (lanes == 0) return sorted_backward<T>(call);
+    if (lanes == 4) return backward<T, A, sums, 4>(call);
+    if (lanes == 8) return backward<T, A, sums, 8>(call);
+    if (lanes == 16) return backward<T, A, sums, 16>(call);
+    if (lanes == 32) return backward<T, A, sums, 32>(call);
   }
   throw std::invalid_argument("no kernel for these lanes");
 }
@@ -84,7 +99,8 @@ void run(const Call& call, int32_t vector, int32_t lanes) {
 }  // namespace
 
 // type: 0 float64, 1 float32, 2 bfloat16, 3 float16. `output` chooses the forward, without it the backward runs.
-// vector: channels a thread loads at once. Returns 0 unless the kernel did something that a device would not allow.
+// vector: channels a thread loads at once; lanes: threads per row, 0 for the backward pass that sorts. Returns 0 unless
+// the kernel did something that a device would not allow.
 extern "C" int emulate(int type, int vector, int lanes, const int64_t* sizes, const int64_t* spatial_shapes,
                        const int64_t* strides, const void* value, const void* locations, const void* weights,
                        void* output, const void* grad_output, void* grad_value, void* grad_locations,

@@ -17,6 +17,7 @@ from deformable_detr.layers import ms_deform_attn_pytorch
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+SORTED = 0  # in place of the number of threads per row: the backward pass that sorts
 SHAPES = ((9, 17), (18, 3), (0, 2), (1, 3))
 
 
@@ -78,8 +79,8 @@ def expected_gradients(case, grad_output):
     return torch.autograd.grad(ms_deform_attn_pytorch(*case.args), case.tensors, grad_output.double())
 
 
-# (D, channels per load, threads per query)
-FORWARD = [(32, 16, 0), (32, 1, 32), (30, 1, 30), (5, 1, 5), (300, 1, 256), (64, 16, 0)]
+# (D, bytes per load, threads per query)
+FORWARD = [(32, 16, 0), (32, 1, 32), (30, 1, 32), (5, 1, 8), (300, 1, 32), (64, 16, 0)]
 
 
 @pytest.mark.parametrize("Lq", [5, sum(h * w for h, w in SHAPES)], ids=["decoder", "encoder"])
@@ -100,9 +101,9 @@ BACKWARD = [
     (torch.float32, 64, 4, 16),
     (torch.float32, 128, 4, 32),
     (torch.float32, 37, 1, 32),
-    (torch.bfloat16, 32, 8, 4),
-    (torch.bfloat16, 64, 8, 8),
-    (torch.float16, 32, 8, 4),
+    (torch.bfloat16, 32, 4, 8),
+    (torch.bfloat16, 64, 4, 16),
+    (torch.float16, 32, 4, 8),
     (torch.float16, 3, 1, 32),
 ]
 
@@ -117,6 +118,45 @@ def test_backward_kernel_equals_the_twin(emulate, make_case, dtype, D, vector, l
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     for ours, theirs in zip(actual, expected_gradients(case, grad_output), strict=True):
         assert relative_error(ours, theirs) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shapes", "P"), [(SHAPES, 2), (SHAPES, 4), (((40, 70), (9, 17)), 5)])
+def test_sorted_backward_kernel_equals_the_twin(emulate, make_case, dtype, shapes, P):
+    """Maps larger and smaller than the window of the sort; points in parts and more than fit at a time."""
+    Lq = sum(h * w for h, w in shapes)
+    case = make_case(shapes=shapes, Lq=Lq, D=32, M=2, P=P).to(dtype, torch.float32)
+    grad_output = torch.randn(2, Lq, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    actual = backward(emulate, case, 4, SORTED, grad_output=grad_output)
+    for ours, theirs in zip(actual, expected_gradients(case, grad_output), strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
+def test_sorted_backward_kernel_keeps_levels_apart(emulate, make_case):
+    """The row of the first pixel of a level follows that of the level before, whose value must not be used again."""
+    shapes = [(1, 1), (3, 5), (1, 1), (2, 2)]
+    case = make_case(shapes=shapes, Lq=21, D=32, M=1, P=4, margin=0.9).to(torch.float32, torch.float32)
+    grad_output = torch.randn(2, 21, 32, generator=torch.Generator().manual_seed(0))
+    actual = backward(emulate, case, 4, SORTED, grad_output=grad_output)
+    for ours, theirs in zip(actual, expected_gradients(case, grad_output), strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.3, 3.0])
+def test_sorted_backward_kernel_adds_up_neighbours(emulate, make_case, sigma):
+    """Points about the pixels of their queries, as of a trained encoder: many of a tile fall into the same pixel."""
+    shapes = [(20, 36), (10, 18)]
+    Lq = sum(h * w for h, w in shapes)
+    case = make_case(shapes=shapes, Lq=Lq, D=32, M=1, P=4)
+    rows = [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1) for h, w in shapes]
+    sizes = torch.tensor([(w, h) for h, w in shapes]).view(2, 1, 2)
+    noise = torch.randn(case.sampling_locations.shape, generator=torch.Generator().manual_seed(0))
+    case.sampling_locations = torch.cat(rows).view(1, Lq, 1, 1, 1, 2) + (sigma * noise + 0.27) / sizes
+    case = case.to(torch.float32, torch.float32)
+    grad_output = torch.randn(2, Lq, 32, generator=torch.Generator().manual_seed(0))
+    actual = backward(emulate, case, 4, SORTED, grad_output=grad_output)
+    for ours, theirs in zip(actual, expected_gradients(case, grad_output), strict=True):
+        assert relative_error(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("P", [1, 7, 40])

@@ -9,16 +9,19 @@ import pytest
 from torch.utils.cpp_extension import CUDA_HOME, include_paths
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
-# What D = 32 runs: 16-byte loads, by as many threads as a row of 32 channels needs.
+# What D = 32 runs: 16-byte loads or reductions, by as many threads as a row of 32 channels needs.
 USUAL_KERNELS = f"""
 #include <c10/util/BFloat16.h>
-#include "{CUDA / "ms_deform_attn_kernel.cuh"}"
+#include "{CUDA / "ms_deform_attn_forward.cuh"}"
+#include "{CUDA / "ms_deform_attn_sorted_backward.cuh"}"
 namespace deformable_detr {{
 #define FORWARD(T, VEC) template __global__ void forward_kernel<T, float, VEC>( \\
     const Geometry, const T*, const float*, const float*, T*);
-#define BACKWARD(T, VEC, G) template __global__ void backward_kernel<T, float, VEC, G, AtomicSum<float>>( \\
+#define BACKWARD(T) template __global__ void backward_kernel<T, float, 4, 8, AtomicSum<float>>( \\
     const Geometry, const T*, const T*, const float*, const float*, const AtomicSum<float>, float*, float*);
-FORWARD(float, 4) FORWARD(c10::BFloat16, 8) BACKWARD(float, 4, 8) BACKWARD(c10::BFloat16, 8, 4)
+#define SORTED(T) template __global__ void sorted_backward_kernel<T, kSortedLanes>( \\
+    const Geometry, const T*, const T*, const float*, const float*, float*, float*, float*);
+FORWARD(float, 4) FORWARD(c10::BFloat16, 8) BACKWARD(float) BACKWARD(c10::BFloat16) SORTED(float) SORTED(c10::BFloat16)
 }}
 """
 REPORT = re.compile(
@@ -65,5 +68,5 @@ def test_usual_kernels_compile_without_local_memory(tmp_path, architecture):
     source = tmp_path / "kernels.cu"
     source.write_text(USUAL_KERNELS)
     kernels = compile_kernels(source, architecture, tmp_path)
-    assert len(kernels) == 4
+    assert len(kernels) == 6
     assert_kernels_stay_in_registers(kernels)

@@ -61,6 +61,22 @@ def test_tensors_on_another_than_the_current_device_work(make_case):
         torch.testing.assert_close(actual.to("cuda:0"), reference)
 
 
+@pytest.mark.parametrize("P", [3, 4, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_an_encoder_of_many_tiles_equal_those_of_the_twin(device, make_case, dtype, P):
+    """One query per pixel and 32 channels: contributions are added up within blocks, where the device can."""
+    shapes = [(50, 71), (25, 36), (13, 18), (1, 1), (3, 5)]
+    Lq = sum(h * w for h, w in shapes)
+    case = make_case(shapes=shapes, N=2, M=2, D=32, Lq=Lq, P=P).to(dtype, torch.float32)
+    grad_output = torch.randn(2, Lq, 64, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    ours, reference = case.with_grad(), case.to(torch.float64, torch.float64).with_grad()
+    actual = torch.autograd.grad(ms_deform_attn(*ours.args), ours.tensors, grad_output)
+    expected = torch.autograd.grad(ms_deform_attn_pytorch(*reference.args), reference.tensors, grad_output.double())
+    for gradient, exact in zip(actual, expected, strict=True):
+        tolerance = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}[gradient.dtype]
+        assert (gradient.double() - exact).norm() / exact.norm() < tolerance
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LARGE)

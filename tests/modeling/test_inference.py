@@ -1,15 +1,10 @@
 """Models prepared for inference against the models that they were made of."""
 
-import importlib
-
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from deformable_detr import prepare_for_inference
-from deformable_detr.modeling import cuda_graphs, inference
+from deformable_detr.modeling import inference
 from deformable_detr.modeling.cuda_graphs import MAX_GRAPHS
 
 VARIANTS = {
@@ -126,109 +121,6 @@ def test_new_weights_type_forgets_what_was_kept(model, batches):
     prepared = prepare_for_inference(model)
     prepared(batches[0])
     assert_same_detections(prepared.double()(batches[0]), model.double()(batches[0]), score_bound=1e-6)
-
-
-class Watch(TorchDispatchMode):
-    """Notes what a CUDA graph cannot record: work on tensors of the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations, self.of_the_host = 0, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        self.operations += 1
-        tensors = [x for x in tree_leaves((args, kwargs, output)) if isinstance(x, torch.Tensor)]
-        if any(x.device.type == "cpu" for x in tensors):
-            self.of_the_host.append(func.name())
-        return output
-
-
-def put_on_imagined_cuda(model):
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            on_cuda = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
-            setattr(module, name, torch.nn.Parameter(on_cuda, requires_grad=False))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda"))
-
-
-@pytest.fixture
-def imagined_cuda():
-    """Tensors of shapes, types and devices alone: what would read a value from the device raises."""
-    sizes = importlib.import_module("deformable_detr.layers.ms_deform_attn")._cached_pixel_sizes
-    sizes.cache_clear()
-    with FakeTensorMode():
-        yield
-    sizes.cache_clear()
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@torch.no_grad()
-def test_what_a_graph_records_neither_waits_for_the_device_nor_copies_from_the_host(model, request, padded):
-    prepared = prepare_for_inference(model, dtype=torch.bfloat16)
-    request.getfixturevalue("imagined_cuda")
-    put_on_imagined_cuda(prepared)
-    pixels = torch.empty(2, 3, 96, 128, dtype=torch.uint8, device="cuda")
-    sizes = torch.empty(2, 2, dtype=torch.int64, device="cuda") if padded else None
-    prepared._detect(pixels, sizes)  # The first call fills what is kept between calls.
-    with Watch() as watch:
-        found, _ = prepared._detect(pixels, sizes)
-    assert found.device.type == "cuda" and watch.operations > 100 and watch.of_the_host == []
-
-
-class ReplayedOnTheHost:
-    """Stands in for a CUDA graph: the same function of the same buffers."""
-
-    made = 0
-
-    def __init__(self, detect, batch, pool):
-        type(self).made += 1
-        self.detect, self.batch = detect, batch
-
-    def replay(self, images, sizes):
-        return self.batch.fill(images, sizes).run(self.detect)[0]
-
-
-@pytest.fixture
-def replaying(model, monkeypatch):
-    """A prepared model whose graphs are imitated on the CPU."""
-    monkeypatch.setattr(cuda_graphs, "_Graph", ReplayedOnTheHost)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(ReplayedOnTheHost, "made", 0)
-    prepared = prepare_for_inference(model)
-    prepared._graphs = cuda_graphs.GraphCache(prepared._detect)
-    return prepared
-
-
-@torch.no_grad()
-def test_the_second_batch_of_a_kind_is_recorded_and_earlier_images_leave_no_trace(model, replaying, make_input):
-    first = make_input(128, 96)
-    for seed, (height, width) in enumerate([(120, 90), (60, 64), (100, 96), (33, 40)]):
-        # Small images after large ones on one canvas: what is left of those stands in the padding.
-        batch = [first, make_input(height, width, seed=seed)]
-        assert_same_detections(replaying(batch), model(batch), score_bound=1e-6, box_bound=1e-3)
-        assert ReplayedOnTheHost.made == len(replaying._graphs) == min(seed, 1)
-    replaying([first, first])
-    assert ReplayedOnTheHost.made == 1  # Without padding it is another kind.
-    replaying.double()
-    assert len(replaying._graphs) == 0
-
-
-@torch.no_grad()
-def test_the_graphs_used_last_are_kept(replaying, make_input, monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
-    for height in (64, 64, 72, 72, 64, 80, 80):
-        replaying([make_input(height, 64)])
-    assert [kind[2] for kind in replaying._graphs._graphs] == [(64, 64), (80, 64)]
-
-
-def test_calls_within_and_without_inference_mode_share_their_buffers(replaying, make_input):
-    batch = [make_input(64, 64)]
-    for _ in range(2):
-        with torch.inference_mode():
-            replaying(batch)
-    assert len(replaying(batch)) == 1
 
 
 @pytest.mark.cuda
