@@ -70,9 +70,8 @@ class _Input:
     def __init__(
         self, number: int, channels: int, canvas: Size, padded: bool, dtype: torch.dtype, *, device: torch.device
     ) -> None:
-        with torch.inference_mode(False):  # Otherwise only calls in inference mode could fill them again.
-            self.pixels = torch.zeros(number, channels, *canvas, dtype=dtype, device=device)
-            self.image_sizes = torch.zeros(number, 2, dtype=torch.int64, device=device) if padded else None
+        self.pixels = torch.zeros(number, channels, *canvas, dtype=dtype, device=device)
+        self.image_sizes = torch.zeros(number, 2, dtype=torch.int64, device=device) if padded else None
 
     def fill(self, images: Sequence[Tensor], sizes: Sequence[Size]) -> "_Input":
         """What earlier images leave at the padding stays there: it counts for nothing."""
