@@ -43,7 +43,9 @@ MAY_IMPORT = {
     "front door": {"config", "layers", "model_zoo", "modeling"},
 }
 # A command line, __main__.py, sees its own room, what gives it a model, and the pictures that detect reads.
-MAY_IMPORT["command lines"] = LEAVES | {"checkpoint", "cli", "config", "data", "files", "loading", "model_zoo"}
+MAY_IMPORT["command lines"] = LEAVES | {
+    "checkpoint", "cli", "config", "data", "files", "loading", "model_zoo", "startup",
+}  # fmt: skip
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from .cli import choose_command, make_parser, run
+from .startup.processors import share_processors
 
 # name: (module, function of the other arguments, what it does); only the module that is asked for is imported.
 COMMANDS = {
@@ -22,6 +23,7 @@ COMMANDS = {
 
 def main() -> int:
     """Run the command that the first argument names; without one, list them."""
+    share_processors(long_running=sys.argv[1:2] == ["train"])
     return run(_run_command)
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from ..cli import choose_command, make_parser, run
+from ..startup.processors import share_processors
 
 # name: (module, what it measures); only the module that is asked for is imported, as the op needs PyTorch alone.
 COMMANDS = {
@@ -25,4 +26,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    share_processors(long_running=False)
     sys.exit(run(main))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..cli import add_model_arguments, make_parser, run
 from ..files import make_folder, show
 from ..loading import DTYPES
+from ..startup.processors import share_processors
 from .drawing import LARGEST_PICTURE, draw_detections, draw_frame
 from .images import ImageError, prepare_image, read_image, save_image, shrink
 from .inputs import Source, SourceError, find_sources, local_file, name_outputs, without_repetitions
@@ -255,4 +256,5 @@ def _build_predictor(args: argparse.Namespace) -> Predictor:
 
 
 if __name__ == "__main__":
+    share_processors(long_running=False)
     sys.exit(run(main))
