@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "startup": {"cli", "config", "data", "files", "training"},
     "model_zoo": {"checkpoint", "config", "training"},
     "engine": {"cli", "config", "data", "files", "modeling", "solver", "startup", "training"},
-    "loading": {"checkpoint", "config", "data", "model_zoo", "modeling", "training"},
+    "loading": {"checkpoint", "cli", "config", "data", "model_zoo", "modeling", "training"},
     "collect_env": {"cli", "layers"},
     "detect": {"checkpoint", "data", "files", "loading", "modeling", "wording"},
     "explain": {"data", "detect", "files", "layers", "loading", "modeling", "wording"},
@@ -161,6 +161,35 @@ def test_the_operator_works_where_there_is_only_torch():
         "print(layers.ms_deform_attn(one(1, 6, 1, 2), [(2, 3)], one(1, 4, 1, 1, 2, 2) / 2, one(1, 4, 1, 1, 2)).shape)"
     )
     assert run_python(script) == "torch.Size([1, 4, 2])\n"
+
+
+WITH_TORCH_ALONE = """
+import sys
+sys.modules.update(dict.fromkeys(
+    "cv2 detectron2 fvcore hydra iopath jinja2 matplotlib omegaconf pycocotools scipy tabulate torchvision".split()
+))
+from deformable_detr import collect_env
+from deformable_detr.__main__ import main
+collect_env.get_pretty_env_info = lambda: "torch's own report"  # It asks pip, which takes its time.
+for arguments in (["env"], ["benchmark", "op", "--rounds", "1"], ["detect", "a.jpg", "--model", "a"]):
+    sys.argv, sys.stderr = ["deformable-detr", *arguments], sys.stdout
+    try:
+        main()
+    except SystemExit as ended:
+        print("status", ended.code)
+"""
+
+
+def test_commands_work_with_torch_alone_or_say_which_package_they_need():
+    lines = run_python(WITH_TORCH_ALONE).splitlines()
+    assert lines[:2] == ["torch's own report", "Detectron2 is not installed: python tools/install_detectron2.py"]
+    assert [line for line in lines if line.startswith("CPU kernel")]
+    assert lines[-4:] == [
+        "error: the package tabulate is missing: pip install tabulate",
+        "status 2",
+        "error: the package detectron2 is missing: python tools/install_detectron2.py",
+        "status 2",
+    ]
 
 
 IMPORT_AND_REPORT = """

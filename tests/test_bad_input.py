@@ -1,5 +1,7 @@
 """What users do wrong, through the entry points they use: an error that names the thing, or the sensible result."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +14,11 @@ from PIL import Image
 from torch import nn
 
 from deformable_detr import load_config
+from deformable_detr.cli import run
 from deformable_detr.data.augmentation import build_detr_augmentation
 from deformable_detr.data.datasets import register_coco_data
 from deformable_detr.data.mapper import NamedErrorsMapper
-from deformable_detr.engine import argument_parser, main
+from deformable_detr.engine import argument_parser, main, train_net
 
 # No input may hang; the slowest of these tests takes seconds.
 pytestmark = pytest.mark.timeout(120)
@@ -307,3 +310,58 @@ def test_unreadable_image_in_a_worker_process_ends_the_run_with_its_name(tiny_ya
     args = [*tiny_yaml(), *registered(data.json, data.images)["yaml"], "DATALOADER.NUM_WORKERS", "2"]
     with pytest.raises(OSError, match=r"cannot read image .*10\.png \(image_id 10\)"):
         main(argument_parser().parse_args(args))
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    "flags, yaml, lazy, message",
+    [
+        ([], ("MODEL.DEVICE", "gpu"), ("train.device=gpu",), "device must be one of PyTorch's, .*got 'gpu'"),
+        (
+            [],
+            ("DATASETS.TRAIN", "('no_such_dataset',)", "DATASETS.TEST", "()"),
+            ("dataloader.train.dataset.names=no_such_dataset", "dataloader.test.dataset.names=no_such_dataset"),
+            "dataset 'no_such_dataset' is not registered; registered are .*coco_2017_train",
+        ),
+        (["--replay", __file__], (), (), f"--replay: {__file__} is cut short or no file of a step"),
+    ],
+    ids=["device", "dataset", "replay"],
+)
+def test_a_mistake_ends_train_net_in_one_line(tiny_yaml, tiny_lazy, flags, yaml, lazy, message, capsys):
+    for arguments in ([*tiny_yaml(), *yaml], [*tiny_lazy(), *lazy]):
+        with pytest.raises(SystemExit, match="2"):
+            run(train_net, ["--num-gpus", "0", *flags, *arguments])
+        assert re.match(f"error: {message}", capsys.readouterr().err.splitlines()[-1])
+
+
+def test_a_lazy_config_without_a_model_is_told_so(tmp_path):
+    (tmp_path / "a.py").write_text("train = {}")
+    with pytest.raises(ValueError, match=r"a\.py has no model and no dataloader, which a LazyConfig needs"):
+        train_net(["--config-file", str(tmp_path / "a.py")])
+
+
+def test_an_output_folder_is_evaluated_with_its_model_and_its_data(start, write_coco, tmp_path, caplog):
+    start(write_coco("train").flags("train") + write_coco("val").flags("val"))
+    for split in ("train", "val"):
+        DatasetCatalog.remove(f"user_{split}")
+        MetadataCatalog.remove(f"user_{split}")
+    output = tmp_path / "output"
+    detections = output / "inference" / "coco_instances_results.json"
+    before = detections.read_text()
+    detections.unlink()
+    main(argument_parser().parse_args(["--eval-only", "--config-file", str(output)]))
+    assert detections.read_text() == before
+
+
+def test_an_output_folder_trains_on_with_its_data(tiny_yaml, write_coco, tmp_path):
+    train, val = write_coco("train"), write_coco("val")
+    train.content["annotations"][0]["bbox"][2] = -1
+    train.save()
+    main(argument_parser().parse_args([*train.flags("train"), *val.flags("val"), "--repair", *tiny_yaml()]))
+    arguments = ["--config-file", str(tmp_path / "output"), "OUTPUT_DIR", str(tmp_path / "again")]
+    main(argument_parser().parse_args(arguments))
+    recorded = json.loads((tmp_path / "again" / "user_data.json").read_text())
+    assert recorded["train"] == [str(tmp_path / "output" / "train_repaired.json"), train.images]
+    assert recorded["val"] == [val.json, val.images]

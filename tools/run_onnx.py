@@ -5,12 +5,12 @@ Needs onnxruntime, NumPy and Pillow only; copy it into your own program.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph, InvalidProtobuf
 from PIL import Image, ImageDraw, ImageOps
 
 
@@ -83,6 +83,8 @@ def detect(session: onnxruntime.InferenceSession, image: Image.Image, *, min_sco
         ValueError: if the model takes batches of a fixed size above 1.
     """
     stored = session.get_modelmeta().custom_metadata_map
+    if "class_names" not in stored:
+        raise ValueError("the model was not written by deformable_detr.export: it names no classes")
     metadata = {key: json.loads(value) for key, value in stored.items()}
     shape = session.get_inputs()[0].shape
     if shape[0] not in (1, "batch"):
@@ -119,16 +121,16 @@ def main() -> None:
     args = parser.parse_args()
     for path in (args.image, args.model):
         if not path.is_file():
-            sys.exit(f"error: there is no file {path}")
-    session = onnxruntime.InferenceSession(args.model, providers=onnxruntime.get_available_providers())
+            parser.exit(2, f"error: there is no file {path}\n")
     try:
+        session = onnxruntime.InferenceSession(args.model, providers=onnxruntime.get_available_providers())
         image = read(args.image)
         detections = detect(session, image, min_score=args.score)
         for name, score, box in detections:
             print(f"{score:.3f} {name:20} " + " ".join(f"{value:7.1f}" for value in box))
         draw(image, detections).save(args.output)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    except (OSError, ValueError, InvalidProtobuf, InvalidGraph) as error:
+        parser.exit(2, f"error: {error}\n")
     print(f"{len(detections)} detections with a score of at least {args.score:g}: {args.output}")
 
 

@@ -20,8 +20,8 @@ MODEL_HELP = "a name of the model zoo, a config file (.yaml, .py), or the OUTPUT
 OPTS_HELP = "overrides of the config, which must come last: KEY VALUE ... (yaml) or key=value ... (LazyConfig)"
 # As argparse gives it.
 MISTAKE = 2
-# Long enough for a launcher to end the processes beside one that has failed.
-_MAIN_PROCESS_FIRST = 3.0
+# Seconds: long enough for the main process to end and a launcher to end those beside it, on a busy machine too.
+_MAIN_PROCESS_FIRST = 20.0
 _INSTALL = {"detectron2": "python tools/install_detectron2.py", "cv2": "pip install opencv-python"}
 
 
@@ -85,6 +85,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def default_device() -> str:
     """The GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str | torch.device) -> None:
+    """Refuse a device that PyTorch does not know, or has not got here, with a ValueError."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(
+            f'device must be one of PyTorch\'s, such as "cpu", "cuda" or "cuda:1", got {device!r}'
+        ) from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} needs a GPU, and PyTorch {torch.__version__} sees none here")
 
 
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:

@@ -42,8 +42,8 @@ from .modeling import DeformableDETR, prepare_for_inference
 from .startup.checks import check_before_start, check_unused_parameters
 from .startup.launch import launch
 from .startup.options import check_options
-from .startup.user_data import add_user_data_arguments, apply_user_data
-from .training.checkpointer import DeformableDETRCheckpointer
+from .startup.user_data import add_user_data_arguments, apply_user_data, record_user_data
+from .training.checkpointer import DeformableDETRCheckpointer, last_checkpoint
 from .training.failure import replay
 from .training.hooks import PreciseBN, build_hooks
 from .training.loop import TrainingLoop
@@ -108,20 +108,31 @@ def setup(args: argparse.Namespace) -> CfgNode | DictConfig:
     output_dir = RunConfig(cfg).get("output_dir")
     # default_setup gives a handler to the loggers of detectron2 and fvcore only.
     setup_logger(output_dir, distributed_rank=comm.get_rank(), name="deformable_detr")
-    apply_user_data(cfg, args)
+    files = apply_user_data(cfg, args)
     check_before_start(cfg, args)
     is_training = not (args.eval_only or args.replay)
     with nullcontext() if is_training else _keeping(os.path.join(output_dir, "config.yaml")):
         default_setup(cfg, args)
+    if is_training:
+        record_user_data(files, output_dir)
     return cfg
 
 
 def _read_config(args: argparse.Namespace) -> CfgNode | DictConfig:
     if not args.config_file:
         raise ValueError("--config-file is required")
+    folder = args.config_file
     # default_setup reads the file as well.
-    args.config_file = find_config_file(args.config_file)
-    return load_config(args.config_file, args.opts)
+    args.config_file = find_config_file(folder)
+    cfg = load_config(args.config_file, args.opts)
+    missing = [node for node in ("model", "dataloader", "train") if node not in cfg]
+    if args.config_file.endswith(".py") and missing:
+        raise ValueError(f"{args.config_file} has no {' and no '.join(missing)}, which a LazyConfig needs")
+    trained = args.eval_only and not args.resume and args.weights is None
+    if trained and os.path.isdir(folder) and not RunConfig(cfg, args.opts).overridden("weights"):
+        # An output folder means the model that was trained there, as for all commands.
+        args.weights = last_checkpoint(folder)
+    return cfg
 
 
 @contextmanager

@@ -12,11 +12,12 @@ from omegaconf import DictConfig
 
 from . import model_zoo
 from .checkpoint.coverage import CheckpointError
+from .cli import check_device
 from .config import RunConfig, load_config
 from .data.augmentation import augmentation_from_config
 from .data.datasets import get_class_names
 from .modeling import DeformableDETR
-from .training.checkpointer import DeformableDETRCheckpointer
+from .training.checkpointer import DeformableDETRCheckpointer, last_checkpoint
 from .training.precision import DTYPES as SHORT_DTYPES
 
 # Of a computation, by name.
@@ -59,7 +60,7 @@ def load_model(
         ValueError: if ``model`` is neither a file or folder nor a name of the model zoo, if ``device`` is none that
             PyTorch has here, if ``opts`` are values that their keys cannot take.
     """
-    _check_device(device)
+    check_device(device)
     cfg = load_config(model, opts)
     if weights is None:
         weights = _default_weights(model, cfg, opts)
@@ -87,17 +88,6 @@ def build_model(cfg: CfgNode | DictConfig, device: str | torch.device = "cpu") -
     return build_yaml_model(cfg)
 
 
-def _check_device(device: str | torch.device) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(
-            f'device must be one of PyTorch\'s, such as "cpu", "cuda" or "cuda:1", got {device!r}'
-        ) from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device} needs a GPU, and PyTorch {torch.__version__} sees none here")
-
-
 def _default_weights(model: str, cfg: CfgNode | DictConfig, opts: Sequence[str]) -> str:
     run = RunConfig(cfg, opts)
     configured = run.get("weights")
@@ -105,11 +95,7 @@ def _default_weights(model: str, cfg: CfgNode | DictConfig, opts: Sequence[str])
         return configured
     if not os.path.isdir(model):
         return model_zoo.MODELS[model].weights if model in model_zoo.MODELS else configured
-    pointer = os.path.join(model, "last_checkpoint")
-    if not os.path.exists(pointer):
-        raise FileNotFoundError(f"{model} holds no checkpoint: there is no {pointer}. Give weights as well")
-    with open(pointer, encoding="utf-8") as file:
-        return os.path.join(model, file.read().strip())
+    return last_checkpoint(model)
 
 
 def _resize(cfg: CfgNode | DictConfig) -> T.Augmentation:

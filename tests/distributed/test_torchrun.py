@@ -110,3 +110,43 @@ def test_detectron2_is_told_the_processes_of_the_machine(torchrun, monkeypatch, 
         monkeypatch.delattr(comm, "create_local_process_group", raising=False)
     launch(lambda args: None, argparse.Namespace(num_gpus=1, num_machines=1), device="cpu")
     assert (told, comm._LOCAL_PROCESS_GROUP) == (([2], None) if has_call else ([], [2, 3]))
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once_and_without_a_stack(tiny_yaml):
+    command = [*TORCHRUN, str(TRAIN_NET), *tiny_yaml(), "SOLVER.MAX_ITR", "3"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=250)
+    assert done.returncode != 0
+    assert done.stderr.count("error: the configuration has no key SOLVER.MAX_ITR; did you mean SOLVER.MAX_ITER?") == 1
+    assert "error in process" not in done.stderr and "/deformable_detr/" not in done.stderr
+
+
+SPAWNED = """
+import os, sys
+import torch.multiprocessing
+from deformable_detr import load_config
+from deformable_detr.cli import run
+from deformable_detr.startup.launch import _tell_mistakes
+
+def read(name):
+    load_config(name)
+
+def work(rank, name):
+    os.environ["RANK"] = str(rank)
+    _tell_mistakes(read, name)
+
+def main(argv):
+    torch.multiprocessing.spawn(work, args=("nowhere.yaml",), nprocs=2)
+
+if __name__ == "__main__":
+    sys.exit(run(main))
+"""
+
+
+@pytest.mark.slow
+def test_a_mistake_in_the_processes_of_detectron2s_launcher_is_told_once(tmp_path):
+    script = tmp_path / "spawned.py"
+    script.write_text(SPAWNED)
+    done = subprocess.run([sys.executable, str(script)], env=ENVIRONMENT, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 2 and done.stderr.startswith("error: there is no configuration file 'nowhere.yaml'\n")
+    assert done.stderr.count("error") == 1 and "Traceback" not in done.stderr

@@ -248,4 +248,6 @@ def _count_attention(inputs: list, outputs: list) -> int:
 
 def _parse_size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"a size must be HEIGHTxWIDTH in pixels, such as 800x1066, got {text!r}")
     return int(height), int(width)

@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..cli import check_device
 from ..layers import ms_deform_attn, ms_deform_attn_pytorch
 from .shapes import SHAPES, Inputs, make_inputs
 from .timing import print_and_save, summarise, time_call, time_cold_and_settled
 
 Attend = Callable[[Inputs, Tensor, Tensor, Tensor], Tensor]
 OURS, TWIN, TRANSFORMERS, MMCV = "deformable_detr", "twin", "transformers", "mmcv"
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 SETTLE_MS = 20
 CALLS_PER_GRAPH = 10
 NOTES = """\
@@ -30,7 +32,7 @@ GB/s: corner rows read, and in the backward pass added to, per second, which cac
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line of this benchmark."""
     parser.add_argument("--shapes", nargs="+", default=["r50_encoder", "r50_decoder"], choices=SHAPES)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of value")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES, help="of value")
     parser.add_argument("--devices", nargs="+", default=["cuda" if torch.cuda.is_available() else "cpu"])
     parser.add_argument("--distributions", nargs="+", default=["grid"], choices=["grid", "uniform"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
@@ -58,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     rows = []
     for device in args.devices:
+        check_device(device)
         bandwidth = measure_bandwidth(device)
         peers = find_peers(device, args.peers)
         for combination in itertools.product(args.shapes, args.batches, args.dtypes, args.distributions):

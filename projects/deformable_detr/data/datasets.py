@@ -32,11 +32,12 @@ def check_dataset_files(names: Sequence[str]) -> None:
     """Check that the annotations of registered datasets are there, without reading them.
 
     Raises:
+        KeyError: if there is no dataset of that name.
         FileNotFoundError: if a file or folder that Detectron2 knows of is missing.
     """
     for name in names:
         if name not in DatasetCatalog:
-            continue  # Whatever reads it says so.
+            raise KeyError(f"dataset {name!r} is not registered; registered are {sorted(DatasetCatalog)}")
         metadata = MetadataCatalog.get(name)
         # Of COCO and LVIS the annotation file, of Pascal VOC the folder.
         path = metadata.get("json_file", None) or metadata.get("dirname", None)

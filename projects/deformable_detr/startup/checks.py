@@ -11,6 +11,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 from torch import nn
 
+from ..cli import check_device
 from ..config import RunConfig
 from ..data.classes import check_num_classes
 from ..data.datasets import check_dataset_files
@@ -40,6 +41,7 @@ def check_before_start(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> N
         raise RuntimeError(
             f"{run.key('device')} {device!r} needs a GPU that PyTorch can use, and there is none; set it to cpu"
         )
+    check_device(device)
     if args.replay:
         return
     check_options(run)

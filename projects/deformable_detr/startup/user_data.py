@@ -18,12 +18,14 @@ from ..data.checks import Problems, drop_overlap, load_coco_data
 from ..data.coco_format import DatasetError, has_byte_order_mark, read_coco_json
 from ..data.datasets import register_coco_data
 from ..data.mapper import NamedErrorsMapper
-from ..files import replacing
+from ..files import write_json
 from .schedule import FINETUNE_EPOCHS, apply_schedule
 
 logger = logging.getLogger(__name__)
 
 SPLITS = {"train": "to train on", "val": "to evaluate on"}
+# In the output folder: split -> annotation file and image folder of a run.
+RECORD = "user_data.json"
 
 
 def add_user_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +50,13 @@ def add_user_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None:
+def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> dict[str, tuple[str, str]]:
     """Register the files named on the command line and point the configuration at them.
+
+    Where the configuration is that of an earlier run with such files and none are named, they are those of that run.
+
+    Returns:
+        Split -> annotation file and image folder.
 
     Raises:
         ValueError: if flags do not go together, or an override says something else than they; if the two splits differ
@@ -59,13 +66,13 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None
     run = RunConfig(cfg, args.opts)
     if args.weights is not None:
         _set(run, "weights", args.weights, flag="--weights")
-    files = _named_files(args)
+    files = _named_files(args) or _recorded_files(run, args)
     if args.epochs is not None and "train" not in files:
         raise ValueError("--epochs needs --train-json: an epoch is as long as its images are many")
     if args.repair and not files:
         raise ValueError("--repair needs --train-json or --val-json, the data to repair")
     if not files:
-        return
+        return {}
     boxes_only = _needs_boxes_only(run)
     contents = {split: read_coco_json(paths[0]) for split, paths in files.items()}
     classes = {
@@ -90,6 +97,14 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None
             num_images=num_images["train"],
             num_gpus=comm.get_world_size(),
         )
+    return {**files, **checked}
+
+
+def record_user_data(files: dict[str, tuple[str, str]], output_dir: str) -> None:
+    """Write down the files of a training, for later runs with its ``config.yaml``."""
+    if files and comm.is_main_process():
+        absolute = {split: list(map(os.path.abspath, paths)) for split, paths in files.items()}
+        write_json(os.path.join(output_dir, RECORD), absolute, indent=1)
 
 
 def check_user_data_given(split: str, names: Sequence[str]) -> None:
@@ -128,6 +143,20 @@ def _named_files(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
             raise ValueError(f"--{split}-json and --{split}-images must be given together")
         if json_file is not None:
             files[split] = (json_file, images)
+    return files
+
+
+def _recorded_files(run: RunConfig, args: argparse.Namespace) -> dict[str, tuple[str, str]]:
+    """Return the files that lie recorded beside the ``config.yaml`` of a run, of the splits that it asks for."""
+    record = os.path.join(os.path.dirname(args.config_file), RECORD)
+    if args.replay or not os.path.isfile(record):
+        return {}
+    with open(record, encoding="utf-8") as file:
+        recorded = json.load(file)
+    wanted = {"val": run.evaluated_datasets(), "train": () if args.eval_only else run.get("train_datasets", ())}
+    files = {split: tuple(paths) for split, paths in recorded.items() if f"user_{split}" in wanted[split]}
+    for split, paths in files.items():
+        logger.info("Data %s, as in the run of %s: %s in %s", SPLITS[split], args.config_file, *paths)
     return files
 
 
@@ -197,8 +226,7 @@ def check_user_data(
             name = "repaired" if split_data.problems else "utf8"
             path = os.path.join(output_dir, f"{split}_{name}.json")
             os.makedirs(output_dir, exist_ok=True)
-            with replacing(path) as stream:
-                stream.write(json.dumps(split_data.content).encode())
+            write_json(path, split_data.content)
             repaired[split] = (path, split_data.image_root)
     return repaired, {split: len(split_data.content["images"]) for split, split_data in data.items()}
 

@@ -18,6 +18,19 @@ from ..checkpoint.sources import OURS
 from ..files import replacing
 
 
+def last_checkpoint(folder: str) -> str:
+    """The newest checkpoint in the output folder of a training.
+
+    Raises:
+        FileNotFoundError: if it holds none.
+    """
+    pointer = os.path.join(folder, "last_checkpoint")
+    if not os.path.exists(pointer):
+        raise FileNotFoundError(f"{folder} holds no checkpoint: there is no {pointer}. Give weights as well")
+    with open(pointer, encoding="utf-8") as file:
+        return os.path.join(folder, file.read().strip())
+
+
 class DeformableDETRCheckpointer(DetectionCheckpointer):
     """Loads official, transformers, ImageNet and own checkpoints into the model, or says why it cannot.
 

@@ -103,7 +103,11 @@ def replay(path: str, model: nn.Module, settings: TrainingSettings) -> str:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--replay: there is no file {path!r}")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    # Of a file that is something else anything may come out, by what its bytes happen to say.
+    except Exception as error:
+        raise ValueError(f"--replay: {path} is cut short or no file of a step") from error
     if not isinstance(content, dict) or not {"model", "batch", "iteration"} <= content.keys():
         raise ValueError(f"--replay: {path} does not hold a step that a training has saved")
     try:
