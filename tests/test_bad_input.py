@@ -336,6 +336,18 @@ def test_a_mistake_ends_train_net_in_one_line(tiny_yaml, tiny_lazy, flags, yaml,
         assert re.match(f"error: {message}", capsys.readouterr().err.splitlines()[-1])
 
 
+def test_the_stack_of_a_mistake_while_training_is_in_the_log_alone(tiny_yaml, write_coco, tmp_path, capsys):
+    data = write_coco(sizes=[(60, 60)])
+    (Path(data.images) / "10.png").write_bytes(b"not an image")
+    arguments = [*tiny_yaml(), *registered(data.json, data.images)["yaml"], "DATALOADER.NUM_WORKERS", "1"]
+    with pytest.raises(SystemExit, match="2"):
+        run(train_net, ["--num-gpus", "0", *arguments])
+    out, err = capsys.readouterr()
+    assert re.match(r"error: cannot read image .*10\.png \(image_id 10\)", err.splitlines()[-1])
+    assert "Starting training" in out and "Traceback" not in out + err
+    assert "Traceback" in (tmp_path / "output" / "log.txt").read_text()
+
+
 def test_a_lazy_config_without_a_model_is_told_so(tmp_path):
     (tmp_path / "a.py").write_text("train = {}")
     with pytest.raises(ValueError, match=r"a\.py has no model and no dataloader, which a LazyConfig needs"):

@@ -2,6 +2,7 @@
 
 import argparse
 import dis
+import logging
 import os
 import sys
 import time
@@ -164,6 +165,19 @@ def is_mistake(error: Exception) -> bool:
     if isinstance(error, ModuleNotFoundError):
         return error.name is None or error.name.partition(".")[0] != __package__
     return not isinstance(error, AssertionError) and _is_raised_here(error)
+
+
+def keep_stacks_in_files(logger: logging.Logger) -> None:
+    """Leave the stacks of mistakes, which Detectron2's trainer logs, out of the terminal; log.txt has them."""
+    for handler in logger.handlers:
+        # The same class writes to files, too.
+        if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr):
+            handler.addFilter(_is_no_mistake)
+
+
+def _is_no_mistake(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return sys.flags.dev_mode or not isinstance(error, Exception) or not is_mistake(error)
 
 
 def _is_raised_here(error: Exception) -> bool:

@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from . import solver
-from .cli import add_overrides_word
+from .cli import add_overrides_word, keep_stacks_in_files
 from .config import RunConfig, find_config_file, load_config
 from .data.augmentation import augmentation_from_config
 from .data.datasets import get_class_names, get_test_dicts, get_train_dicts
@@ -113,6 +113,7 @@ def setup(args: argparse.Namespace) -> CfgNode | DictConfig:
     is_training = not (args.eval_only or args.replay)
     with nullcontext() if is_training else _keeping(os.path.join(output_dir, "config.yaml")):
         default_setup(cfg, args)
+    keep_stacks_in_files(logging.getLogger("detectron2"))
     if is_training:
         record_user_data(files, output_dir)
     return cfg
