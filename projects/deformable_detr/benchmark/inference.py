@@ -14,7 +14,7 @@ from detectron2.structures import ImageList
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
-from ..cli import add_model, add_overrides
+from ..cli import add_model, add_overrides, default_device
 from ..loading import DTYPES
 from ..modeling import DeformableDETR, prepare_for_inference
 from .launches import count_launches, format_launches, sum_by_phase
@@ -67,7 +67,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, size: str, variant:
         dest="dtypes",
         help="float32: as PyTorch is set; tf32: for products and convolutions on CUDA; 16 bits: autocast",
     )
-    parser.add_argument("--devices", nargs="+", default=["cuda" if torch.cuda.is_available() else "cpu"])
+    parser.add_argument("--devices", nargs="+", default=[default_device()])
     parser.add_argument("--rounds", type=int, default=5, help="repetitions; every implementation runs in each")
     parser.add_argument("--warmup", type=int, default=1, help="untimed calls of each before the rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")

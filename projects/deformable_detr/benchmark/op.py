@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..cli import check_device
+from ..cli import check_device, default_device
 from ..layers import ms_deform_attn, ms_deform_attn_pytorch
 from .shapes import SHAPES, Inputs, make_inputs
 from .timing import print_and_save, summarise, time_call, time_cold_and_settled
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line of this benchmark."""
     parser.add_argument("--shapes", nargs="+", default=["r50_encoder", "r50_decoder"], choices=SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES, help="of value")
-    parser.add_argument("--devices", nargs="+", default=["cuda" if torch.cuda.is_available() else "cpu"])
+    parser.add_argument("--devices", nargs="+", default=[default_device()])
     parser.add_argument("--distributions", nargs="+", default=["grid"], choices=["grid", "uniform"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--rounds", type=int, default=5, help="repetitions; every implementation runs in each")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..wording import name_first
 from .coco_format import read_coco_json
 
 # The official models' outputs are raw category ids: 1 to 90 for the 80 classes of COCO.
@@ -56,9 +57,8 @@ def check_num_classes(
         is_official = (len(names), num_classes) == (_COCO_CLASSES, _COCO_OUTPUTS)
         if is_official and MetadataCatalog.get(dataset).get("thing_dataset_id_to_contiguous_id", None) is None:
             continue
-        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         note = "; 80 outputs take the 80 rows of the official weights by themselves" if is_official else ""
         raise ValueError(
-            f"{key} is {num_classes}, but dataset {dataset!r} has {len(names)} classes ({shown}): "
+            f"{key} is {num_classes}, but dataset {dataset!r} has {len(names)} classes ({name_first(names)}): "
             f"set {key} to {len(names)}{note}"
         )

@@ -19,6 +19,7 @@ from detectron2.structures import BoxMode
 from omegaconf import DictConfig
 
 from ..config import RunConfig
+from ..wording import name_first
 from .classes import check_num_classes
 from .coco_format import read_coco_json
 from .dataset_dict import describe_image, get_objects
@@ -124,10 +125,9 @@ def _warn_of_empty_classes(dicts: Sequence[dict], name: str) -> None:
     classes = MetadataCatalog.get(name).get("thing_classes", None) or ()
     seen = {annotation["category_id"] for record in dicts for annotation in get_objects(record)}
     if empty := [name for index, name in enumerate(classes) if index not in seen]:
-        more = f" and {len(empty) - _MAX_NAMED} more" if len(empty) > _MAX_NAMED else ""
         logger.warning(
             f"{len(empty)} of {len(classes)} classes have no object in the training data and are not learned: "
-            f"{', '.join(empty[:_MAX_NAMED])}{more}"
+            f"{name_first(empty, limit=_MAX_NAMED)}"
         )
 
 

@@ -17,12 +17,11 @@ from ..data.classes import check_num_classes
 from ..data.datasets import check_dataset_files
 from ..data.evaluators import build_evaluator, check_evaluator
 from ..training.settings import TrainingSettings
+from ..wording import name_first
 from .options import check_options
 from .user_data import check_user_data_given
 
 logger = logging.getLogger(__name__)
-
-_MAX_NAMES = 5
 
 
 def check_before_start(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None:
@@ -73,10 +72,9 @@ def check_unused_parameters(model: nn.Module, cfg: CfgNode | DictConfig) -> None
     if not names:
         return
     run = RunConfig(cfg)
-    shown = ", ".join(names[:_MAX_NAMES]) + (", ..." if len(names) > _MAX_NAMES else "")
     told = (
-        f"{len(names)} parameters of the backbone are never trained, as no level depends on them: {shown}. Give the "
-        "backbone no outputs that in_features does not name"
+        f"{len(names)} parameters of the backbone are never trained, as no level depends on them: {name_first(names)}. "
+        "Give the backbone no outputs that in_features does not name"
     )
     if comm.get_world_size() > 1 and not run.get("find_unused_parameters", False):
         raise ValueError(f"{told}, or set {run.key('find_unused_parameters')}: processes wait for their gradients")
