@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import astuple
 from datetime import timedelta
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from ..detect.drawing import missing_letters
 from ..training.metrics import series, training_seconds
 from . import figures
-from .evaluation import BestScore, Evaluation
+from .evaluation import Evaluation
 from .gallery import draw_pair, evenly_spaced, group_coco_detections
 from .page import Chart, Grid, Heading, Pair, Part, Table, Text, Verbatim
 from .run import NoData, Run
@@ -270,16 +271,10 @@ def best_scores(evaluation: Evaluation) -> list[Part]:
         f"“python -m deformable_detr.detect --score best” takes {overall.score:.2f}, that of all categories together."
     )
     counts = evaluation.objects_per_class()
-    rows = [("all together", int(counts.sum()), *_numbers(overall))]
-    for index in np.flatnonzero(counts):
-        rows.append((evaluation.class_names[index], int(counts[index]), *_numbers(by_class[index])))
+    named = [("all together", counts.sum(), overall)]
+    named += [(evaluation.class_names[index], counts[index], by_class[index]) for index in np.flatnonzero(counts)]
+    rows = [(name, int(n), *(astuple(best) if best else ("never right", 0.0, 0.0, 0.0))) for name, n, best in named]
     return [Text(text), Table(rows, ("category", "objects", "best score", "F1", "precision", "recall"))]
-
-
-def _numbers(best: BestScore | None) -> Sequence[object]:
-    if best is None:
-        return "never right", 0.0, 0.0, 0.0
-    return best.score, best.f1, best.precision, best.recall
 
 
 def confusion(evaluation: Evaluation, score: float) -> list[Part]:
