@@ -343,7 +343,8 @@ def test_configuration_file_is_required():
 def test_processes_are_for_the_configured_device(world, monkeypatch):
     options = ["train.device=cuda:1"] if world.name == "lazy" else ["MODEL.DEVICE", "cuda:1"]
     for opts, device in ([], "cpu"), (options, "cuda:1"):
-        assert configured_device(argument_parser().parse_args([*world.arguments(""), *opts])) == device
+        asked = configured_device(argument_parser().parse_args([*world.arguments(""), *opts]))
+        assert asked == {"device": device, "device_key": "train.device" if world.name == "lazy" else "MODEL.DEVICE"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     key = r"train\.device" if world.name == "lazy" else r"MODEL\.DEVICE"
     with pytest.raises(RuntimeError, match=f"{key} 'cuda:1' needs a GPU .*set it to cpu"):

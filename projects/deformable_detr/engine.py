@@ -93,9 +93,10 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def configured_device(args: argparse.Namespace) -> str:
-    """The device of the model, such as "cuda" or "cpu", for which ``launch`` is to start processes."""
-    return RunConfig(_read_config(args)).get("device")
+def configured_device(args: argparse.Namespace) -> dict[str, str]:
+    """The "device" of the model, such as "cuda" or "cpu", and its "device_key": for ``launch``."""
+    run = RunConfig(_read_config(args))
+    return {"device": run.get("device"), "device_key": run.key("device")}
 
 
 def setup(args: argparse.Namespace) -> CfgNode | DictConfig:
@@ -288,7 +289,7 @@ def main(args: argparse.Namespace) -> Any:
 def train_net(argv: Sequence[str] | None = None) -> None:
     """The command line of ``train_net.py``: start :func:`main` in as many processes as are asked for."""
     args = argument_parser().parse_args(argv)
-    launch(main, args, device=configured_device(args))
+    launch(main, args, **configured_device(args))
 
 
 def _replay(cfg: CfgNode | DictConfig, path: str) -> str:

@@ -65,16 +65,16 @@ def test_counting_processes_twice_is_refused(torchrun, options):
 
 def test_fewer_gpus_than_processes_are_refused(torchrun, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    with pytest.raises(RuntimeError, match="2 processes .* need as many GPUs, and it has 1; .* set MODEL.DEVICE cpu"):
-        launch(lambda args: None, argparse.Namespace(num_gpus=1, num_machines=1))
+    with pytest.raises(RuntimeError, match="2 processes .* need as many GPUs, and it has 1; .* set train.device to"):
+        launch(lambda args: None, argparse.Namespace(num_gpus=1, num_machines=1), device_key="train.device")
 
 
 @pytest.mark.parametrize("options", [{"num_gpus": 8}, {"num_machines": 2}])
 def test_gpu_processes_for_a_model_on_the_cpu_are_refused(monkeypatch, options):
     monkeypatch.delenv("RANK", raising=False)
     args = argparse.Namespace(**{"num_gpus": 1, "num_machines": 1, **options})
-    with pytest.raises(ValueError, match=r"--num-gpus \(\d\).* MODEL.DEVICE \(train.device\) is cpu; .*torchrun"):
-        launch(lambda args: None, args, device="cpu")
+    with pytest.raises(ValueError, match=r"--num-gpus \(\d\).* but train.device is cpu; .*torchrun"):
+        launch(lambda args: None, args, device="cpu", device_key="train.device")
 
 
 def test_more_processes_than_gpus_are_refused_without_torchrun(monkeypatch):

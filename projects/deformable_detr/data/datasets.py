@@ -77,7 +77,7 @@ def get_train_dicts(
             ``num_classes``, on classes outside ``[0, num_classes)``, on boxes with NaN or infinite values.
     """
     if not names:
-        raise ValueError("there is no dataset to train on: DATASETS.TRAIN (in a LazyConfig the names here) is empty")
+        raise ValueError("there is no dataset to train on: no names are given")
     dicts = get_detection_dataset_dicts(names, filter_empty=False)
     kept = [record for record in dicts if get_objects(record)]
     if not kept:

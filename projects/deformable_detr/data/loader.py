@@ -51,8 +51,7 @@ class TrainLoader:
         world_size = comm.get_world_size()
         if total_batch_size < 1 or total_batch_size % world_size:
             raise ValueError(
-                f"the batch (SOLVER.IMS_PER_BATCH, total_batch_size) must be a multiple of the {world_size} processes, "
-                f"got {total_batch_size}"
+                f"total_batch_size must be a multiple of the {world_size} processes, got {total_batch_size}"
             )
         self.total_batch_size = total_batch_size
         self.num_workers = num_workers

@@ -51,8 +51,11 @@ def check_before_start(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> N
             f"--eval-only needs a dataset to evaluate on, in {run.key('test_datasets')} or with --val-json"
         )
     if not args.eval_only:
-        # Loaders of other projects may have no names.
-        names = run.get("train_datasets", ())
+        # Loaders of other projects may have no names at all.
+        names = run.get("train_datasets")
+        if names == ():
+            raise ValueError(f"there is no dataset to train on: {run.key('train_datasets')} is empty")
+        names = names or ()
         check_user_data_given("train", names)
         check_dataset_files(names)
         _check_settings(run)

@@ -17,7 +17,13 @@ from ..cli import user_errors
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, *, device: str = "cuda") -> Any:
+def launch(
+    main: Callable[[argparse.Namespace], Any],
+    args: argparse.Namespace,
+    *,
+    device: str = "cuda",
+    device_key: str = "MODEL.DEVICE",
+) -> Any:
     """Run ``main(args)`` in every process.
 
     Under torchrun, which has started the processes, this joins them: with NCCL where there is a GPU for each, with
@@ -28,6 +34,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, 
         main: called with ``args`` in each process.
         args: what :func:`detectron2.engine.default_argument_parser` parses.
         device: of the model.
+        device_key: of that setting, for error texts.
 
     Returns:
         Under torchrun what ``main`` returns, otherwise None.
@@ -39,11 +46,11 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, 
             a GPU.
     """
     if all(name in os.environ for name in TORCHRUN_VARIABLES):
-        return _join(main, args, device)
+        return _join(main, args, device, device_key)
     if device == "cpu" and (args.num_gpus > 1 or args.num_machines > 1):
         raise ValueError(
             f"--num-gpus ({args.num_gpus}) and --num-machines ({args.num_machines}) start a process for every GPU, but "
-            "MODEL.DEVICE (train.device) is cpu; start processes for the CPU with torchrun --nproc-per-node"
+            f"{device_key} is cpu; start processes for the CPU with torchrun --nproc-per-node"
         )
     gpus = torch.cuda.device_count()
     if args.num_gpus > max(gpus, 1):
@@ -65,7 +72,7 @@ def _tell_mistakes(main: Callable[[argparse.Namespace], Any], args: argparse.Nam
         main(args)
 
 
-def _join(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> Any:
+def _join(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str, device_key: str) -> Any:
     """Run ``main`` as one of torchrun's processes, with the groups that Detectron2 expects."""
     if args.num_gpus > 1 or args.num_machines > 1:
         raise ValueError(
@@ -77,7 +84,7 @@ def _join(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, d
     if 0 < gpus < local_size:
         raise RuntimeError(
             f"{local_size} processes on this machine need as many GPUs, and it has {gpus}; to train on the CPU set "
-            "MODEL.DEVICE cpu (yaml) or train.device=cpu (LazyConfig)"
+            f"{device_key} to cpu"
         )
     if gpus:
         torch.cuda.set_device(local_rank)
