@@ -1,8 +1,10 @@
 """Tiny datasets, tiny configurations and the habits of the whole suite."""
 
+import errno
 import json
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +56,26 @@ def forget_datasets() -> Iterator[None]:
         DatasetCatalog.remove(name)
         if name in MetadataCatalog.list():
             MetadataCatalog.remove(name)
+
+
+@pytest.fixture(params=["open", "fsync"])
+def shared_folders(request, monkeypatch, tmp_path) -> None:
+    """Pretend folders of a CIFS, VirtualBox or WSL share, which cannot be flushed, or Windows, which opens none."""
+    real_open, real_fsync = os.open, os.fsync
+
+    def open_files(path, *args, **kwargs):
+        is_shared = os.path.isdir(path) and Path(path).is_relative_to(tmp_path)
+        if request.param == "open" and is_shared:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real_open(path, *args, **kwargs)
+
+    def fsync_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "open", open_files)
+    monkeypatch.setattr(os, "fsync", fsync_files)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What users do wrong, through the entry points they use: an error that names the thing, or the sensible result."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -310,6 +311,20 @@ def test_unreadable_image_in_a_worker_process_ends_the_run_with_its_name(tiny_ya
     args = [*tiny_yaml(), *registered(data.json, data.images)["yaml"], "DATALOADER.NUM_WORKERS", "2"]
     with pytest.raises(OSError, match=r"cannot read image .*10\.png \(image_id 10\)"):
         main(argument_parser().parse_args(args))
+
+
+# Disks
+
+
+def test_a_training_into_a_folder_that_cannot_be_flushed_comes_to_its_end(
+    shared_folders, tiny_yaml, write_coco, tmp_path
+):
+    data = write_coco()
+    data.content["annotations"][0]["bbox"][2] = -1
+    data.save()
+    main(argument_parser().parse_args([*data.flags("train"), "--repair", *tiny_yaml()]))
+    assert (tmp_path / "output" / "last_checkpoint").read_text() == "model_final.pth"
+    assert not [name for name in os.listdir(tmp_path / "output") if "unfinished" in name]
 
 
 # The command line
