@@ -88,7 +88,8 @@ def draw_sheet(
     pairs = [
         draw_pair(image, metadata, predictions[image["image_id"]], score_threshold=score_threshold) for image in chosen
     ]
-    title = f"{metadata.name}: {len(chosen)} of {len(dataset_dicts)} images, scores from {score_threshold:.0%}"
+    source = Path(metadata.get("json_file", metadata.name)).name
+    title = f"{source}: {len(chosen)} of {len(dataset_dicts)} images, scores from {score_threshold:.0%}"
     with replacing_file(png_path) as file:
         _arrange(pairs, title).save(file)
     return Path(png_path)
