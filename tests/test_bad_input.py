@@ -145,7 +145,7 @@ def test_yaml_key_that_does_not_exist_is_named(tiny_yaml, tmp_path):
 def test_more_classes_than_the_model_has_are_refused_before_training(start, write_coco, tmp_path):
     data = write_coco()
     register_coco_data("tiny", data.json, data.images)
-    with pytest.raises(ValueError, match=r"category_id must be in \[0, 2\) .*got 2 in image .*10\.png \(image_id 10\)"):
+    with pytest.raises(ValueError, match=r"(NUM_CLASSES|num_classes) is 2, but dataset 'tiny' has 3 classes .* to 3$"):
         start(
             [],
             yaml=(
