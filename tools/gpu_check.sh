@@ -195,7 +195,12 @@ set_model_options() {
 
 run_infer() {
     set_model_options
-    measure infer model "${options[@]}" --batches "${batches[@]}" --precision tf32 bfloat16 float16 --modes eager
+    local precisions=(tf32 bfloat16 float16)
+    measure infer model "${options[@]}" --batches "${batches[@]}" --precision "${precisions[@]}" --modes eager prepared
+    # Without graphs. On a CPU there are none.
+    if [ "$device" = cuda ]; then
+        measure one_by_one model "${options[@]}" --precision "${precisions[@]}" --modes prepared --no-cuda-graphs
+    fi
     return $failed
 }
 
