@@ -28,7 +28,7 @@ def at_once(size: int, device: torch.device) -> int:
 def in_slices(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a function of rows, (..., C) -> (..., C), slice by slice where that is faster: inference on the CPU.
 
-    A third off the encoder's feed-forward networks, and 70 MB at 800 x 1066.
+    A third off the encoder's feed-forward networks, 4 % off an inference at 480 x 640, and 70 MB at 800 x 1066.
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if x.device.type != "cpu" or torch.is_grad_enabled() or traced:
@@ -43,7 +43,10 @@ def in_pieces(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def in_convolution_layout(images: Tensor) -> Tensor:
-    """Images in the layout in which the device convolves fastest: channels last on the CPU, a quarter off a ResNet."""
+    """Images in the layout in which the device convolves fastest: channels last on the CPU.
+
+    A tenth off an inference of a two-stage R50 at 800 x 1066 (5267 to 4755 ms of one thread), 1 % at 480 x 640.
+    """
     return images.contiguous(memory_format=torch.channels_last) if images.device.type == "cpu" else images
 
 
