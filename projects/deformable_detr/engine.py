@@ -83,8 +83,8 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cuda-graphs",
-        action=argparse.BooleanOptionalAction,
-        help="with --eval-only: replay batches of a shape that was seen before as CUDA graphs (default: on CUDA)",
+        action="store_true",
+        help="with --eval-only: replay batches of a shape that was seen before as CUDA graphs (not yet run on a GPU)",
     )
     parser.add_argument(
         "--replay", metavar="FILE", help="repeat the step with which a training has failed, and explain it"
@@ -333,7 +333,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict | None:
 
 
 def do_eval(
-    cfg: DictConfig, *, resume: bool = False, precision: str | None = None, cuda_graphs: bool | None = None
+    cfg: DictConfig, *, resume: bool = False, precision: str | None = None, cuda_graphs: bool = False
 ) -> dict | None:
     """Build the LazyConfig's model, load ``train.init_checkpoint`` and evaluate.
 
@@ -348,7 +348,7 @@ def do_eval(
     return do_test(cfg, _prepare(model, cfg, precision, cuda_graphs))
 
 
-def _prepare(model: nn.Module, cfg: CfgNode | DictConfig, precision: str | None, cuda_graphs: bool | None) -> nn.Module:
+def _prepare(model: nn.Module, cfg: CfgNode | DictConfig, precision: str | None, cuda_graphs: bool) -> nn.Module:
     """What evaluates a model that is not trained any more: a copy prepared for it.
 
     The model itself where the AP of every layer is asked for, and where it is no :class:`DeformableDETR`.

@@ -71,8 +71,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--cuda-graphs",
-        action=argparse.BooleanOptionalAction,
-        help="replay images of a size that was seen before as one CUDA graph (default: on CUDA, without --compile)",
+        action="store_true",
+        help="replay images of a size that was seen before as one CUDA graph (not yet run on a GPU)",
     )
     parser.add_argument("--channels-last", action="store_true", help="memory layout of the backbone")
     parser.add_argument("--compile", action="store_true", help="compile the transformer; the first images take minutes")

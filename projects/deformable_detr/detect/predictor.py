@@ -42,7 +42,7 @@ class Predictor:
         dtype: of the computation; a copy of the model has its weights in it, see
             :func:`deformable_detr.prepare_for_inference`.
         channels_last: keep the backbone's weights in this memory layout, as a ResNet's are anyway.
-        cuda_graphs: replay images of a size that was seen before as one CUDA graph; by default on CUDA.
+        cuda_graphs: replay images of a size that was seen before as one CUDA graph. Not yet run on a GPU.
         compile: compile the transformer with ``torch.compile``, in place of preparing a copy; the first images take
             minutes.
         input_format: channel order of arrays, "RGB" or "BGR" (as ``cv2.imread`` gives).
@@ -62,7 +62,7 @@ class Predictor:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
-        cuda_graphs: bool | None = None,
+        cuda_graphs: bool = False,
         compile: bool = False,
         opts: Sequence[str] = (),
         # Input and output:
@@ -167,7 +167,7 @@ class Predictor:
             for label, score, box in zip(instances.pred_classes.tolist(), instances.scores.tolist(), boxes, strict=True)
         ]
 
-    def _build_detector(self, cuda_graphs: bool | None, *, compile: bool) -> nn.Module:
+    def _build_detector(self, cuda_graphs: bool, *, compile: bool) -> nn.Module:
         model = self.loaded.model
         if compile:
             model.transformer.compile(dynamic=True)
