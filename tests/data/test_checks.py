@@ -316,6 +316,14 @@ def test_objects_marked_ignore_become_crowds(spoil, tmp_path):
     assert crowds == [0, 1, 0, 0]
 
 
+@pytest.mark.parametrize("boxes_only", [True, False])
+def test_objects_marked_ignore_are_named_where_nobody_has_checked_the_data(spoil, boxes_only):
+    data = spoil(lambda content: content["annotations"][1].update(ignore=1))
+    register_coco_data("tiny", data.json_file, data.image_root, boxes_only=boxes_only)
+    with pytest.raises(DatasetError, match=r'instances\.json: annotation 2 has "ignore": 1, .*set "iscrowd": 1'):
+        get_train_dicts("tiny", num_classes=3)
+
+
 def test_image_ids_that_cannot_be_sorted_are_refused(spoil):
     with pytest.raises(DatasetError, match=r"instances\.json: the ids of images must be all whole numbers or all text"):
         spoil(lambda content: content["images"][2].update(id="twelve"))

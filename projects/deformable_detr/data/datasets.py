@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from ..config import RunConfig
 from ..wording import name_first
 from .classes import check_num_classes
-from .coco_format import read_coco_json
+from .coco_format import DatasetError, read_coco_json
 from .dataset_dict import describe_image, get_objects
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def register_coco_data(
 
     Raises:
         FileNotFoundError: if the file or the folder does not exist.
-        DatasetError: if the file is not in COCO's format.
+        DatasetError: if the file is not in COCO's format; when it is loaded, if an object is marked "ignore".
     """
     content = read_coco_json(json_file) if content is None else content
     if not os.path.isdir(image_root):
@@ -195,15 +195,22 @@ def register_coco_data(
         MetadataCatalog.remove(name)
     classes = [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
     register_coco_instances(name, {"thing_classes": classes}, json_file, image_root)
-    if boxes_only:
-        DatasetCatalog.remove(name)
-        DatasetCatalog.register(name, partial(_load_boxes, name, json_file, image_root))
+    DatasetCatalog.remove(name)
+    DatasetCatalog.register(name, partial(_load, name, json_file, image_root, boxes_only=boxes_only))
     return classes
 
 
-def _load_boxes(name: str, json_file: str, image_root: str) -> list[dict]:
-    """Detectron2's loader on a copy of the file without segmentations and keypoints."""
+def _load(name: str, json_file: str, image_root: str, *, boxes_only: bool) -> list[dict]:
+    """Detectron2's loader, with boxes only on a copy of the file without segmentations and keypoints."""
     content = read_coco_json(json_file)
+    # Detectron2 has a bare assertion for these. The check of the data finds them all, before anything is loaded.
+    if ignored := next((a for a in content["annotations"] if a.get("ignore")), None):
+        raise DatasetError(
+            f'{json_file}: annotation {ignored.get("id")} has "ignore": {ignored["ignore"]}, which Detectron2 does not '
+            'support: set "iscrowd": 1 in its place, as --repair of train_net.py does'
+        )
+    if not boxes_only:
+        return load_coco_json(json_file, image_root, name)
     for annotation in content["annotations"]:
         for key in ("segmentation", "keypoints"):
             annotation.pop(key, None)
