@@ -110,6 +110,13 @@ def test_a_backbone_that_wants_square_images_gets_them(tiny_backbone, monkeypatc
     assert images.tensor.shape[-2:] == (96, 96)
 
 
+@pytest.mark.parametrize("square", [{}, {"square_size": 0}])
+def test_a_backbone_may_ask_for_multiples_by_its_constraints_alone(tiny_backbone, monkeypatch, square):
+    monkeypatch.setattr(type(tiny_backbone), "padding_constraints", {"size_divisibility": 48, **square}, raising=False)
+    assert tiny_backbone.size_divisibility == 0
+    assert MultiScaleBackbone(tiny_backbone).size_divisibility == 48
+
+
 def test_a_backbone_whose_divisibility_cannot_be_read_needs_none(tiny_backbone, monkeypatch):
     monkeypatch.setattr(type(tiny_backbone), "size_divisibility", property(lambda self: self._size_divisibility))
     with pytest.raises(AttributeError):

@@ -108,10 +108,11 @@ def canvas_divisibility(backbone: Backbone) -> int:
     """What the sides of a padded batch must be multiples of for a backbone; 0 where any size will do.
 
     Detectron2 0.6 has no ``padding_constraints``, and later versions' Swin has a ``size_divisibility`` that raises.
-    A "square_size" there is the side to which all images are padded, the one multiple that is not smaller than they.
+    A "square_size" among the constraints is the side to which all images are padded, the one multiple that is not
+    smaller than they.
     """
-    square = (getattr(backbone, "padding_constraints", None) or {}).get("square_size", 0)
-    return square or getattr(backbone, "size_divisibility", 0)
+    wishes = getattr(backbone, "padding_constraints", None) or {}
+    return wishes.get("square_size") or wishes.get("size_divisibility") or getattr(backbone, "size_divisibility", 0)
 
 
 def _projection(in_channels: int, hidden_dim: int, *, kernel_size: int) -> nn.Sequential:
