@@ -234,3 +234,16 @@ def test_a_tool_that_does_not_add_our_keys_is_told_the_call(backbone):
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.BACKBONE.NAME = "DeformableDETR", backbone
     with pytest.raises(KeyError, match=r"no MODEL.DEFORMABLE_DETR: call deformable_detr.add_deformable_detr_config"):
         build_model(cfg)
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_without_the_call_every_file_ends_in_an_error_that_the_page_explains(path):
+    with pytest.raises(KeyError) as caught:
+        get_cfg().merge_from_file(str(path))
+    page = (CONFIGS.parent / "docs" / "detectron2.md").read_text(encoding="utf-8")
+    told = page.partition("Without them")[2].partition("\n\n")[0]
+    assert caught.value.args[0].startswith("Non-existent config key: ") and "`Non-existent config key: " in told
+    assert caught.value.args[0].rpartition(" ")[2] in told
