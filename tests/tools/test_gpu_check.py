@@ -1,4 +1,4 @@
-"""What tools/gpu_check.sh does when stages fail, run with a Python that only pretends: GPUs are lent by the minute."""
+"""What tools/gpu_check.sh does when stages fail, run with a Python that only pretends to have a GPU."""
 
 import json
 import os
@@ -113,5 +113,5 @@ def test_the_three_commands_end_within_twelve_minutes():
     commands = [sum(max(limits[s] for s in step.split("+")) for step in group.split()) for group in steps.groups()]
     first = max(limits["install"], limits["build"])
     assert first + sum(commands) <= 12 * 60
-    # A machine that is lent for ten minutes a command serves each of them, starting afresh.
+    # Each command, starting afresh, ends within ten minutes.
     assert all(first + command <= 570 for command in commands)
