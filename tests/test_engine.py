@@ -19,7 +19,7 @@ from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 
 from deformable_detr import load_config
 from deformable_detr.data.datasets import register_coco_data
-from deformable_detr.engine import apply_user_data, argument_parser, build_evaluator, configured_device, main
+from deformable_detr.engine import Trainer, apply_user_data, argument_parser, build_evaluator, configured_device, main
 
 CLASSES = ["square", "bar", "disc"]
 
@@ -250,6 +250,20 @@ def test_another_number_of_outputs_than_classes_is_refused_before_anything_is_bu
     with pytest.raises(ValueError, match=message):
         world(mode, **{"train": "silent", "test": "silent", split: "wrong"}, num_classes=num_classes)
     assert not (world.output / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_a_trainer_of_ones_own_compares_the_data_to_evaluate_on_with_the_outputs(
+    tiny_yaml, write_coco, num_classes, monkeypatch
+):
+    data = write_coco()
+    register_coco_instances("tiny_script", {}, data.json, data.images)
+    _, path, *opts = tiny_yaml()
+    cfg = load_config(path, [*opts, "DATASETS.TEST", "('tiny_script',)"])
+    cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES = num_classes
+    monkeypatch.setattr(Trainer, "build_model", lambda cfg: pytest.fail("a model is built"))
+    with pytest.raises(ValueError, match=rf"NUM_CLASSES is {num_classes}, but dataset 'tiny_script' has 3 classes"):
+        Trainer(cfg)
 
 
 @pytest.mark.parametrize("split, mode", [("train", []), ("val", ["--eval-only"])])

@@ -39,7 +39,7 @@ from .data.mapper import NamedErrorsMapper
 from .data.sampler import sampler_from_config
 from .files import replacing
 from .modeling import DeformableDETR, prepare_for_inference
-from .startup.checks import check_before_start, check_unused_parameters
+from .startup.checks import check_before_start, check_classes, check_unused_parameters
 from .startup.launch import launch
 from .startup.options import check_options
 from .startup.user_data import add_user_data_arguments, apply_user_data, record_user_data
@@ -163,7 +163,10 @@ class Trainer(DefaultTrainer):
         # Past DefaultTrainer, which would make a loop and a checkpointer of its own.
         TrainerBase.__init__(self)
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        check_options(RunConfig(cfg))
+        run = RunConfig(cfg)
+        check_options(run)
+        # Those to train on are compared once they are loaded.
+        check_classes(run, run.evaluated_datasets(), read=True)
         warn_of_unscaled_learning_rate(cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH)
         model = self.build_model(cfg)
         check_unused_parameters(model, cfg)

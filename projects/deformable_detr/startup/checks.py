@@ -60,8 +60,15 @@ def check_before_start(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> N
         check_dataset_files(names)
         _check_settings(run)
         # Data to train on without a word about their classes are read soon enough.
-        _check_classes(run, names)
-    _check_classes(run, run.evaluated_datasets(), read=True)
+        check_classes(run, names)
+    check_classes(run, run.evaluated_datasets(), read=True)
+
+
+def check_classes(run: RunConfig, datasets: Sequence[str | None], *, read: bool = False) -> None:
+    """Refuse a model with another number of outputs than its data have classes: :func:`check_num_classes`."""
+    # Models of other projects may keep the number elsewhere.
+    if (num_classes := run.get("num_classes")) is not None:
+        check_num_classes(datasets, num_classes, key=run.key("num_classes"), read=read)
 
 
 def check_unused_parameters(model: nn.Module, cfg: CfgNode | DictConfig) -> None:
@@ -95,12 +102,6 @@ def _check_evaluators(run: RunConfig) -> None:
     for name in run.evaluated_datasets():
         check_evaluator(name)
     check_dataset_files(run.evaluated_datasets())
-
-
-def _check_classes(run: RunConfig, datasets: Sequence[str | None], *, read: bool = False) -> None:
-    # Models of other projects may keep the number elsewhere.
-    if (num_classes := run.get("num_classes")) is not None:
-        check_num_classes(datasets, num_classes, key=run.key("num_classes"), read=read)
 
 
 def _check_settings(run: RunConfig) -> None:
