@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Callable
 from http.client import HTTPException
 from typing import IO, Any
 
@@ -45,7 +44,7 @@ def hub_url(model: PublishedModel) -> str:
 
 
 def cache_folder() -> str:
-    """The folder of the weights: below FVCORE_CACHE, which Detectron2 uses too, or iopath's default."""
+    """Return the folder of the weights: below FVCORE_CACHE, which Detectron2 uses too, or iopath's default."""
     return os.path.join(get_cache_dir(), "deformable_detr")
 
 
@@ -95,12 +94,8 @@ def _download(model: PublishedModel, path: str) -> None:
 
 def _verify(model: PublishedModel, path: str) -> None:
     for what, expected, measure in (("size", model.size, os.path.getsize), ("sha256", model.sha256, _sha256)):
-        _compare(what, expected, measure, path)
-
-
-def _compare(what: str, expected: Any, measure: Callable[[str], Any], path: str) -> None:
-    if expected is not None and (actual := measure(path)) != expected:
-        raise OSError(f"another file than was published: its {what} is {actual}, expected {expected}")
+        if expected is not None and (actual := measure(path)) != expected:
+            raise OSError(f"another file than was published: its {what} is {actual}, expected {expected}")
 
 
 def _sha256(path: str) -> str:

@@ -1,6 +1,6 @@
 """AP of every decoder layer, from one pass of the model per image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.evaluation import DatasetEvaluator
@@ -33,7 +33,7 @@ class EveryLayer(nn.Module):
         return self.model.transformer.num_decoder_layers
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """Detections by layer and image, each as :meth:`DeformableDETR.inference` returns them."""
+        """Return detections by layer and image, each as :meth:`DeformableDETR.inference` returns them."""
         images = self.model.preprocess_image(batched_inputs)
         outputs = self.model.predict(images, all_proposals=False)
         layers = zip(outputs["pred_logits"], outputs["pred_boxes"], strict=True)
@@ -65,12 +65,8 @@ class LayerEvaluators(DatasetEvaluator):
         if not results[-1]:
             return results[-1]
         by_layer = {
-            f"{task}_layer_{layer}": _without_classes(metrics)
+            f"{task}_layer_{layer}": {name: value for name, value in metrics.items() if not name.startswith("AP-")}
             for layer, tasks in enumerate(results)
             for task, metrics in tasks.items()
         }
         return {**results[-1], **by_layer}
-
-
-def _without_classes(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.startswith("AP-")}
