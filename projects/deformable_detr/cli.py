@@ -27,7 +27,7 @@ _INSTALL = {"detectron2": "python tools/install_detectron2.py", "cv2": "pip inst
 
 
 def make_parser(command: str, **options: Any) -> argparse.ArgumentParser:
-    """A parser that names itself as it was called: ``deformable-detr detect`` or ``python -m deformable_detr.detect``.
+    """Return a parser named as it was called: ``deformable-detr detect`` or ``python -m deformable_detr.detect``.
 
     Args:
         command: name of the module below this package; empty for the package itself.
@@ -84,7 +84,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def default_device() -> str:
-    """The GPU where there is one."""
+    """Return the GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -195,7 +195,7 @@ def _is_raised_here(error: Exception) -> bool:
 
 
 def _advise(error: Exception) -> str:
-    """The message of an error, with what to type where a package is missing."""
+    """Return the message of an error, with what to type where a package is missing."""
     if not isinstance(error, ModuleNotFoundError) or error.name is None:
         return message_of(error)
     package = error.name.partition(".")[0]
@@ -203,7 +203,7 @@ def _advise(error: Exception) -> str:
 
 
 def _rank() -> int:
-    """Number of this process among those that run the same command."""
+    """Return the number of this process among those that run the same command."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return int(os.environ.get("RANK", 0))

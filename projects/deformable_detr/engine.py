@@ -94,7 +94,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def configured_device(args: argparse.Namespace) -> dict[str, str]:
-    """The "device" of the model, such as "cuda" or "cpu", and its "device_key": for ``launch``."""
+    """Return the "device" of the model, such as "cuda" or "cpu", and its "device_key": for ``launch``."""
     run = RunConfig(_read_config(args))
     return {"device": run.get("device"), "device_key": run.key("device")}
 
@@ -290,7 +290,7 @@ def main(args: argparse.Namespace) -> Any:
 
 
 def train_net(argv: Sequence[str] | None = None) -> None:
-    """The command line of ``train_net.py``: start :func:`main` in as many processes as are asked for."""
+    """Run the command line of ``train_net.py``: start :func:`main` in as many processes as are asked for."""
     args = argument_parser().parse_args(argv)
     launch(main, args, **configured_device(args))
 
@@ -352,7 +352,7 @@ def do_eval(
 
 
 def _prepare(model: nn.Module, cfg: CfgNode | DictConfig, precision: str | None, cuda_graphs: bool) -> nn.Module:
-    """What evaluates a model that is not trained any more: a copy prepared for it.
+    """Return what evaluates a model that is not trained any more: a copy prepared for it.
 
     The model itself where the AP of every layer is asked for, and where it is no :class:`DeformableDETR`.
     """

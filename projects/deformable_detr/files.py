@@ -14,7 +14,7 @@ _UNFINISHED = ".unfinished-"
 
 
 def show(path: str | os.PathLike) -> str:
-    """A path as text that any terminal can print, also where its bytes are not UTF-8."""
+    """Return a path as text that any terminal can print, also where its bytes are not UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -90,7 +90,7 @@ def make_folder(path: str | os.PathLike) -> None:
 
 
 def _target(path: str | os.PathLike) -> Path:
-    """What a path is to mean: the file behind a link, and otherwise itself, as it was given."""
+    """Return what a path is to mean: the file behind a link, and otherwise itself, as it was given."""
     return Path(os.path.realpath(path) if os.path.islink(path) else path)
 
 

@@ -9,7 +9,7 @@ _OF_A_WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*\n +[^\n]*
 
 
 def message_of(error: BaseException) -> str:
-    """What an error says, for one line on a command line."""
+    """Return what an error says, for one line on a command line."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         # Of a rename, the file that was to be.
         return f"{error.filename2 or error.filename}: {error.strerror}"
@@ -26,6 +26,6 @@ def name_first(names: Sequence[str], *, limit: int = 5) -> str:
 
 
 def suggest(name: str, known: Sequence[str], *, cutoff: float = 0.5) -> str:
-    """The known name that a misspelt one is nearest to, as the end of a sentence; empty where none is near."""
+    """Return the known name that a misspelt one is nearest to, as the end of a sentence; empty where none is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"; did you mean {near[0]}?" if near else ""

@@ -144,7 +144,7 @@ def prepare(ours: Ours, dtype: str, args: argparse.Namespace) -> Ours:
 def measure(
     contenders: list[Contender], variant: str, batch: Batch, args: argparse.Namespace
 ) -> list[dict[str, object]]:
-    """Times, memory and size of every contender."""
+    """Measure times, memory and size of every contender."""
     flops = count_flops(build(OURS, variant, batch, opts=args.opts).model, batch)
     rows = []
     for contender, numbers in zip(contenders, time_contenders(contenders, batch, args), strict=True):
@@ -184,7 +184,7 @@ def show_launches(
 
 
 def make_inference(model: nn.Module, batch: Batch, *, dtype: str) -> Callable[[], object]:
-    """A call that detects in ``batch``."""
+    """Return a call that detects in ``batch``."""
 
     def call() -> object:
         with torch.inference_mode(), tf32(dtype), autocast(batch, dtype):
@@ -194,7 +194,7 @@ def make_inference(model: nn.Module, batch: Batch, *, dtype: str) -> Callable[[]
 
 
 def autocast(batch: Batch, dtype: str) -> contextlib.AbstractContextManager:
-    """What runs a model in 16 bits; nothing for 32."""
+    """Return what runs a model in 16 bits; nothing for 32."""
     if dtype in ("float32", "tf32"):
         return contextlib.nullcontext()
     return torch.autocast(batch.images[0].device.type, DTYPES[dtype])

@@ -124,7 +124,7 @@ def sum_by_phase(counts: Counter[Operation]) -> dict[str, int]:
 
 
 def format_launches(counts: Counter[Operation], depth: int) -> str:
-    """A table of modules, cut to ``depth`` names without numbers, and one of the most frequent operations."""
+    """Return a table of modules, cut to ``depth`` names without numbers, and one of the most frequent operations."""
     sums = sum_by_phase(counts)
     modules: dict[str, Counter[str]] = {}
     for operation, count in counts.items():

@@ -59,7 +59,7 @@ def make_contenders(variant: str, batch: Batch, args: argparse.Namespace) -> lis
 def measure(
     contenders: list[Contender], variant: str, batch: Batch, args: argparse.Namespace
 ) -> list[dict[str, object]]:
-    """Times, unless it is the memory alone that is asked for, and memory of every contender."""
+    """Measure times, unless it is the memory alone that is asked for, and memory of every contender."""
     rows = [{}] * len(contenders) if args.memory_only else time_contenders(contenders, batch, args)
     if args.memory_only:
         for contender in contenders:
@@ -69,7 +69,7 @@ def measure(
 
 
 def make_step(model: nn.Module, batch: Batch, *, dtype: str) -> Callable[[], float]:
-    """A call that makes one step and returns the loss."""
+    """Return a call that makes one step and returns the loss."""
     model.train()
     optimizer = ClippedAdamW(model.parameters(), lr=1e-5)
 

@@ -105,7 +105,7 @@ def _common_prefixes(keys: Collection[str], *, share: float) -> list[str]:
 
 
 def _fit_table(key: str, table: Tensor, wanted: Tensor) -> Tensor | None:
-    """Returns a position table in the size of the model's; None if it is none, or of another width."""
+    """Return a position table in the size of the model's; None if it is none, or of another width."""
     if table.dim() != wanted.dim() or table.dim() < 2:
         return None
     if key.endswith((".rel_pos_h", ".rel_pos_w")) and table.shape[1] == wanted.shape[1]:

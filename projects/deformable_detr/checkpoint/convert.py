@@ -155,7 +155,7 @@ def _spread_shared_heads(tensors: dict[str, Tensor], target: Mapping[str, Tensor
 def _fill_in_zeros(
     tensors: dict[str, Tensor], target: Mapping[str, Tensor], source: Source, report: ConversionReport
 ) -> None:
-    """Adds the parameters that the other project does without because they would be 0."""
+    """Add the parameters that the other project does without because they would be 0."""
     for key, parameter in target.items():
         if source.zeros and key not in tensors and re.search(source.zeros, key):
             tensors[key] = torch.zeros_like(parameter.detach(), device="cpu")

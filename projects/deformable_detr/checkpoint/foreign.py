@@ -96,7 +96,7 @@ def _split_query_key_value(tensors: dict[str, Tensor]) -> None:
 
 
 def _heads_known_to_decoder(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """The heads that both other projects hold a second time: those by which the decoder refines and proposes."""
+    """Return the heads that both other projects hold a second time: those by which the decoder refines and proposes."""
     transformer = model.transformer
     held = (("bbox_embed.", transformer.with_box_refine), ("class_embed.", transformer.two_stage))
     return [key for key in tensors if key.startswith(tuple(kind for kind, is_held in held if is_held))]

@@ -24,7 +24,7 @@ _FORBIDDEN = "Unsupported global: GLOBAL"
 
 
 def _under_name(function: Callable[..., Any], module: str, name: str) -> Callable[..., Any]:
-    """A function of this name for torch's unpickler, which knows functions by what they say of themselves."""
+    """Return a function of this name for torch's unpickler, which knows functions by what they say of themselves."""
 
     def alias(*args: Any) -> Any:
         return function(*args)
@@ -34,7 +34,7 @@ def _under_name(function: Callable[..., Any], module: str, name: str) -> Callabl
 
 
 class _HistoryBuffer:
-    """In place of mmengine's log of a number, which its trainings save beside the weights; nothing of it is kept."""
+    """Stand in for mmengine's log of a number, which its trainings save beside the weights; keep nothing of it."""
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -45,7 +45,7 @@ _HistoryBuffer.__name__ = _HistoryBuffer.__qualname__ = "HistoryBuffer"
 
 
 def _method_of_log(owner: type, name: str) -> None:
-    """In place of ``getattr``, by which mmengine's logs name their methods, and only for them."""
+    """Stand in for ``getattr``, by which mmengine's logs name their methods, and only for them."""
     if owner is not _HistoryBuffer:
         raise pickle.UnpicklingError(f"{_FORBIDDEN} getattr")
 
@@ -189,7 +189,7 @@ def _load_safetensors(path: str) -> dict[str, Any]:
 
 
 def _class_names_in_meta(checkpoint: Mapping[str, Any]) -> Any:
-    """Returns the names that mmdetection 3 ("dataset_meta") and 2 save."""
+    """Return the names that mmdetection 3 ("dataset_meta") and 2 save."""
     meta = checkpoint.get("meta")
     if not isinstance(meta, Mapping):
         return None

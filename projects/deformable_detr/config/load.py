@@ -59,7 +59,7 @@ def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode | DictConfig:
 
 
 def find_config_file(config: str, *, suffix: str = ".yaml") -> str:
-    """The path of a configuration, which need not exist.
+    """Return the path of a configuration, which need not exist.
 
     Args:
         config: a ``.yaml`` or ``.py`` file, the output folder of a training, or the name of a model of the zoo.
@@ -82,12 +82,12 @@ def find_config_file(config: str, *, suffix: str = ".yaml") -> str:
 
 
 def _zoo_files(suffix: str) -> dict[str, Path]:
-    """The configurations that have a name."""
+    """Return the configurations that have a name."""
     return {path.stem: path for folder in _CONFIGS for path in sorted(folder.glob(f"COCO-Detection/*{suffix}"))}
 
 
 def _nearest_file(path: str) -> str:
-    """The file beside a missing one, or the model of the zoo, that may have been meant, as the end of a sentence."""
+    """Return the file beside a missing one, or the zoo's model, that may have been meant, as the end of a sentence."""
     folder, name = os.path.split(path)
     stem, suffix = os.path.splitext(name)
     siblings = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
@@ -157,7 +157,7 @@ def _override_lazy(cfg: DictConfig, opt: str) -> None:
 
 
 def _select(cfg: DictConfig, key: str) -> Any:
-    """What an override's key holds; None where that is nothing, or an interpolation of nothing."""
+    """Return what an override's key holds; None where that is nothing, or an interpolation of nothing."""
     return OmegaConf.select(cfg, key.lstrip("+"), throw_on_resolution_failure=False)
 
 
@@ -186,7 +186,7 @@ def _check_lazy_key(cfg: DictConfig, key: str) -> None:
 
 
 def _suggest(key: str, known: Sequence[str]) -> str:
-    """The known keys that an unknown one may have been meant for, as the end of a sentence."""
+    """Return the known keys that an unknown one may have been meant for, as the end of a sentence."""
     # Names are unique enough to be looked for first: a misplaced key is as common as a misspelt one.
     name = key.rpartition(".")[2]
     same = [k for k in known if k.rpartition(".")[2] == name]

@@ -60,7 +60,7 @@ class RunConfig:
         return {name: pair[0 if self._is_yaml else 1] for name, pair in KEYS.items()}
 
     def key(self, name: str) -> str:
-        """The key of a setting in the user's system, for error texts."""
+        """Return the key of a setting in the user's system, for error texts."""
         return self.keys[name]
 
     def overridden(self, name: str) -> bool:
@@ -103,7 +103,7 @@ class RunConfig:
         return () if evaluator is None else (evaluator.get("dataset_name"),)
 
     def lazy_node(self, key: str) -> DictConfig | None:
-        """What a LazyConfig has under a key; None where it has nothing, and in yaml."""
+        """Return what a LazyConfig has under a key; None where it has nothing, and in yaml."""
         return None if self._is_yaml else self._find(key)
 
     def _find(self, key: str | None) -> Any:

@@ -232,7 +232,7 @@ def _is_finite_box(box: Any) -> bool:
 
 
 def _without_ignore(annotation: dict[str, Any], problems: Problems) -> dict[str, Any]:
-    """Returns the annotation as a crowd where it is marked "ignore", which Detectron2 does not support."""
+    """Return the annotation as a crowd where it is marked "ignore", which Detectron2 does not support."""
     if not annotation.get("ignore"):
         return annotation
     problems.add('object with "ignore"', f"annotation {annotation['id']}", repair="treated as a crowd")

@@ -7,5 +7,5 @@ def describe_image(record: dict) -> str:
 
 
 def get_objects(record: dict) -> list[dict]:
-    """The annotations of an image that are objects, and not crowd regions: those to train on and to draw."""
+    """Return the annotations of an image that are objects, and not crowd regions: those to train on and to draw."""
     return [annotation for annotation in record.get("annotations", ()) if not annotation.get("iscrowd", 0)]

@@ -65,5 +65,5 @@ def build_evaluator(
 
 
 def _limit_beyond(standard: int, max_detections: int | None) -> int | None:
-    """The limit to set; None for the standard one."""
+    """Return the limit to set; None for the standard one."""
     return max_detections if max_detections is not None and max_detections > standard else None

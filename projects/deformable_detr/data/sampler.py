@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 
 
 def sampler_from_config(cfg: CfgNode, dataset: Sequence[dict[str, Any]]) -> Callable[[int], Sampler]:
-    """What makes ``DATALOADER.SAMPLER_TRAIN`` from a seed.
+    """Return what makes ``DATALOADER.SAMPLER_TRAIN`` from a seed.
 
     Raises:
         ValueError: on a name that is none of Detectron2's training samplers.

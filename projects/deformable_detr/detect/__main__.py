@@ -122,7 +122,7 @@ class Job:
         return f"{_count(self.detections, 'detection')} in {', '.join(shown)}"
 
     def _load(self, source: Source) -> tuple[dict, np.ndarray] | None:
-        """The model's input, and a picture to draw on that is small enough to be kept until then."""
+        """Return the model's input, and a picture to draw on that is small enough to be kept until then."""
         try:
             rgb = read_image(source.path)
         except ImageError as error:
@@ -224,7 +224,7 @@ def detect_all(job: Job, tasks: Sequence[tuple[Source, Path]]) -> None:
 
 
 def _find_all(arguments: Sequence[str], output: Path) -> tuple[list[Source], int]:
-    """The sources of all arguments, and how many arguments there was nothing to find in; those are named."""
+    """Return the sources of all arguments, and how many arguments there was nothing to find in; those are named."""
     sources, failed = [], 0
     for argument in arguments:
         try:

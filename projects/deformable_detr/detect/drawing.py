@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def class_colour(index: int) -> tuple[int, int, int]:
-    """The RGB colour of a class; those of the first hundreds of classes are all different."""
+    """Return the RGB colour of a class; those of the first hundreds of classes are all different."""
     return _palette(64 * (index // 64 + 1))[index]
 
 
@@ -62,7 +62,7 @@ def _ink_on(colour: tuple[int, int, int]) -> str:
 
 
 def as_text(name: str) -> str:
-    """A name as matplotlib must be given it: between two dollar signs it would read a formula."""
+    """Return a name as matplotlib must be given it: between two dollar signs it would read a formula."""
     return name.replace("$", r"\$")
 
 
@@ -86,7 +86,7 @@ def _has_letters(file: str, letters: frozenset[str]) -> bool:
 
 @cache
 def _font_with(letters: frozenset[str]) -> str | None:
-    """The first font that has all letters."""
+    """Return the first font that has all letters."""
     return next((file for file in _font_files() if _has_letters(file, letters)), None)
 
 
@@ -103,7 +103,7 @@ def _warn_of_missing(names: tuple[str, ...]) -> None:
 
 
 def _split_by_font(text: str) -> list[tuple[str, str]]:
-    """A text as a whole, or word by word where no font has all of its letters, with files of fonts."""
+    """Return a text as a whole, or word by word where no font has all of its letters, with files of fonts."""
     words = [text] if _font_with(frozenset(text) - {" "}) else re.split(r"(?<= )", text)
     return [(word, _font_with(frozenset(word) - {" "}) or _font_files()[0]) for word in words]
 
@@ -186,7 +186,7 @@ def draw_boxes(
 
 
 def _fitting_line(text: str, height: int, width: int) -> Line:
-    """A line that is smaller than wanted where it would be wider than there is room."""
+    """Return a line that is smaller than wanted where it would be wider than there is room."""
     line = Line(text, height)
     return line if line.width <= width else Line(text, max(1, height * width // line.width))
 

@@ -73,7 +73,7 @@ def without_repetitions(sources: Sequence[Source]) -> list[Source]:
 
 
 def name_outputs(sources: Sequence[Source], output: Path) -> list[Path]:
-    """A file below ``output`` for each source, under its name; of equal names the later get ``_2``, ``_3``, ...
+    """Return a file below ``output`` for each source, under its name; of equal names the later get ``_2``, ``_3``, ...
 
     Raises:
         SourceError: if one would be written over a source.
@@ -96,7 +96,7 @@ def name_outputs(sources: Sequence[Source], output: Path) -> list[Path]:
 
 @contextmanager
 def local_file(path: str | os.PathLike) -> Iterator[str]:
-    """A file on this machine for a path or address; what was downloaded is removed afterwards."""
+    """Yield a file on this machine for a path or address; what was downloaded is removed afterwards."""
     path = os.fspath(path)
     if "://" not in path:
         yield path

@@ -149,7 +149,7 @@ class Predictor:
         return [results[i] for i in range(len(inputs))]
 
     def to_json(self, instances: Instances) -> list[dict]:
-        """Detections as JSON takes them, best first.
+        """Return detections as JSON takes them, best first.
 
         Returns:
             Per detection "category_id" (COCO's own where all names are COCO's, else 1 for the first class),

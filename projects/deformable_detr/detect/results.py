@@ -16,7 +16,7 @@ BEST_SCORES = Path("inference") / "best_scores.json"
 
 
 def read_best_score(folder: object) -> float:
-    """The score with the best F1 over all categories in the last evaluation of a run.
+    """Return the score with the best F1 over all categories in the last evaluation of a run.
 
     Args:
         folder: output folder of a training.

@@ -82,7 +82,7 @@ def _draw_figure(explanation: Explanation, layer: int, encoder_layer: int | None
 
 
 def check_layer(layer: int | None, count: int, stack: str) -> int:
-    """A layer counted from 1, the last for None; a ValueError where there is no such layer."""
+    """Return a layer counted from 1, the last for None; raise a ValueError where there is no such layer."""
     if layer is None:
         return count
     if not 1 <= layer <= count:

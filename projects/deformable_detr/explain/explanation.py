@@ -42,7 +42,7 @@ class Explanation:
     truths: list[Truth]
 
     def truth_of(self, detection: Detection) -> Truth | None:
-        """The object that the detection's query is matched to."""
+        """Return the object that the detection's query is matched to."""
         return next((truth for truth in self.truths if truth.query == detection.query), None)
 
     def label_of(self, detection: Detection) -> str:
@@ -112,7 +112,7 @@ def explain(
 
 
 def _missed(recording: Recording, found: Sequence[Detection], truths: Sequence[Truth]) -> list[Detection]:
-    """Matched queries that are no detection, read as the class they should have had."""
+    """Return matched queries that are no detection, read as the class they should have had."""
     queries = {detection.query for detection in found}
     scores = recording.pred_logits[-1].sigmoid()
     return [

@@ -100,7 +100,7 @@ def pack(locations: np.ndarray, weights: np.ndarray, size: tuple[int, int]) -> n
 
 
 def _shown(explanation: Explanation) -> list[int]:
-    """Detections that fit into the page, in their order."""
+    """Return detections that fit into the page, in their order."""
     fit = QUERY_BYTES // _bytes_per_query(explanation.recording.decoder)
     chosen = set(explanation.chosen)
     others = [index for index in range(len(explanation.detections)) if index not in chosen]
@@ -164,7 +164,7 @@ def _pixel_grid(recording: Recording) -> list[tuple[float, float]]:
 
 
 def _pack_layers(layers: list[Sampling], queries: list[list[int]], recording: Recording) -> dict[str, Any]:
-    """Samples of groups of queries in all layers, (groups, queries, layers, M, L, P, 3) as base64."""
+    """Return samples of groups of queries in all layers, (groups, queries, layers, M, L, P, 3) as base64."""
     index = np.array(queries)
     locations = np.stack([layer.locations.numpy()[index] for layer in layers], axis=2)
     weights = np.stack([layer.weights.numpy()[index] for layer in layers], axis=2)

@@ -32,7 +32,7 @@ class Detection(NamedTuple):
 
 
 def rank_detections(recording: Recording, limit: int) -> list[Detection]:
-    """The model's detections with their queries, best first.
+    """Return the model's detections with their queries, best first.
 
     Args:
         limit: how many, ``model.test_topk_per_image``.
@@ -67,7 +67,7 @@ def check_point(x: float, y: float, size: tuple[int, int]) -> None:
 
 
 def class_index(name: str, class_names: Sequence[str]) -> int:
-    """The index of a class of the model.
+    """Return the index of a class of the model.
 
     Raises:
         ValueError: the model has no such class; names close ones, or all.

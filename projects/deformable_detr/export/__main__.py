@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def new_file(model: str, suffix: str) -> Path:
-    """The file that a model, named as on the command line, is exported to unless another one is asked for.
+    """Return the file that a model, named as on the command line, is exported to unless another one is asked for.
 
     Raises:
         FileExistsError: if it is there already, perhaps of another model.

@@ -68,7 +68,7 @@ def check_agreement(
 
 
 def compare_detections(actual: tuple[Tensor, Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> Difference:
-    """The largest difference when every detection is matched to a prediction of its own.
+    """Return the largest difference when every detection is matched to a prediction of its own.
 
     The order among nearly equal scores is left to rounding, and so is which of them are the last of the best k.
 

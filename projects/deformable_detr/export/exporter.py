@@ -135,7 +135,7 @@ def _test_sizes(loaded: LoadedModel) -> tuple[int, int]:
 
 
 def _metadata(loaded: LoadedModel) -> dict[str, str]:
-    """What a program without this package needs to know, as JSON values."""
+    """Return what a program without this package needs to know, as JSON values."""
     short, long = _test_sizes(loaded)
     values = {
         "class_names": loaded.class_names,

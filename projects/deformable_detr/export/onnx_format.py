@@ -82,7 +82,7 @@ def load_onnx(path: Path) -> Runner:
 
 
 def _translation() -> dict:
-    """What torch.onnx.export writes for the op."""
+    """Return what torch.onnx.export writes for the op."""
     from onnx.defs import OpSchema
     from onnxscript import FLOAT, INT64, opset18, values
 
@@ -105,7 +105,7 @@ def _translation() -> dict:
 
 
 def _reference_session(path: Path):
-    """The ``run`` of an evaluator, in NumPy, that knows our node and can gather from any number of queries."""
+    """Return the ``run`` of an evaluator, in NumPy, that knows our node and can gather from any number of queries."""
     from onnx.reference import ReferenceEvaluator
     from onnx.reference.op_run import OpRun
 

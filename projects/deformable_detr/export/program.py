@@ -52,7 +52,7 @@ class DetectionProgram(nn.Module):
         return found.boxes, found.scores, found.labels
 
     def predict(self, images: Tensor, image_sizes: Tensor) -> dict[str, Tensor]:
-        """What the model predicts before the best are selected; see ``DeformableDETR.predict_raw``."""
+        """Return what the model predicts before the best are selected; see ``DeformableDETR.predict_raw``."""
         if self.model.input_format == "BGR":
             images = images.flip(1)
         inside = ~padding_mask(images.shape[-2:], image_sizes)[:, None]

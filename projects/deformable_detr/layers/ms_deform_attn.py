@@ -54,7 +54,7 @@ def ms_deform_attn_pytorch(
 
 
 def decompose_ms_deform_attn(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The same program with the op written out as grid_sample, for runtimes that do not have it, such as ONNX.
+    """Return the same program with the op written out as grid_sample, for runtimes that do not have it, such as ONNX.
 
     Args:
         program: what torch.export.export returns for a model with the op.

@@ -105,7 +105,7 @@ class MultiScaleBackbone(Backbone):
 
 
 def canvas_divisibility(backbone: Backbone) -> int:
-    """What the sides of a padded batch must be multiples of for a backbone; 0 where any size will do.
+    """Return what the sides of a padded batch must be multiples of for a backbone; 0 where any size will do.
 
     Detectron2 0.6 has no ``padding_constraints``, and later versions' Swin has a ``size_divisibility`` that raises.
     A "square_size" among the constraints is the side to which all images are padded, the one multiple that is not

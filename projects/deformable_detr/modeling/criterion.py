@@ -223,7 +223,7 @@ def matching_errors(logits: Tensor, targets: Sequence[Target], matches: Sequence
 def _flat_indices(
     matches: Sequence[Sequence[Match]], targets: Sequence[Target], *, num_queries: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Matches of Ld layers as indices into a layer's N*Lq predictions and into all objects, (Ld, T) each.
+    """Return matches of Ld layers as indices into a layer's N*Lq predictions and into all objects, (Ld, T) each.
 
     Every layer has the same number T of matches: min(Lq, n) of each image.
     """

@@ -358,7 +358,7 @@ def _check_levels(backbone: Backbone, transformer: DeformableTransformer) -> Non
 
 
 def _common_multiple(a: int, b: int) -> int:
-    """The least common multiple of two divisibilities, of which 0 and 1 ask for nothing."""
+    """Return the least common multiple of two divisibilities, of which 0 and 1 ask for nothing."""
     if a < 0:
         raise ValueError(f"size_divisibility must be at least 0, got {a}")
     return math.lcm(max(a, 1), max(b, 1)) if max(a, b) > 1 else 0

@@ -69,7 +69,7 @@ def _negative(x: Tensor, gamma: float) -> Tensor:
 
 
 def _negative_grad(x: Tensor, gamma: float) -> Tensor:
-    """Derivative of :func:`_negative`: p^gamma * (p + gamma * (1 - p) * -log(1 - p))."""
+    """Return the derivative of :func:`_negative`: p^gamma * (p + gamma * (1 - p) * -log(1 - p))."""
     prob = x.sigmoid()
     factor = F.softplus(x).mul_(1 - prob).mul_(gamma).add_(prob)
     return factor.mul_(prob.pow_(gamma))

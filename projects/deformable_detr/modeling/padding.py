@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def padding_mask(canvas: Sequence[int], image_sizes: Tensor) -> Tensor:
-    """Padding of a batch in pixels.
+    """Return the padding of a batch in pixels.
 
     Args:
         canvas: H and W.
@@ -29,7 +29,7 @@ def padding_mask(canvas: Sequence[int], image_sizes: Tensor) -> Tensor:
 def padding_masks(
     canvas: Sequence[int], image_sizes: Tensor, spatial_shapes: Sequence[tuple[int, int]]
 ) -> list[Tensor]:
-    """Padding of every feature map: nearest samples of :func:`padding_mask`, as the official code.
+    """Return the padding of every feature map: nearest samples of :func:`padding_mask`, as the official code.
 
     Args:
         canvas: H and W.

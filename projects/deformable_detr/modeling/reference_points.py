@@ -37,7 +37,7 @@ def apply_box_deltas(deltas: Tensor, reference_points: Tensor) -> Tensor:
 
 
 def get_valid_sizes(masks: Sequence[Tensor]) -> Tensor:
-    """Number of unpadded cells per level: L masks (N, H_l, W_l) -> (N, L, 2) float32 as (w, h)."""
+    """Return the number of unpadded cells per level: L masks (N, H_l, W_l) -> (N, L, 2) float32 as (w, h)."""
     sizes = [torch.stack(((~m[:, 0, :]).sum(1), (~m[:, :, 0]).sum(1)), dim=-1) for m in masks]
     return torch.stack(sizes, dim=1).float()
 

@@ -38,7 +38,7 @@ def ready_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """Groups of weights whose gradients may arrive together: for DistributedDataParallel to exchange them meanwhile.
+    """Group weights whose gradients may arrive together: for DistributedDataParallel to exchange them meanwhile.
 
     Left out are backbones that we do not know, and layers that compute a second time in the backward pass, when the
     context is over.
@@ -120,7 +120,7 @@ def _to(dtype: torch.dtype, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _constants(conv: FrozenBNConv2d, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The product where the weight is frozen too, else None; scale (C_out, 1, 1, 1) and bias (C_out,).
+    """Return the product where the weight is frozen too, else None; scale (C_out, 1, 1, 1) and bias (C_out,).
 
     They are kept until a tensor that they follow from is replaced or written to.
     """

@@ -402,7 +402,7 @@ def _run(layer: nn.Module, *args: object) -> Tensor:
 
 
 def _run_checkpointed(layer: nn.Module, *args: object) -> Tensor:
-    """The same output. Dropout's random numbers are restored when the backward pass computes it again."""
+    """Return the output of :func:`_run`; the backward pass computes it again, dropout's random numbers too."""
     if not torch.is_grad_enabled():
         return layer(*args)
     return checkpoint(layer, *args, use_reentrant=False)

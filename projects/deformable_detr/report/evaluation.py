@@ -222,7 +222,7 @@ class Evaluation:
         return PrecisionRecall(np.where(precision < 0, np.nan, precision))
 
     def best_scores(self) -> tuple[BestScore | None, list[BestScore | None]]:
-        """The scores with the best F1: over all categories together, and of each of the K categories."""
+        """Return the scores with the best F1: over all categories together, and of each of the K categories."""
         found: list[list] = [[(np.empty(0), np.empty(0, dtype=bool))] for _ in self.class_names]
         class_index = self.metadata.thing_dataset_id_to_contiguous_id
         for result in filter(None, self._by_category.evalImgs):
@@ -243,7 +243,7 @@ class Evaluation:
         return evaluator
 
     def _coco_eval(self, annotations: Sequence[Mapping]) -> COCOeval:
-        """An evaluation of objects of every size; of COCO's four ranges, this is the only one that is shown."""
+        """Return an evaluation of objects of every size; of COCO's four ranges, this is the only one that is shown."""
         truth, found = COCO(), COCO()
         # pycocotools writes into the entries that it is given.
         truth.dataset = {**self.truth, "annotations": [{"iscrowd": 0, "area": 0, **entry} for entry in annotations]}

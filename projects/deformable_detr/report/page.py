@@ -93,7 +93,7 @@ class Section:
 
 
 def render(title: str, state: str, sections: Sequence[Section]) -> str:
-    """The whole document; every text in it is escaped."""
+    """Return the whole document; every text in it is escaped."""
     environment = Environment(
         loader=PackageLoader(__package__, ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -102,7 +102,7 @@ def render(title: str, state: str, sections: Sequence[Section]) -> str:
 
 
 def _svg(figure: Figure) -> str:
-    """The address of a drawing, its letters left to the reader's own fonts, so that every script can be read."""
+    """Return the address of a drawing, its letters left to the reader's own fonts, so that every script can be read."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")

@@ -66,13 +66,13 @@ class Run:
         return None if self.config is None else RunConfig(self.config).get(name)
 
     def dataset_names(self, split: str) -> list[str]:
-        """The datasets of "train" or "test" as a reader knows them: the user's own by its annotation file."""
+        """Return the datasets of "train" or "test" as a reader knows them: the user's own by its annotation file."""
         names = self.setting(f"{split}_datasets") or ()
         own = {f"user_{part}": self.argument(f"{part}_json") for part in ("train", "val")}
         return [own.get(name) or name for name in names]
 
     def argument(self, name: str) -> str | None:
-        """A value of the run's last command line; None where it was not given or log.txt does not have it."""
+        """Return a value of the run's last command line; None where it was not given or log.txt does not have it."""
         command = self.log.rpartition("Command line arguments: Namespace(")[2].partition("\n")[0]
         found = re.search(rf"\b{name}=(?:'([^']*)'|(?!None)(\w+))", command)
         return found and (found[1] or found[2])

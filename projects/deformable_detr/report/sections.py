@@ -48,7 +48,7 @@ def metric_names(run: Run) -> list[str]:
 
 
 def summary(run: Run) -> list[Part]:
-    """The run in a table of few lines: what, how much, and what that means."""
+    """Return the run in a table of few lines: what, how much, and what that means."""
     rows = [("Progress", str(run.progress()), "one iteration is one step of the optimizer")]
     iterations, losses = series(run.metrics, "total_loss")
     if losses:
@@ -322,7 +322,7 @@ def scores(evaluation: Evaluation, score: float) -> list[Part]:
 
 
 def most_wrong(evaluation: Evaluation, score: float, num_images: int) -> list[Part]:
-    """The images with the most errors, drawn."""
+    """Return the images with the most errors, drawn."""
     missed, false = evaluation.matches.errors(score)
     order = np.argsort(-(missed + false), kind="stable")[:num_images]
     chosen = [index for index in order if missed[index] + false[index]]
@@ -366,7 +366,7 @@ def _pairs(evaluation: Evaluation, images: list[dict], captions: list[str], scor
 
 
 def inference_speed(run: Run) -> list[Part]:
-    """What log.txt has about the time of an evaluation."""
+    """Return what log.txt has about the time of an evaluation."""
     found = re.findall(
         r"Total inference (pure compute )?time: \S+(?: days?, \S+)? \(([\d.]+) s / iter per device", run.log
     )
@@ -380,7 +380,7 @@ def inference_speed(run: Run) -> list[Part]:
 
 
 def environment(run: Run) -> list[Part]:
-    """Configuration and versions."""
+    """Return configuration and versions."""
     parts: list[Part] = []
     path = run.folder / "config.yaml"
     if path.is_file():

@@ -1,4 +1,4 @@
-"""What is refused at once, in place of after the model is built, the data are read or the training has ended."""
+"""What is refused at once, before the model is built, the data are read or the training has ended."""
 
 import argparse
 import logging

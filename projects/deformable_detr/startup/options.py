@@ -101,14 +101,14 @@ def check_options(run: RunConfig) -> None:
 
 
 def option_of(key: str) -> str | None:
-    """The entry of :data:`YAML_OPTIONS` that a key belongs to; None for a key that is read."""
+    """Return the entry of :data:`YAML_OPTIONS` that a key belongs to; None for a key that is read."""
     parts = key.split(".")
     sections = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
     return next((section for section in sections if section in YAML_OPTIONS), None)
 
 
 def _yaml_options(cfg: CfgNode) -> Iterator[tuple[Fate, str]]:
-    """What is set to another value than Detectron2's, by the reason why it is not read."""
+    """Yield what is set to another value than Detectron2's, by the reason why it is not read."""
     if cfg.MODEL.META_ARCHITECTURE not in _MODELS:
         return
     node = cfg.MODEL.DEFORMABLE_DETR

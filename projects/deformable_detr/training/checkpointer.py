@@ -19,7 +19,7 @@ from ..files import replacing
 
 
 def last_checkpoint(folder: str) -> str:
-    """The newest checkpoint in the output folder of a training.
+    """Return the newest checkpoint in the output folder of a training.
 
     Raises:
         FileNotFoundError: if it holds none.
@@ -137,7 +137,7 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
             stream.write(last_filename_basename.encode())
 
     def _newest_whole_file(self) -> str:
-        """The file that ``last_checkpoint`` names, or the newest one before it that can be read if it cannot.
+        """Return the file that ``last_checkpoint`` names, or the newest one before it that can be read if it cannot.
 
         Our own saves cannot leave such a file behind, but disks and copies of folders can.
         """

@@ -29,7 +29,7 @@ class _FirstFoundError(Exception):
 
 
 def describe(step: Step, *, losses: dict[str, float], grad_norm: float, reason: str = "") -> str:
-    """What is wrong with a step, as far as its numbers tell.
+    """Return what is wrong with a step, as far as its numbers tell.
 
     Args:
         losses: of this process; empty where the forward pass ended before there were any.

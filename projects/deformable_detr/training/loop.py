@@ -147,7 +147,7 @@ class TrainingLoop(SimpleTrainer):
         return torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients]).norm()
 
     def _exchange(self, losses: dict[str, Tensor], grad_norm: Tensor, data_time: float) -> Tensor:
-        """(processes, losses + 2) on the CPU: losses, gradient norm and loading time of every process."""
+        """Return (processes, losses + 2) on the CPU: losses, gradient norm and loading time of every process."""
         values = [*losses.values(), grad_norm, torch.tensor(data_time)]
         row = torch.stack([value.to(grad_norm.device, torch.float32, non_blocking=True) for value in values])
         if comm.get_world_size() == 1:

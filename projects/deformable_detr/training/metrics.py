@@ -66,7 +66,7 @@ def cut_metrics(output_dir: str | Path, iteration: int) -> None:
 
 
 def series(metrics: Metrics, name: str) -> tuple[list[int], list[float]]:
-    """Iterations at which a metric was written, and its values there."""
+    """Return the iterations at which a metric was written, and its values there."""
     points = [(iteration, row[name]) for iteration, row in metrics.items() if name in row]
     return [iteration for iteration, _ in points], [value for _, value in points]
 

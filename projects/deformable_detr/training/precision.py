@@ -25,7 +25,7 @@ class Precision:
 
     @classmethod
     def of(cls, settings: TrainingSettings, model: nn.Module) -> "Precision":
-        """The precision that a configuration asks for, on the device of its model.
+        """Return the precision that a configuration asks for, on the device of its model.
 
         Raises:
             ValueError: on an unknown precision, and where the device cannot compute in it.
@@ -40,7 +40,7 @@ class Precision:
         return cls(device_type, DTYPES[settings.amp_precision])
 
     def autocast(self) -> AbstractContextManager:
-        """A context in which forward passes compute in this precision."""
+        """Return a context in which forward passes compute in this precision."""
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def grad_scaler(self) -> torch.amp.GradScaler:

@@ -14,7 +14,7 @@ from .precision import Precision
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of DistributedDataParallel, or the model itself."""
+    """Return the model inside of DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -42,7 +42,7 @@ class Step:
         return sum(len(x["instances"]) for x in self.batch)
 
     def micro_batches(self) -> list[list[dict[str, Any]]]:
-        """The batch in parts of nearly equal size.
+        """Return the batch in parts of nearly equal size.
 
         Raises:
             ValueError: if there are fewer images than parts.
