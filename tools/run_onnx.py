@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
-from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph, InvalidProtobuf
 from PIL import Image, ImageDraw, ImageOps
+
+# What onnxruntime says of a file that is no model; it has these names nowhere else.
+_ERRORS = onnxruntime.capi.onnxruntime_pybind11_state
+UNREADABLE = (_ERRORS.InvalidArgument, _ERRORS.InvalidGraph, _ERRORS.InvalidProtobuf)
 
 
 class Detection(NamedTuple):
@@ -129,7 +132,7 @@ def main() -> None:
         for name, score, box in detections:
             print(f"{score:.3f} {name:20} " + " ".join(f"{value:7.1f}" for value in box))
         draw(image, detections).save(args.output)
-    except (OSError, ValueError, InvalidProtobuf, InvalidGraph) as error:
+    except (OSError, ValueError, *UNREADABLE) as error:
         parser.exit(2, f"error: {error}\n")
     print(f"{len(detections)} detections with a score of at least {args.score:g}: {args.output}")
 
