@@ -57,10 +57,10 @@ def targets(program):
     return {str(node.target) for node in program.graph.nodes}
 
 
+@pytest.mark.parametrize("variant", ["_single_scale", "_two_stage"])
 @torch.no_grad()
-def test_a_captured_program_takes_other_batches_and_sizes(short_model, capture):
-    # With several levels the capture alone would take three times as long.
-    program = DetectionProgram(short_model("_single_scale").model)
+def test_a_captured_program_takes_other_batches_and_sizes(short_model, capture, variant):
+    program = DetectionProgram(short_model(variant).model)
     run = capture(program, InputShape(), decompose=True).module()
     for canvas in ((96, 93), (131, 98), (96, 200)):
         images, image_sizes = padded_batch(canvas)

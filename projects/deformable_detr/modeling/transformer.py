@@ -339,7 +339,7 @@ class DeformableTransformer(nn.Module):
 
         enc_logits = enc_boxes = None
         if self.two_stage:
-            proposals = geometry.proposals.expand(len(src), -1, -1)
+            proposals = geometry.proposals.expand(src.shape[0], -1, -1)
             enc_features, enc_logits, best = self._score_proposals(memory, proposals, class_embed[-1], num_queries)
             if all_proposals:
                 enc_unact = at_least_float32(bbox_embed[-1](enc_features)) + proposals
