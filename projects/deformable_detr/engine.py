@@ -38,7 +38,7 @@ from .data.loader import TrainLoader
 from .data.mapper import NamedErrorsMapper
 from .data.sampler import sampler_from_config
 from .files import replacing
-from .modeling import DeformableDETR, prepare_for_inference
+from .modeling import SetPredictionDetector, prepare_for_inference
 from .startup.checks import check_before_start, check_classes, check_unused_parameters
 from .startup.launch import launch
 from .startup.options import check_options
@@ -354,10 +354,10 @@ def do_eval(
 def _prepare(model: nn.Module, cfg: CfgNode | DictConfig, precision: str | None, cuda_graphs: bool) -> nn.Module:
     """Return what evaluates a model that is not trained any more: a copy prepared for it.
 
-    The model itself where the AP of every layer is asked for, and where it is no :class:`DeformableDETR`.
+    The model itself where the AP of every layer is asked for, and where it is no :class:`SetPredictionDetector`.
     """
     settings = TrainingSettings.from_config(cfg)
-    if settings.per_layer_ap or not isinstance(unwrap(model), DeformableDETR):
+    if settings.per_layer_ap or not isinstance(unwrap(model), SetPredictionDetector):
         if precision or cuda_graphs:
             raise ValueError(
                 f"--precision and --cuda-graphs are for a DeformableDETR without {settings.keys['per_layer_ap']}"

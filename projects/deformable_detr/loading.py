@@ -16,7 +16,7 @@ from .cli import check_device
 from .config import RunConfig, load_config
 from .data.augmentation import augmentation_from_config
 from .data.datasets import get_class_names
-from .modeling import DeformableDETR
+from .modeling import SetPredictionDetector
 from .training.checkpointer import DeformableDETRCheckpointer, last_checkpoint
 from .training.precision import DTYPES as SHORT_DTYPES
 
@@ -35,7 +35,7 @@ class LoadedModel:
         resize: what the configuration does to an image (H, W, 3) before the model sees it.
     """
 
-    model: DeformableDETR
+    model: SetPredictionDetector
     cfg: CfgNode | DictConfig
     class_names: list[str]
     resize: T.Augmentation
@@ -79,7 +79,7 @@ def load_model(
     return LoadedModel(built, cfg, names, _resize(cfg))
 
 
-def build_model(cfg: CfgNode | DictConfig, device: str | torch.device = "cpu") -> DeformableDETR:
+def build_model(cfg: CfgNode | DictConfig, device: str | torch.device = "cpu") -> SetPredictionDetector:
     """Build the model that a configuration of either kind describes, with random weights."""
     if (model := RunConfig(cfg).lazy_node("model")) is not None:
         return instantiate(model).to(device)

@@ -89,7 +89,7 @@ def get_param_groups(
     """Parameter groups by learning rate and weight decay, trainable parameters only.
 
     Args:
-        model: a :class:`DeformableDETR`, before it is wrapped for distributed training.
+        model: a :class:`SetPredictionDetector`, before it is wrapped for distributed training.
         weight_decay_norm, weight_decay_bias: None decays them like every other parameter, as the official code does.
         layer_decay: as for :func:`layer_factors`.
         lr_factor_func: one more factor on the learning rate, from the name of a parameter, as in Detectron2.

@@ -9,7 +9,7 @@ from detectron2.modeling.backbone import BasicStem
 
 from deformable_detr.benchmark.launches import count_launches
 from deformable_detr.modeling import MultiScaleBackbone
-from deformable_detr.modeling import deformable_detr as room
+from deformable_detr.modeling import detector as room
 from deformable_detr.modeling.frozen_bn import FrozenBNConv2d
 
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.ops import box_convert
 
 from ..layers import ms_deform_attn_pytorch
-from ..modeling import DeformableDETR
+from ..modeling import SetPredictionDetector
 from ..modeling.frozen_bn import fold_for_good
 from ..modeling.padding import padding_mask
 
@@ -31,7 +31,7 @@ class DetectionProgram(nn.Module):
     The input is RGB whatever channel order the model was trained in. What stands in the padding does not matter.
     """
 
-    def __init__(self, model: DeformableDETR) -> None:
+    def __init__(self, model: SetPredictionDetector) -> None:
         super().__init__()
         self.model = model
 
@@ -52,7 +52,7 @@ class DetectionProgram(nn.Module):
         return found.boxes, found.scores, found.labels
 
     def predict(self, images: Tensor, image_sizes: Tensor) -> dict[str, Tensor]:
-        """Return what the model predicts before the best are selected; see ``DeformableDETR.predict_raw``."""
+        """Return what the model predicts before the best are selected; see ``SetPredictionDetector.predict_raw``."""
         if self.model.input_format == "BGR":
             images = images.flip(1)
         inside = ~padding_mask(images.shape[-2:], image_sizes)[:, None]
@@ -108,7 +108,7 @@ def capture(program: DetectionProgram, shape: InputShape, *, decompose: bool) ->
         return torch.export.export(folded, (images, image_sizes), dynamic_shapes=(of_images, dims))
 
 
-def coarsest_stride(model: DeformableDETR) -> int:
+def coarsest_stride(model: SetPredictionDetector) -> int:
     """Stride in pixels of the coarsest feature level."""
     return max(shape.stride for shape in model.backbone.output_shape().values())
 

@@ -1,6 +1,7 @@
 from .backbone import MultiScaleBackbone, build_multi_scale_backbone, dilate_res5
 from .criterion import SetCriterion
 from .deformable_detr import DeformableDETR
+from .detector import SetPredictionDetector
 from .inference import prepare_for_inference
 from .matcher import HungarianMatcher
 from .transformer import DeformableTransformer
@@ -11,6 +12,7 @@ __all__ = [
     "HungarianMatcher",
     "MultiScaleBackbone",
     "SetCriterion",
+    "SetPredictionDetector",
     "build_multi_scale_backbone",
     "dilate_res5",
     "prepare_for_inference",

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..layers.ms_deform_attn import pixel_sizes
 from .cuda_graphs import GraphCache
-from .deformable_detr import DeformableDETR
 from .detections import to_instances
+from .detector import SetPredictionDetector
 from .frozen_bn import fold_for_good
 from .geometry import Geometry
 from .padding import padding_mask
@@ -26,7 +26,7 @@ MAX_GEOMETRIES = 8
 
 
 def prepare_for_inference(
-    model: DeformableDETR, *, dtype: torch.dtype | None = None, cuda_graphs: bool | None = None
+    model: SetPredictionDetector, *, dtype: torch.dtype | None = None, cuda_graphs: bool | None = None
 ) -> "PreparedDETR":
     """Return a copy of a model that detects the same, faster, and can do nothing else.
 
@@ -41,10 +41,10 @@ def prepare_for_inference(
         cuda_graphs: record and replay CUDA graphs, by default on CUDA; see :class:`GraphCache` for when.
 
     Raises:
-        TypeError: if the model is no :class:`DeformableDETR`.
+        TypeError: if the model is no :class:`SetPredictionDetector`.
         ValueError: on a ``dtype`` that is not floating point, or on ``cuda_graphs`` without CUDA.
     """
-    if not isinstance(model, DeformableDETR):
+    if not isinstance(model, SetPredictionDetector):
         raise TypeError(f"prepare_for_inference needs a DeformableDETR, got {type(model).__name__}")
     dtype = model.dtype if dtype is None else dtype
     if not dtype.is_floating_point:
@@ -80,7 +80,7 @@ class PreparedDETR(nn.Module):
     ``input_format``, ``num_classes``, ``test_topk_per_image``.
     """
 
-    def __init__(self, model: DeformableDETR, *, cuda_graphs: bool) -> None:
+    def __init__(self, model: SetPredictionDetector, *, cuda_graphs: bool) -> None:
         super().__init__()
         self.model = model
         self.input_format = model.input_format
@@ -125,7 +125,7 @@ class PreparedDETR(nn.Module):
         return to_instances(found[..., :4], found[..., 4], found[..., 5].long(), wanted)
 
     def predict_raw(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """All predictions, in the prepared weights and dtype; see :meth:`DeformableDETR.predict_raw`. No graphs."""
+        """All predictions, in the prepared weights and dtype; see the model's ``predict_raw``. No graphs."""
         with torch.autocast(self.device.type, enabled=False):
             return self.model.predict_raw(batched_inputs)
 

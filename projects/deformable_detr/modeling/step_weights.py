@@ -22,7 +22,7 @@ _KEPT = "_kept_constants"
 
 @contextmanager
 def ready_weights(model: nn.Module) -> Iterator[None]:
-    """Let the modules of a :class:`DeformableDETR` find their weights as they need them; without gradients do nothing.
+    """Let the modules of a detector find their weights as they need them; without gradients do nothing.
 
     A module reads an attribute of its own before it looks for a parameter of that name: for the duration of the context
     such attributes hold the ready weights. Parameters, gradients and hooks stay where they are.

@@ -13,7 +13,7 @@ class EveryLayer(nn.Module):
     """A detector that returns, in evaluation, the detections of every decoder layer in place of the last one's.
 
     Args:
-        model: a :class:`DeformableDETR`, also wrapped for distributed training.
+        model: a :class:`SetPredictionDetector`, also wrapped for distributed training.
         key: of the setting that asks for it, for error texts.
 
     Raises:
@@ -33,7 +33,7 @@ class EveryLayer(nn.Module):
         return self.model.transformer.num_decoder_layers
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """Return detections by layer and image, each as :meth:`DeformableDETR.inference` returns them."""
+        """Return detections by layer and image, each as :meth:`SetPredictionDetector.inference` returns them."""
         images = self.model.preprocess_image(batched_inputs)
         outputs = self.model.predict(images, all_proposals=False)
         layers = zip(outputs["pred_logits"], outputs["pred_boxes"], strict=True)

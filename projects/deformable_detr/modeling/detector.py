@@ -1,0 +1,276 @@
+"""What all detectors of this project share: images in, matched or selected predictions out.
+
+Shapes: Ld decoder layers, N images, Lq queries, K classes, S encoder cells, C hidden width.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import Backbone, build_backbone
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from ..data.dataset_dict import describe_image
+from ..data.images import check_format
+from ..layers import PositionEmbeddingSine
+from ..layers.precision import at_least_float32, wide
+from .backbone import canvas_divisibility, project_node
+from .criterion import SetCriterion
+from .detections import Detections, select_detections, to_instances
+from .geometry import Geometry, get_geometry
+from .matcher import Target
+from .padding import padding_masks
+from .step_weights import ready_weights
+from .transformer import TransformerOutput
+
+
+class SetPredictionDetector(nn.Module):
+    """A detector that predicts a set: backbone, transformer, a class and a box head for every decoder layer.
+
+    A model derives from it, makes ``class_embed`` and ``bbox_embed`` with one head per decoder layer, and says in
+    :meth:`transform` how its transformer is run.
+
+    Args:
+        backbone: gives L maps of ``transformer.d_model`` channels, finest first, such as ``MultiScaleBackbone``.
+        position_embedding: encodes a padding mask (N, H, W) as (N, C, H, W).
+        transformer: encoder and decoder.
+        criterion: training losses.
+        num_classes: K.
+        num_queries: Lq, detections per image before selection.
+        test_topk_per_image: detections returned per image, 100 in the official evaluation.
+        size_divisibility: pad batches to multiples of so many pixels, beyond what the backbone needs; 0 for the
+            official canvas. Where all strides divide the canvas, an image's padding masks do not depend on it.
+        pixel_mean, pixel_std: per channel, in the range and channel order of the input images.
+        input_format: channel order the model expects, "RGB" or "BGR"; for Detectron2's predictors and visualisers.
+    """
+
+    class_embed: nn.ModuleList
+    bbox_embed: nn.ModuleList
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        position_embedding: nn.Module,
+        transformer: nn.Module,
+        criterion: SetCriterion,
+        num_classes: int,
+        num_queries: int,
+        test_topk_per_image: int,
+        size_divisibility: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str,
+    ) -> None:
+        super().__init__()
+        _check_positive(num_classes=num_classes, num_queries=num_queries, test_topk_per_image=test_topk_per_image)
+        check_format(input_format, "INPUT.FORMAT (the model's input_format)")
+        self.backbone = backbone
+        self.position_embedding = position_embedding
+        self.transformer = transformer
+        self.criterion = criterion
+        self.num_classes = num_classes
+        self.num_queries = num_queries
+        self.test_topk_per_image = test_topk_per_image
+        self.size_divisibility = _common_multiple(size_divisibility, canvas_divisibility(backbone))
+        self.input_format = input_format
+        self.register_buffer("pixel_mean", torch.tensor(list(pixel_mean)).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(list(pixel_std)).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Arguments that all models read alike; a model adds its transformer and its criterion."""
+        node = project_node(cfg)
+        return {
+            "backbone": build_backbone(cfg),
+            "position_embedding": PositionEmbeddingSine(node.HIDDEN_DIM),
+            "num_classes": node.NUM_CLASSES,
+            "num_queries": node.NUM_QUERIES,
+            "test_topk_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "size_divisibility": node.SIZE_DIVISIBILITY,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; points and boxes are float32 in half precision models too."""
+        return next(self.transformer.parameters()).dtype
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict[str, Instances]]:
+        """Train or detect, in Detectron2's standard format.
+
+        Args:
+            batched_inputs: per image "image" (3, H, W) in ``input_format``, range 0-255; for training "instances" with
+                ``gt_boxes`` (xyxy pixels of "image") and ``gt_classes``; for inference optionally "height" and
+                "width", the size in which boxes are wanted.
+
+        Returns:
+            In training mode the weighted losses of :class:`SetCriterion`; in evaluation mode per image
+            ``{"instances": Instances(pred_boxes, scores, pred_classes)}``, best first.
+
+        Raises:
+            ValueError: on ground truth that cannot be trained on, naming file, rule and value.
+        """
+        images = self.preprocess_image(batched_inputs)
+        if not self.training:
+            outputs = self.predict(images, all_proposals=False)
+            return self.inference(outputs["pred_logits"][-1], outputs["pred_boxes"][-1], images, batched_inputs)
+        targets = self.prepare_targets(batched_inputs)
+        with ready_weights(self):
+            outputs = self.predict_for_training(images, targets)
+        return self.criterion(outputs, targets)
+
+    def predict_for_training(self, images: ImageList, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Predict what the criterion compares with ``targets``; a model may decode more queries, made of these."""
+        return self.predict(images)
+
+    @torch.no_grad()
+    def predict_raw(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """All predictions in evaluation mode, before post-processing.
+
+        Returns:
+            "pred_logits" (Ld, N, Lq, K), "pred_boxes" (Ld, N, Lq, 4) cxcywh in [0, 1] relative to each image without
+            its padding, and for two-stage models "enc_logits" (N, S, K), "enc_boxes" (N, S, 4).
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            return self.predict(self.preprocess_image(batched_inputs))
+        finally:
+            self.train(was_training)
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise, then pad with zeros to the largest sides, rounded up to multiples of ``size_divisibility``."""
+        images = [self.normalise(x["image"].to(self.device)) for x in batched_inputs]
+        return ImageList.from_tensors(images, self.size_divisibility)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Subtract the mean and divide by the deviation of every channel: (..., 3, H, W), range 0-255."""
+        return (images - at_least_float32(self.pixel_mean)) / at_least_float32(self.pixel_std)
+
+    def prepare_targets(self, batched_inputs: list[dict]) -> list[Target]:
+        """Ground truth as "labels" (n,) and "boxes" (n, 4) cxcywh in [0, 1] of the unpadded image, on the device."""
+        targets = []
+        for x in batched_inputs:
+            if "instances" not in x:
+                raise ValueError(f'training needs "instances" for every image; {describe_image(x)} has none')
+            instances = x["instances"]
+            boxes, labels = instances.gt_boxes.tensor, instances.gt_classes
+            _check_ground_truth(boxes, labels, self.num_classes, x)
+            height, width = instances.image_size
+            scale = boxes.new_tensor([width, height, width, height])
+            boxes = box_convert(boxes / scale, "xyxy", "cxcywh")
+            targets.append({"labels": labels.to(self.device), "boxes": boxes.to(self.device)})
+        return targets
+
+    def inference(
+        self, logits: Tensor, boxes: Tensor, images: ImageList, batched_inputs: list[dict]
+    ) -> list[dict[str, Instances]]:
+        """Turn predictions of one layer into detections of the wanted sizes.
+
+        Args:
+            logits: (N, Lq, K).
+            boxes: (N, Lq, 4) cxcywh in [0, 1].
+            images: the batch, for its sizes.
+            batched_inputs: as for the model; "height" and "width" are the size in which boxes are wanted.
+        """
+        boxes, scores, labels, _ = self.select_detections(logits, boxes)
+        return to_instances(boxes, scores, labels, wanted_sizes(images, batched_inputs))
+
+    def select_detections(self, logits: Tensor, boxes: Tensor) -> Detections:
+        """Select the best ``test_topk_per_image`` of :func:`select_detections`."""
+        return select_detections(logits, boxes, self.test_topk_per_image)
+
+    def predict(self, images: ImageList, *, all_proposals: bool = True) -> dict[str, Tensor]:
+        """Predict for a batch of :meth:`preprocess_image`, in the model's own mode; see :meth:`predict_padded`."""
+        # Tensors themselves while torch.jit traces.
+        sizes = torch.stack([torch.as_tensor(size) for size in images.image_sizes]).to(images.tensor.device)
+        return self.predict_padded(images.tensor, sizes, all_proposals=all_proposals)
+
+    def predict_padded(self, images: Tensor, image_sizes: Tensor, *, all_proposals: bool = True) -> dict[str, Tensor]:
+        """Backbone, transformer and heads on tensors alone, as torch.export needs them.
+
+        Args:
+            images: (N, 3, H, W) normalised, with zeros at the padding (bottom and right).
+            image_sizes: (N, 2) int64, valid heights and widths.
+            all_proposals: also return the two-stage encoder's predictions for every cell, which only training needs.
+
+        Returns:
+            What :meth:`predict_raw` documents.
+        """
+        features = list(self.backbone(images.to(self.dtype)).values())
+        geometry = self.get_geometry(images.shape[-2:], image_sizes, features)
+        output = self.transform(features, geometry, all_proposals=all_proposals)
+        heads = list(self.class_embed)[: len(output.hidden_states)]
+        logits = [head(hidden) for head, hidden in zip(heads, output.hidden_states, strict=True)]
+        # Stacked even where only the last layer is used, so that no head is ever without a gradient (DDP).
+        predictions = {"pred_logits": torch.stack(logits), "pred_boxes": torch.stack(output.boxes)}
+        if output.enc_logits is not None:
+            predictions |= {"enc_logits": output.enc_logits, "enc_boxes": output.enc_boxes}
+        return predictions
+
+    def transform(
+        self, features: Sequence[Tensor], geometry: Geometry, *, all_proposals: bool = True
+    ) -> TransformerOutput:
+        """Run the transformer, with this model's queries and heads, on features of the backbone."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its transformer is run")
+
+    def get_geometry(self, canvas: Sequence[int], image_sizes: Tensor, features: Sequence[Tensor]) -> Geometry:
+        """Masks, positions and reference points of a batch.
+
+        Args:
+            canvas: padded height and width.
+            image_sizes: (N, 2) valid heights and widths.
+            features: of the backbone, for their sizes and dtype.
+        """
+        masks = padding_masks(canvas, image_sizes, [tuple(feature.shape[-2:]) for feature in features])
+        return get_geometry(
+            masks,
+            [self.position_embedding(mask) for mask in masks],
+            dtype=wide(features[0].dtype),
+            two_stage=self.transformer.two_stage,
+        )
+
+
+def wanted_sizes(images: ImageList, batched_inputs: Sequence[dict]) -> list[tuple[int, int]]:
+    """Heights and widths in which boxes are wanted: "height" and "width" of the inputs, or those of the images."""
+    return [
+        (x.get("height", int(height)), x.get("width", int(width)))
+        for x, (height, width) in zip(batched_inputs, images.image_sizes, strict=True)
+    ]
+
+
+def _check_ground_truth(boxes: Tensor, labels: Tensor, num_classes: int, x: dict) -> None:
+    """Refuse what would otherwise become a NaN loss or an index error on the device."""
+    bad = (labels < 0) | (labels >= num_classes)
+    if bad.any():
+        raise ValueError(f"gt_classes must be in [0, {num_classes}), got {labels[bad].tolist()} in {describe_image(x)}")
+    if not boxes.isfinite().all():
+        rows = boxes[~boxes.isfinite().all(dim=1)].tolist()
+        raise ValueError(f"gt_boxes must be finite, got {rows} in {describe_image(x)}")
+    empty = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
+    if empty.any():
+        raise ValueError(f"gt_boxes (xyxy) must have an area, got {boxes[empty].tolist()} in {describe_image(x)}")
+
+
+def _common_multiple(a: int, b: int) -> int:
+    """Return the least common multiple of two divisibilities, of which 0 and 1 ask for nothing."""
+    if a < 0:
+        raise ValueError(f"size_divisibility must be at least 0, got {a}")
+    return math.lcm(max(a, 1), max(b, 1)) if max(a, b) > 1 else 0
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
