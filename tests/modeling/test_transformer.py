@@ -19,6 +19,7 @@ from deformable_detr.modeling.transformer import (
     DeformableTransformerDecoderLayer,
     DeformableTransformerEncoder,
     DeformableTransformerEncoderLayer,
+    ExtraQueries,
 )
 
 
@@ -212,3 +213,71 @@ def test_parameters_of_the_flat_values_have_the_official_names(make_model):
     assert {name.partition(".")[0] for name in names} == {"layers"}
     own = {"self_attn", "norm1", "norm2", "linear1", "linear2"}
     assert {tuple(name.split(".")[1:3]) for name in names} == {(i, part) for i in "01" for part in own}
+
+
+# Extra queries and the mask of the self-attention
+
+
+def run_transformer(model, *, images=1, **options):
+    """Output of a model's transformer on random maps without padding, with the model's queries and heads."""
+    generator = torch.Generator().manual_seed(5)
+    features = [torch.randn(images, 32, side, side, generator=generator) for side in (8, 4, 2, 1)]
+    geometry = model.get_geometry((64, 64), torch.tensor([[64, 64]] * images), features)
+    embed = None if model.query_embed is None else model.query_embed.weight
+    heads = {"class_embed": model.class_embed, "bbox_embed": model.bbox_embed}
+    return model.transformer(features, geometry, query_embed=embed, num_queries=model.num_queries, **heads, **options)
+
+
+def test_extra_queries_come_first_and_start_at_their_boxes(make_model):
+    """Fresh box heads change nothing, so that every box is where its query starts."""
+    model = make_model(two_stage=True, with_box_refine=True).eval()
+    extra = ExtraQueries(torch.randn(2, 3, 32), torch.rand(2, 3, 4) * 0.5 + 0.2)
+    output = run_transformer(model, images=2, extra_queries=extra)
+    assert output.hidden_states[0].shape == (2, 3 + 11, 32)
+    torch.testing.assert_close(output.boxes[-1][:, :3], extra.boxes)
+    torch.testing.assert_close(output.boxes[-1][:, 3:], run_transformer(model, images=2).boxes[-1])
+
+
+def test_the_position_of_an_extra_query_is_that_of_a_proposal_with_its_box(make_model, randomize):
+    model = randomize(make_model(two_stage=True, with_box_refine=True)).eval()
+    boxes = torch.rand(1, 4, 4)
+    extra = ExtraQueries(torch.randn(1, 1, 32), boxes[:, :1])
+    queries = model.transformer._queries_at(boxes[:, 1:], extra)
+    plain = model.transformer._queries_at(boxes, None)
+    assert torch.equal(queries.reference_points, boxes) and torch.equal(queries.position, plain.position)
+    assert torch.equal(queries.content, torch.cat((extra.content, plain.content[:, 1:]), dim=1))
+
+
+def test_queries_behind_the_mask_change_nothing(make_model, randomize):
+    model = randomize(make_model(two_stage=True, with_box_refine=True)).eval()
+    mask = torch.zeros(13, 13, dtype=torch.bool)
+    mask[2:, :2] = True
+    plain = run_transformer(model).hidden_states
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        content, boxes = (torch.rand(1, 2, width, generator=generator) for width in (32, 4))
+        extra = ExtraQueries(content * 20, boxes)
+        masked = run_transformer(model, extra_queries=extra, attn_mask=mask).hidden_states
+        seen = run_transformer(model, extra_queries=extra).hidden_states
+        torch.testing.assert_close(masked[-1][:, 2:], plain[-1], rtol=1e-5, atol=1e-5)
+        assert (seen[-1][:, 2:] - plain[-1]).abs().max() > 2e-3
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_layers_of_ones_own_are_given_a_mask_only_where_there_is_one(make_model, checkpointed):
+    class OldLayer(DeformableTransformerDecoderLayer):
+        def forward(self, tgt, query_pos, reference_points, memory, spatial_shapes, padding_mask):
+            return super().forward(tgt, query_pos, reference_points, memory, spatial_shapes, padding_mask)
+
+    layer = OldLayer(d_model=32, n_heads=4, dim_feedforward=16)
+    decoder = DeformableTransformerDecoder(layer, 2, with_box_refine=True, activation_checkpoint=checkpointed)
+    model = make_model(decoder=decoder, with_box_refine=True, two_stage=True)
+    run_transformer(model)
+    with pytest.raises(TypeError, match="positional argument"):
+        run_transformer(model, attn_mask=torch.zeros(11, 11, dtype=torch.bool))
+
+
+def test_extra_queries_need_boxes_as_reference_points(make_model):
+    extra = ExtraQueries(torch.zeros(1, 1, 32), torch.ones(1, 1, 4) / 2)
+    with pytest.raises(ValueError, match="extra_queries .* needs two_stage; it is False"):
+        run_transformer(make_model(with_box_refine=True), extra_queries=extra)

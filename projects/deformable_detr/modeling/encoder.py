@@ -1,0 +1,77 @@
+"""The encoder of the deformable transformer.
+
+Shapes: N batch, L feature levels of (H_l, W_l) cells, S = sum of H_l*W_l, C = d_model. Masks are True at padding.
+"""
+
+from torch import Tensor, nn
+
+from ..layers import Dropout, MSDeformAttn
+from ..layers.tuned import in_slices
+from .geometry import Geometry
+from .layer_stack import LayerSource, run_layer, stack_layers
+from .reference_points import SpatialShapes
+
+
+class DeformableTransformerEncoderLayer(nn.Module):
+    """Deformable self-attention and feed-forward network, post-norm."""
+
+    def __init__(
+        self,
+        *,
+        d_model: int = 256,
+        dim_feedforward: int = 1024,
+        dropout: float = 0.1,
+        n_levels: int = 4,
+        n_heads: int = 8,
+        n_points: int = 4,
+    ) -> None:
+        super().__init__()
+        self.self_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
+        self.dropout1 = Dropout(dropout)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.dropout2 = Dropout(dropout)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        self.dropout3 = Dropout(dropout)
+        self.norm2 = nn.LayerNorm(d_model)
+
+    def forward(
+        self,
+        src: Tensor,
+        pos: Tensor,
+        reference_points: Tensor,
+        spatial_shapes: SpatialShapes,
+        padding_mask: Tensor | None,
+    ) -> Tensor:
+        """src, pos: (N, S, C); reference_points: (N, S, L, 2); padding_mask: (N, S). Returns (N, S, C)."""
+        attended = self.self_attn(src + pos, reference_points, src, spatial_shapes, padding_mask)
+        src = self.norm1(src + self.dropout1(attended))
+        return in_slices(self._feed_forward, src)
+
+    def _feed_forward(self, src: Tensor) -> Tensor:
+        """(..., C) -> (..., C), row by row."""
+        expanded = self.linear2(self.dropout2(self.linear1(src).relu_()))
+        return self.norm2(src + self.dropout3(expanded))
+
+
+class DeformableTransformerEncoder(nn.Module):
+    """A stack of encoder layers in which every cell attends around its own centre in all levels.
+
+    Args:
+        layer: has the ``forward`` of :class:`DeformableTransformerEncoderLayer`; or a function that makes one.
+        num_layers: copies of ``layer``, or calls of the function.
+        activation_checkpoint: keep only the input of every layer for the backward pass, and compute the layer a
+            second time there.
+    """
+
+    def __init__(self, layer: LayerSource, num_layers: int = 6, *, activation_checkpoint: bool = False) -> None:
+        super().__init__()
+        self.layers = stack_layers(layer, num_layers)
+        self.activation_checkpoint = activation_checkpoint
+
+    def forward(self, src: Tensor, pos: Tensor, geometry: Geometry) -> Tensor:
+        """src, pos: (N, S, C). Returns memory (N, S, C)."""
+        points, shapes, mask = geometry.reference_points, geometry.spatial_shapes, geometry.padding_mask
+        for layer in self.layers:
+            src = run_layer(layer, src, pos, points, shapes, mask, recompute=self.activation_checkpoint)
+        return src

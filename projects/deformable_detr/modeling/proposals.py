@@ -1,0 +1,58 @@
+"""Two-stage: boxes that the encoder proposes (paper, appendix A.4).
+
+Shapes: N batch, S cells of all levels, Lq queries, C = d_model, K classes. Boxes are cxcywh in [0, 1] relative to the
+valid (unpadded) part of each image.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..layers.precision import at_least_float32
+
+
+class Proposals(NamedTuple):
+    """What the encoder proposes.
+
+    Attributes:
+        boxes: (N, Lq, 4) of the best cells, best first, without gradient.
+        all_logits: (N, S, K) of all cells, if they were asked for.
+        all_boxes: (N, S, 4), as all_logits.
+    """
+
+    boxes: Tensor
+    all_logits: Tensor | None
+    all_boxes: Tensor | None
+
+
+def propose(
+    features: Tensor,
+    anchors: Tensor,
+    *,
+    class_head: nn.Module,
+    bbox_head: nn.Module,
+    num_queries: int,
+    all_proposals: bool,
+) -> Proposals:
+    """Score every cell, and turn the best into boxes.
+
+    Args:
+        features: (N, S, C).
+        anchors: (N, S, 4) in logit space, cxcywh, infinite where there is none.
+        class_head, bbox_head: the encoder's.
+        num_queries: boxes to keep; fewer where there are fewer cells.
+        all_proposals: return the predictions of all cells; without, boxes are computed for the best alone.
+    """
+    logits = class_head(features)
+    # The encoder head is trained on "object or not": channel 0 is the objectness, the others are negatives.
+    best = logits[..., 0].topk(min(num_queries, logits.shape[1]), dim=1).indices
+    if all_proposals:
+        boxes = at_least_float32(bbox_head(features)) + anchors
+        return Proposals(_take(boxes, best).detach().sigmoid(), logits, boxes.sigmoid())
+    chosen = at_least_float32(bbox_head(_take(features, best))) + _take(anchors, best)
+    return Proposals(chosen.detach().sigmoid(), None, None)
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """rows (N, S, D) at index (N, Lq) -> (N, Lq, D)."""
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
