@@ -117,3 +117,31 @@ def test_unknown_name_is_told_with_those_there_are(cache):
         CheckpointError, match=r"deformable-detr://nothing: there is no model 'nothing'.*R_50_two_stage"
     ):
         PathManager.get_local_path("deformable-detr://nothing")
+
+
+def test_file_with_a_direct_address_is_downloaded_from_there(hub, cache):
+    record = dataclasses.replace(
+        RECORD, hub_repository=None, drive_id=None, address=f"{hub.address}/v0.1/theirs_12eps.pth"
+    )
+    hub.files["/v0.1/theirs_12eps.pth"] = WEIGHTS
+    assert fetch(record) == str(cache / f"{NAME}.pth")
+    assert open(fetch(record), "rb").read() == WEIGHTS and len(hub.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("official_file", "told", "name"),
+    (
+        ("theirs.pth", "theirs.pth from https://folder and put it into {cache}", "theirs.pth"),
+        ("", f"the file of 50 epochs from https://folder and put it into {{cache}} as {NAME}.pth", f"{NAME}.pth"),
+    ),
+)
+def test_what_is_in_a_folder_for_people_is_told_and_taken_when_it_is_there(official_file, told, name, hub, cache):
+    record = dataclasses.replace(
+        RECORD, hub_repository=None, drive_id=None, drive_folder="https://folder", official_file=official_file
+    )
+    with pytest.raises(CheckpointError, match="by a program: download " + re.escape(told.format(cache=cache))):
+        fetch(record)
+    cache.mkdir(parents=True)
+    (cache / name).write_bytes(WEIGHTS)
+    assert fetch(record) == str(cache / name)
+    assert hub.requests == []

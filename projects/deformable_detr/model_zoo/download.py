@@ -43,6 +43,11 @@ def hub_url(model: PublishedModel) -> str:
     return f"{os.environ.get(_HUB_VARIABLE, _HUB).rstrip('/')}/{model.hub_file}"
 
 
+def weights_url(model: PublishedModel) -> str | None:
+    """Return the address of the file that is downloaded; None where no program can download it."""
+    return hub_url(model) if model.hub_repository else model.address
+
+
 def cache_folder() -> str:
     """Return the folder of the weights: below FVCORE_CACHE, which Detectron2 uses too, or iopath's default."""
     return os.path.join(get_cache_dir(), "deformable_detr")
@@ -51,8 +56,8 @@ def cache_folder() -> str:
 def fetch(model: PublishedModel, *, force: bool = False) -> str:
     """Return the path of a model's weights, downloading them where they are not there yet.
 
-    A file that was put into the cache by hand is taken, be it the Hub's or the official one. Of several processes one
-    downloads while the others wait.
+    A file that was put into the cache by hand is taken, be it the Hub's or the official one, under its own name or the
+    model's. Of several processes one downloads while the others wait.
 
     Args:
         force: download again.
@@ -64,6 +69,12 @@ def fetch(model: PublishedModel, *, force: bool = False) -> str:
     by_hand = os.path.join(cache_folder(), model.official_file)
     if not force and not os.path.isfile(path) and os.path.isfile(by_hand):
         return by_hand
+    if weights_url(model) is None:
+        if os.path.isfile(path):
+            return path
+        raise CheckpointError(
+            f"{model.weights} cannot be downloaded by a program: {_by_hand(model)} (FVCORE_CACHE sets the cache)"
+        )
     with file_lock(path):
         if force or not os.path.isfile(path):
             _download(model, path)
@@ -77,19 +88,25 @@ def _download(model: PublishedModel, path: str) -> None:
     try:
         # Not overwritten by download(): it may be left from a process that was killed.
         _remove(unverified)
-        download(hub_url(model), folder, filename=f"{name}.unverified")
+        download(weights_url(model), folder, filename=f"{name}.unverified")
         _verify(model, unverified)
         os.replace(unverified, path)
     # A connection that breaks while the header arrives is an HTTPException.
     except (OSError, HTTPException) as error:
         raise CheckpointError(
-            f"{model.weights} cannot be downloaded: {hub_url(model)} answers {_reason(error)}. Calling again starts a "
-            f"new download. Without a network, download that file on another machine and save it as {path}, or "
-            f"download {model.official_file} from {model.drive_page} and put it into {folder} (FVCORE_CACHE sets the "
-            f"cache, {_HUB_VARIABLE} another address of the Hub)"
+            f"{model.weights} cannot be downloaded: {weights_url(model)} answers {_reason(error)}. Calling again "
+            "starts a new download. Without a network, download that file on another machine and save it as "
+            f"{path}, or {_by_hand(model)} (FVCORE_CACHE sets the cache, {_HUB_VARIABLE} another address of the Hub)"
         ) from error
     finally:
         _remove(unverified)
+
+
+def _by_hand(model: PublishedModel) -> str:
+    """Say how a person gets the official file, which may be called as its authors call it or by the model's name."""
+    file = model.official_file or f"the file of {model.epochs} epochs"
+    name = "" if model.official_file else f" as {model.cached_file}"
+    return f"download {file} from {model.drive_page or model.address} and put it into {cache_folder()}{name}"
 
 
 def _verify(model: PublishedModel, path: str) -> None:

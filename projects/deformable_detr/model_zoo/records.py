@@ -1,39 +1,51 @@
-"""What the authors of Deformable DETR published: one record per model, and nothing that was not published."""
+"""What the authors of these models published: one record per model, and nothing that was not published."""
 
 from dataclasses import dataclass
+from typing import Any
 
 SCHEME = "deformable-detr://"
 
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A model of the official repository, all of them ResNet-50, 50 epochs of COCO 2017, total batch 32.
+    """A model trained by its authors on COCO 2017, and where its weights are.
 
     Attributes:
         name: ours; the stem of the files under ``configs/COCO-Detection``.
         title: what the authors call it.
+        repository: owner/name on GitHub of the authors' code, which publishes the numbers.
+        epochs: of the training.
+        batch: images of a step.
+        official_file: the name under which the authors offer the file; "" where they do not say.
+        ap, ap_small, ap_medium, ap_large: on COCO val2017, published by the repository for these weights; None where
+            it does not say.
+        params: number of parameters with the class outputs of the authors' file, counted in their code.
+        gflops: published by the repository; None where it does not say.
         hub_repository: owner/name on the Hugging Face Hub, of the authors' weights in the names of transformers.
-        drive_id: of the official ``.pth`` on Google Drive.
-        official_file: the name under which Google Drive offers that file.
-        ap, ap_small, ap_medium, ap_large: on COCO val2017, published by the official repository for these weights.
-        params: number of parameters with 91 class outputs, counted in the official code.
-        gflops: published by the official repository.
-        size: of the Hub's file in bytes; None where it is not known.
-        sha256: of the Hub's file; None where it is not known.
+        drive_id: of the official file on Google Drive.
+        address: of the official file, for programs.
+        drive_folder: address of the folder on Google Drive in which a person finds the official file.
+        size: of the file that is downloaded in bytes; None where it is not known.
+        sha256: of that file; None where it is not known.
         code_licence, weights_licence: SPDX names.
     """
 
     name: str
     title: str
-    hub_repository: str
-    drive_id: str
+    repository: str
+    epochs: int
+    batch: int
     official_file: str
     ap: float
-    ap_small: float
-    ap_medium: float
-    ap_large: float
     params: int
-    gflops: int
+    ap_small: float | None = None
+    ap_medium: float | None = None
+    ap_large: float | None = None
+    gflops: int | None = None
+    hub_repository: str | None = None
+    drive_id: str | None = None
+    address: str | None = None
+    drive_folder: str | None = None
     size: int | None = None
     sha256: str | None = None
     code_licence: str = "Apache-2.0"
@@ -54,17 +66,27 @@ class PublishedModel:
         return f"{self.hub_repository}/resolve/main/model.safetensors"
 
     @property
-    def drive_page(self) -> str:
-        return f"https://drive.google.com/file/d/{self.drive_id}/view"
+    def repository_page(self) -> str:
+        return f"https://github.com/{self.repository}"
+
+    @property
+    def drive_page(self) -> str | None:
+        """The official file on Google Drive, or the folder that it is in."""
+        return f"https://drive.google.com/file/d/{self.drive_id}/view" if self.drive_id else self.drive_folder
 
     @property
     def cached_file(self) -> str:
-        """Name in the cache of the Hub's file, which is called the same for every model there."""
-        return f"{self.name}.safetensors"
+        """Name in the cache of what is downloaded, under which a file put there by hand is taken too."""
+        return f"{self.name}.safetensors" if self.hub_repository else f"{self.name}.pth"
+
+
+def _deformable_detr(**fields: Any) -> PublishedModel:
+    """Return the record of a model of the first repository, whose trainings are all alike."""
+    return PublishedModel(repository="fundamentalvision/Deformable-DETR", epochs=50, batch=32, **fields)
 
 
 _PUBLISHED = (
-    PublishedModel(
+    _deformable_detr(
         name="deformable_detr_R_50_single_scale",
         title="Deformable DETR (single scale)",
         hub_repository="SenseTime/deformable-detr-single-scale",
@@ -77,7 +99,7 @@ _PUBLISHED = (
         params=34_066_593,
         gflops=78,
     ),
-    PublishedModel(
+    _deformable_detr(
         name="deformable_detr_R_50_single_scale_dc5",
         title="Deformable DETR (single scale, DC5)",
         hub_repository="SenseTime/deformable-detr-single-scale-dc5",
@@ -90,7 +112,7 @@ _PUBLISHED = (
         params=34_066_593,
         gflops=128,
     ),
-    PublishedModel(
+    _deformable_detr(
         name="deformable_detr_R_50",
         title="Deformable DETR",
         hub_repository="SenseTime/deformable-detr",
@@ -103,7 +125,7 @@ _PUBLISHED = (
         params=40_069_665,
         gflops=173,
     ),
-    PublishedModel(
+    _deformable_detr(
         name="deformable_detr_R_50_box_refine",
         title="+ iterative bounding box refinement",
         hub_repository="SenseTime/deformable-detr-with-box-refine",
@@ -116,7 +138,7 @@ _PUBLISHED = (
         params=40_849_660,
         gflops=173,
     ),
-    PublishedModel(
+    _deformable_detr(
         name="deformable_detr_R_50_two_stage",
         title="++ two-stage Deformable DETR",
         hub_repository="SenseTime/deformable-detr-with-box-refine-two-stage",

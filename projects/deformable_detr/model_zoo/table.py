@@ -2,6 +2,7 @@
 
 from tabulate import tabulate
 
+from .download import weights_url
 from .records import MODELS, PublishedModel
 
 _PAGE = """# Model zoo
@@ -13,13 +14,15 @@ this page.
 
 ## How to read the table
 
-* AP, AP<sub>S</sub>, AP<sub>M</sub> and AP<sub>L</sub> are those of COCO val2017 **as published by the
-  [official repository](https://github.com/fundamentalvision/Deformable-DETR)** for these very weights; they were not
-  measured with this code. The official training repeats to about ±0.4 AP.
-* All models are ResNet-50, trained by the authors for 50 epochs with a total batch of 32.
-* params were counted in the official code, with its 91 class outputs. GFLOPs are published by the official repository.
-* Hub: the authors' weights in the names of transformers, a mirror made by Hugging Face. Drive: the official file.
-  Both load into the same parameters, so take whichever you can reach.
+* AP, AP<sub>S</sub>, AP<sub>M</sub> and AP<sub>L</sub> are those of COCO val2017 **as published for these very
+  weights** by their authors ({repositories});
+  they were not measured with this code. What is empty was not published. The training of Deformable DETR repeats to
+  about ±0.4 AP.
+* epochs x batch: how the authors trained.
+* params were counted in the authors' code, with the class outputs of their files. GFLOPs are the published ones.
+* Hub: the authors' weights in the names of transformers, a mirror made by Hugging Face. file, Drive: the authors' own
+  file, by a direct link or on a page where a person can fetch it. All of a row load into the same parameters, so take
+  whichever you can reach.
 
 ## Use them
 
@@ -35,10 +38,11 @@ python train_net.py --eval-only --config-file configs/COCO-Detection/{example}.y
     --weights deformable-detr://{example}
 ```
 
-`deformable-detr://NAME` works wherever Detectron2 takes a path to weights. It downloads the Hub's file once into
-`$FVCORE_CACHE/deformable_detr` (default `~/.torch/iopath_cache/deformable_detr`); `HF_ENDPOINT` names a mirror of the
-Hub. Without a network, put `NAME.safetensors` (the Hub's `model.safetensors`) or the official `.pth`, under the name
-that Drive gives it, into that folder.
+`deformable-detr://NAME` works wherever Detectron2 takes a path to weights. It downloads the Hub's file, or the authors'
+where there is a direct link, once into `$FVCORE_CACHE/deformable_detr` (default
+`~/.torch/iopath_cache/deformable_detr`); `HF_ENDPOINT` names a mirror of the Hub. Without a network, and for what is on
+Drive alone, put `NAME.safetensors` (the Hub's `model.safetensors`) or the authors' `.pth`, under the name that it has
+there, into that folder.
 
 {hashes}
 
@@ -49,6 +53,7 @@ that Drive gives it, into that folder.
 _HEADERS = (
     "name",
     "model",
+    "epochs x batch",
     "AP",
     "AP<sub>S</sub>",
     "AP<sub>M</sub>",
@@ -67,29 +72,44 @@ def render_table() -> str:
 
 def render_page() -> str:
     """Return MODEL_ZOO.md."""
-    models = MODELS.values()
+    models = [model for model in MODELS.values() if weights_url(model)]
     known = sum(model.sha256 is not None for model in models)
     hashes = (
         f"The sha256 of {known} of the {len(models)} downloads is known and checked. Of the others the length is\n"
         "compared with what the server announces, and loading compares every key and shape with the model's."
     )
-    licences = {(model.code_licence, model.weights_licence) for model in models}
-    licence = "; ".join(f"code: {code}, weights: {weights}" for code, weights in sorted(licences))
-    best = max(models, key=lambda model: model.ap)
+    repositories = dict.fromkeys(f"[{model.repository}]({model.repository_page})" for model in MODELS.values())
+    best = max((model for model in MODELS.values() if model.hub_repository), key=lambda model: model.ap)
     return _PAGE.format(
         table=render_table(),
+        repositories=", ".join(repositories),
         example=best.name,
         hashes=hashes,
-        licence=f"{licence[0].upper()}{licence[1:]}, both of the official repository and of the Hub's copies.",
+        licence=_render_licences(),
     )
+
+
+def _render_licences() -> str:
+    """Return one line for every repository, as its models are all under the same licences."""
+    lines = {
+        model.repository: f"* {model.repository}: code {model.code_licence}, weights {model.weights_licence}"
+        for model in MODELS.values()
+    }
+    return "\n".join(lines.values())
 
 
 def _row(model: PublishedModel) -> tuple[str, ...]:
+    links = {"Hub": model.hub_repository and model.hub_page, "Drive": model.drive_page, "file": model.address}
     return (
         f"[{model.name}](configs/COCO-Detection/{model.name}.yaml)",
         model.title,
-        *(f"{ap:.1f}" for ap in (model.ap, model.ap_small, model.ap_medium, model.ap_large)),
+        f"{model.epochs} x {model.batch}",
+        *(_number(ap, ".1f") for ap in (model.ap, model.ap_small, model.ap_medium, model.ap_large)),
         f"{model.params / 1e6:.1f} M",
-        str(model.gflops),
-        f"[Hub]({model.hub_page}), [Drive]({model.drive_page})",
+        _number(model.gflops, "d"),
+        ", ".join(f"[{name}]({link})" for name, link in links.items() if link),
     )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
