@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deformable_detr.modeling import HungarianMatcher, SetCriterion, focal_loss
 from deformable_detr.modeling.criterion import matching_errors
+from deformable_detr.modeling.denoising import ContrastiveDenoising
 from deformable_detr.modeling.focal_loss import matched_focal_loss
 
 
@@ -66,6 +67,93 @@ def test_encoder_proposals_are_supervised_as_class_zero():
     agnostic = [{"labels": torch.zeros_like(t["labels"]), "boxes": t["boxes"]} for t in TARGETS]
     for name, value in criterion(as_layer, agnostic).items():
         torch.testing.assert_close(losses[f"{name}_enc"], value)
+
+
+def denoising_outputs(targets, *, groups, layers=3):
+    """Predictions of so many groups for targets, each group with those of the first."""
+    size = 2 * max(len(t["labels"]) for t in targets)
+    outputs = random_outputs(layers=layers, images=len(targets), queries=size, seed=1)
+    return {f"dn_{kind}": outputs[f"pred_{kind}"].repeat(1, 1, groups, 1) for kind in ("logits", "boxes")}
+
+
+def test_denoising_queries_are_supervised_with_the_objects_they_were_made_of():
+    # Two pairs: positives 0 and 1, negatives 2 and 3. The second image has one object: its queries 1 and 3 are empty.
+    outputs = random_outputs() | denoising_outputs(TARGETS, groups=1)
+    criterion = SetCriterion(HungarianMatcher())
+    losses = criterion(outputs, TARGETS)
+    assert set(losses) - set(criterion(random_outputs(), TARGETS)) == {
+        f"loss_{n}_dn{s}" for n in ("ce", "bbox", "giou") for s in ("", "_0", "_1")
+    }
+    wanted = torch.zeros(2, 4, 4)
+    wanted[0, 0, 1] = wanted[0, 1, 3] = wanted[1, 0, 2] = 1
+    for layer, suffix in enumerate(("_dn_0", "_dn_1", "_dn")):
+        focal = sigmoid_focal_loss(outputs["dn_logits"][layer], wanted, alpha=0.25, gamma=2.0, reduction="sum")
+        torch.testing.assert_close(losses[f"loss_ce{suffix}"], 2 * focal / 3)
+        boxes = outputs["dn_boxes"][layer]
+        l1 = (boxes[0, :2] - TARGETS[0]["boxes"]).abs().sum() + (boxes[1, 0] - TARGETS[1]["boxes"][0]).abs().sum()
+        torch.testing.assert_close(losses[f"loss_bbox{suffix}"], 5 * l1 / 3)
+
+
+def test_losses_of_denoising_are_means_over_the_groups():
+    criterion = SetCriterion(HungarianMatcher())
+    one, five = (criterion(random_outputs() | denoising_outputs(TARGETS, groups=groups), TARGETS) for groups in (1, 5))
+    torch.testing.assert_close(one, five)
+
+
+def test_one_to_many_queries_are_supervised_with_repeated_objects():
+    many = {f"one2many_{kind}": random_outputs(queries=20, seed=2)[f"pred_{kind}"] for kind in ("logits", "boxes")}
+    criterion = SetCriterion(HungarianMatcher(), one2many_repeat=3, one2many_weight=0.5)
+    losses = criterion(random_outputs() | many, TARGETS)
+    repeated = [{name: torch.cat([value] * 3) for name, value in t.items()} for t in TARGETS]
+    expected = criterion({f"pred_{k}": many[f"one2many_{k}"] for k in ("logits", "boxes")}, repeated)
+    for term in ("ce", "bbox", "giou"):
+        for layer in ("", "_0", "_1"):
+            torch.testing.assert_close(losses[f"loss_{term}_one2many{layer}"], 0.5 * expected[f"loss_{term}{layer}"])
+
+
+def test_further_queries_change_no_loss_of_the_others():
+    criterion = SetCriterion(HungarianMatcher())
+    plain = criterion(random_outputs(), TARGETS)
+    many = {f"one2many_{kind}": random_outputs(queries=20)[f"pred_{kind}"] for kind in ("logits", "boxes")}
+    losses = criterion(random_outputs() | denoising_outputs(TARGETS, groups=2) | many, TARGETS)
+    assert all(torch.equal(losses[name], value) for name, value in plain.items())
+
+
+def test_without_auxiliary_losses_further_queries_are_supervised_in_the_last_layer_alone():
+    outputs = random_outputs() | denoising_outputs(TARGETS, groups=2)
+    losses = SetCriterion(HungarianMatcher(), aux_loss=False)(outputs, TARGETS)
+    assert set(losses) == {f"loss_{n}{s}" for n in ("ce", "bbox", "giou") for s in ("", "_enc", "_dn")}
+
+
+def test_nothing_to_denoise_costs_nothing_and_keeps_the_names():
+    nothing = {"dn_logits": torch.zeros(3, 2, 0, 4), "dn_boxes": torch.zeros(3, 2, 0, 4)}
+    nothing = {name: value.requires_grad_() for name, value in nothing.items()}
+    losses = SetCriterion(HungarianMatcher())(random_outputs() | nothing, [target([], [])] * 2)
+    denoising = {name: loss for name, loss in losses.items() if "_dn" in name}
+    assert len(denoising) == 9 and all(loss == 0 for loss in denoising.values())
+    sum(denoising.values()).backward()
+    assert all(value.grad is not None for value in nothing.values())
+
+
+def test_normalisation_of_a_step_holds_for_further_queries_too():
+    many = {f"one2many_{kind}": random_outputs(queries=20)[f"pred_{kind}"] for kind in ("logits", "boxes")}
+    outputs = random_outputs() | denoising_outputs(TARGETS, groups=2) | many
+    criterion = SetCriterion(HungarianMatcher())
+    own = criterion(outputs, TARGETS)
+    with criterion.normalise_by(12):
+        torch.testing.assert_close(criterion(outputs, TARGETS), {name: loss / 4 for name, loss in own.items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"one2many_repeat": 0}, "one2many_repeat must be at least 1, got 0"),
+        ({"one2many_weight": 0.0}, "one2many_weight must be positive and finite, got 0.0"),
+    ],
+)
+def test_a_one_to_many_branch_without_effect_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SetCriterion(HungarianMatcher(), **options)
 
 
 def test_without_auxiliary_losses_the_encoder_is_still_trained():
@@ -242,6 +330,10 @@ def test_all_matchings_of_a_step_are_copied_from_the_device_at_once(monkeypatch)
     assert copies == [(layers * queries + cells) * objects]
 
 
+# What waits for a GPU: reading a number (item, bool, int), and results whose size depends on values.
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2", "equal"}
+
+
 class _Operators(TorchDispatchMode):
     """Record the names of all operators that run."""
 
@@ -258,9 +350,23 @@ def test_nothing_else_in_a_step_reads_from_the_device():
     outputs = {name: value.requires_grad_() for name, value in random_outputs().items()}
     with _Operators() as operators:
         sum(SetCriterion(HungarianMatcher())(outputs, TARGETS).values()).backward()
-    # What waits for a GPU: reading a number (item, bool, int), and results whose size depends on values.
     assert "sigmoid" in operators.names
-    assert not operators.names & {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2", "equal"}
+    assert not operators.names & WAITING
+
+
+def test_further_queries_wait_for_the_device_no_second_time(monkeypatch):
+    copies = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.numel()) or cpu(self))
+    denoising = ContrastiveDenoising(num_classes=4, embed_dim=8, num_pairs=4)
+    many = {f"one2many_{kind}": random_outputs(queries=20)[f"pred_{kind}"] for kind in ("logits", "boxes")}
+    with _Operators() as operators:
+        assert denoising(TARGETS).num_groups == 2
+        outputs = random_outputs() | denoising_outputs(TARGETS, groups=2) | many
+        SetCriterion(HungarianMatcher())(outputs, TARGETS)
+    layers, queries, cells, one2many, objects = 3, 6, 9, 20, 3
+    assert copies == [(layers * queries + cells + layers * one2many) * objects]
+    assert not operators.names & WAITING
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,26 @@ def test_page_of_a_finished_run_is_complete_and_loads_nothing(complete):
     assert "no object that is small" in page.text
 
 
+def test_losses_of_further_queries_have_curves_of_their_own(complete):
+    rows = training_rows(100)
+    suffixes = [f"_{queries}{layer}" for queries in ("dn", "one2many") for layer in ("", "_0", "_1")]
+    for row in rows:
+        row |= {f"loss_{term}{suffix}": 2.0 for term in ("ce", "bbox") for suffix in suffixes}
+    complete.write_metrics(*rows)
+    page = write(complete)
+    alts = [image["alt"] for image in page.images]
+    for expected in (
+        "loss_bbox, loss_ce, loss_giou of the last decoder layer over the iterations",
+        "loss_bbox_dn, loss_ce_dn of the last decoder layer over the iterations",
+        "loss_bbox_one2many, loss_ce_one2many of the last decoder layer over the iterations",
+        "loss_ce of encoder, decoder 1, decoder 2, decoder 3 over the iterations",
+        "loss_ce_dn of decoder 1, decoder 2, decoder 3 over the iterations",
+        "loss_ce_one2many of decoder 1, decoder 2, decoder 3 over the iterations",
+    ):
+        assert alts.count(expected) == 1, expected
+    assert "loss_ce_dn: focal loss of the classes, of the denoising queries." in page.text
+
+
 def test_data_are_named_by_their_paths(complete):
     page = write(complete)
     assert f"Evaluated on {complete.data / 'val.json'}" in page.text

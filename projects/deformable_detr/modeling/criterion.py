@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from ..layers.precision import at_least_float32
+from .denoising import fixed_matches
 from .focal_loss import matched_focal_loss
 from .matcher import HungarianMatcher, Match, Predictions, Target
 
@@ -33,6 +34,11 @@ class SetCriterion(nn.Module):
         class_weight, bbox_weight, giou_weight: weights of the three losses.
         focal_alpha, focal_gamma: of the focal loss.
         aux_loss: also supervise all decoder layers before the last, each with its own matching.
+        one2many_repeat: one-to-many queries that each object is matched with (H-DETR, arXiv 2207.13080, section 3).
+        one2many_weight: factor of their losses.
+
+    Raises:
+        ValueError: if the repetition is below 1, or its weight not positive.
     """
 
     def __init__(
@@ -45,8 +51,14 @@ class SetCriterion(nn.Module):
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
         aux_loss: bool = True,
+        one2many_repeat: int = 6,
+        one2many_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        if one2many_repeat < 1:
+            raise ValueError(f"one2many_repeat must be at least 1, got {one2many_repeat}")
+        if not 0 < one2many_weight < math.inf:
+            raise ValueError(f"one2many_weight must be positive and finite, got {one2many_weight}")
         self.matcher = matcher
         self.class_weight = class_weight
         self.bbox_weight = bbox_weight
@@ -54,6 +66,8 @@ class SetCriterion(nn.Module):
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
         self.aux_loss = aux_loss
+        self.one2many_repeat = one2many_repeat
+        self.one2many_weight = one2many_weight
         self._num_objects: float | None = None
 
     @contextmanager
@@ -81,21 +95,21 @@ class SetCriterion(nn.Module):
         """Compute all losses.
 
         Args:
-            outputs: "pred_logits" (Ld, N, Lq, K), "pred_boxes" (Ld, N, Lq, 4) and for two-stage models "enc_logits"
-                (N, S, K), "enc_boxes" (N, S, 4).
+            outputs: "pred_logits" (Ld, N, Lq, K), "pred_boxes" (Ld, N, Lq, 4); for two-stage models "enc_logits"
+                (N, S, K), "enc_boxes" (N, S, 4); as "pred_..." for denoising queries "dn_logits", "dn_boxes" and for
+                one-to-many queries "one2many_logits", "one2many_boxes".
             targets: per image "labels" (n,) int64 in [0, K) and "boxes" (n, 4).
 
         Returns:
             Weighted scalars "loss_ce", "loss_bbox", "loss_giou" of the last layer, with suffix ``_0`` ... of the
-            layers before it and ``_enc`` of the encoder's proposals. Their sum is the training loss.
+            layers before it and ``_enc`` of the encoder's proposals; ``_dn``, ``_dn_0`` ... of denoising queries and
+            ``_one2many``, ``_one2many_0`` ... of one-to-many queries. Their sum is the training loss.
 
         Raises:
             FloatingPointError: if a prediction is NaN or infinite, naming the layer and the image.
         """
-        groups = [self._decoder_group(outputs)]
-        if "enc_logits" in outputs:
-            groups.append(_Group(_proposals(outputs), ["_enc"], is_agnostic=True))
-        matches = self.matcher.match([group.to_match for group in groups], targets)
+        groups = self._groups(outputs, targets)
+        matches = self._match(groups, targets)
         losses = self._losses(groups, matches, targets)
         storage = _active_storage() if self.training else None
         if storage is not None:
@@ -104,12 +118,35 @@ class SetCriterion(nn.Module):
                 storage.put_scalar(name, value)
         return losses
 
-    def _decoder_group(self, outputs: dict[str, Tensor]) -> "_Group":
-        layers = len(outputs["pred_logits"])
+    def _groups(self, outputs: dict[str, Tensor], targets: Sequence[Target]) -> list["_Group"]:
+        groups = [self._decoder_group(outputs, "pred")]
+        if "enc_logits" in outputs:
+            groups.append(_Group(_proposals(outputs), ["_enc"], is_agnostic=True))
+        if "dn_logits" in outputs:
+            matches, num_groups = fixed_matches(outputs["dn_boxes"].shape[2], targets)
+            denoising = self._decoder_group(outputs, "dn")
+            groups.append(denoising._replace(fixed_matches=matches, copies=num_groups))
+        if "one2many_logits" in outputs:
+            one2many = self._decoder_group(outputs, "one2many", repeat=self.one2many_repeat)
+            groups.append(one2many._replace(weight=self.one2many_weight))
+        return groups
+
+    def _decoder_group(self, outputs: dict[str, Tensor], kind: str, *, repeat: int = 1) -> "_Group":
+        logits, boxes = outputs[f"{kind}_logits"], outputs[f"{kind}_boxes"]
+        layers = len(logits)
         first = 0 if self.aux_loss else layers - 1
-        names = [f"decoder layer {layer}" for layer in range(first, layers)]
-        suffixes = [f"_{layer}" for layer in range(first, layers - 1)] + [""]
-        return _Group(Predictions(names, outputs["pred_logits"][first:], outputs["pred_boxes"][first:]), suffixes)
+        of_kind = "" if kind == "pred" else f"_{kind}"
+        names = [f"decoder layer {layer}{of_kind}" for layer in range(first, layers)]
+        suffixes = [f"{of_kind}_{layer}" for layer in range(first, layers - 1)] + [of_kind]
+        return _Group(Predictions(names, logits[first:], boxes[first:], repeat), suffixes)
+
+    def _match(self, groups: Sequence["_Group"], targets: Sequence[Target]) -> list[Sequence[Sequence[Match]]]:
+        to_match = [group.to_match for group in groups if group.fixed_matches is None]
+        found = iter(self.matcher.match(to_match, targets))
+        return [
+            next(found) if group.fixed_matches is None else [group.fixed_matches] * len(group.suffixes)
+            for group in groups
+        ]
 
     def _losses(
         self, groups: Sequence["_Group"], matches: Sequence[Sequence[Sequence[Match]]], targets: Sequence[Target]
@@ -119,7 +156,7 @@ class SetCriterion(nn.Module):
         target_boxes = at_least_float32(torch.cat([t["boxes"] for t in targets]))
         focal, matched, wanted = [], [], []
         for group, group_matches in zip(groups, matches, strict=True):
-            _, logits, boxes = group.predictions
+            logits, boxes = group.predictions.logits, group.predictions.boxes
             queries, objects = _flat_indices(group_matches, targets, num_queries=boxes.shape[2], device=boxes.device)
             classes = 0 if group.is_agnostic else labels[objects]
             positives = queries * logits.shape[-1] + classes
@@ -129,7 +166,8 @@ class SetCriterion(nn.Module):
             matched.append(at_least_float32(boxes.flatten(1, 2).gather(1, queries[..., None].expand(-1, -1, 4))))
             wanted.append(target_boxes[objects].to(matched[-1].dtype))
         l1, giou = _box_losses(matched, wanted)
-        num_boxes = self._num_boxes(targets, target_boxes.device)
+        num_objects = self._num_objects_per_process(targets, target_boxes.device)
+        num_boxes = torch.cat([group.num_boxes(num_objects).expand(len(group.suffixes)) for group in groups])
         weighted = {
             "loss_ce": torch.cat(focal) * (self.class_weight / num_boxes),
             "loss_bbox": l1 * (self.bbox_weight / num_boxes),
@@ -142,14 +180,14 @@ class SetCriterion(nn.Module):
             for suffix, value in zip(suffixes, values.unbind(), strict=True)
         }
 
-    def _num_boxes(self, targets: Sequence[Target], device: torch.device) -> Tensor:
-        """Objects per process over the whole distributed batch, at least 1."""
+    def _num_objects_per_process(self, targets: Sequence[Target], device: torch.device) -> Tensor:
+        """Objects per process over the whole distributed batch."""
         own = sum(len(t["labels"]) for t in targets) if self._num_objects is None else self._num_objects
         count = torch.full((), float(own), device=device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
             count = count / dist.get_world_size()
-        return count.clamp(min=1)
+        return count
 
 
 class _Group(NamedTuple):
@@ -158,17 +196,27 @@ class _Group(NamedTuple):
     Attributes:
         suffixes: of the names of the losses, one per layer.
         is_agnostic: whether every object is class 0: the encoder's proposals tell objects from background alone.
+        fixed_matches: per image, of every layer; None where predictions are matched by their costs.
+        copies: of the objects, in queries that know whose they are.
+        weight: of all losses.
     """
 
     predictions: Predictions
     suffixes: Sequence[str]
     is_agnostic: bool = False
+    fixed_matches: Sequence[Match] | None = None
+    copies: int = 1
+    weight: float = 1.0
 
     @property
     def to_match(self) -> Predictions:
         """The predictions with the logits by which they are matched."""
         logits = self.predictions.logits
         return self.predictions._replace(logits=logits[..., :1]) if self.is_agnostic else self.predictions
+
+    def num_boxes(self, num_objects: Tensor) -> Tensor:
+        """Return what the losses are divided by: the positives of a process, with so many objects, at least 1."""
+        return (num_objects * self.predictions.repeat).clamp(min=1) * (self.copies / self.weight)
 
 
 def _proposals(outputs: dict[str, Tensor]) -> Predictions:
@@ -225,7 +273,7 @@ def _flat_indices(
 ) -> tuple[Tensor, Tensor]:
     """Return matches of Ld layers as indices into a layer's N*Lq predictions and into all objects, (Ld, T) each.
 
-    Every layer has the same number T of matches: min(Lq, n) of each image.
+    Every layer has the same number T of matches.
     """
     starts = list(accumulate((len(t["labels"]) for t in targets), initial=0))
     queries = [torch.cat([rows + i * num_queries for i, (rows, _) in enumerate(layer)]) for layer in matches]

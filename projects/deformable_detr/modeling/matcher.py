@@ -27,11 +27,13 @@ class Predictions(NamedTuple):
         layers: what to call each of the Ld layers in messages.
         logits: (Ld, N, Lq, K), or (Ld, N, Lq, 1) where every object counts as class 0.
         boxes: (Ld, N, Lq, 4).
+        repeat: predictions that each object is matched with (H-DETR, arXiv 2207.13080).
     """
 
     layers: Sequence[str]
     logits: Tensor
     boxes: Tensor
+    repeat: int = 1
 
 
 class HungarianMatcher(nn.Module):
@@ -81,7 +83,7 @@ class HungarianMatcher(nn.Module):
         """Match several groups of layers with one device synchronisation; see :meth:`forward`.
 
         Returns:
-            The matches of group g, layer l and image i at [g][l][i].
+            The matches of group g, layer l and image i at [g][l][i]; each of length min(Lq, repeat * n).
 
         Raises:
             FloatingPointError: if a prediction is NaN or infinite, naming the layer and the image.
@@ -101,7 +103,8 @@ class HungarianMatcher(nn.Module):
         costs = [part.view(shape) for part, shape in zip(flat.cpu().split(sizes), shapes, strict=True)]
         for (group, image), cost in zip(pairs, costs, strict=True):
             _check_finite(cost, group, image, targets[image])
-        return [_assign(costs[start : start + images]) for start in range(0, len(costs), images)]
+        starts = range(0, len(costs), images)
+        return [_assign(costs[start : start + images], g.repeat) for g, start in zip(predictions, starts, strict=True)]
 
     @torch.no_grad()
     def cost_matrix(self, logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
@@ -147,11 +150,15 @@ def _corners(boxes: Tensor) -> Tensor:
     return box_convert(boxes.float(), "cxcywh", "xyxy")
 
 
-def _assign(costs: Sequence[Tensor]) -> list[list[Match]]:
+def _assign(costs: Sequence[Tensor], repeat: int) -> list[list[Match]]:
     """Cheapest assignments for cost matrices (Ld, Lq, n) of the images of a group, first by layer, then by image."""
-    assignments = [[linear_sum_assignment(layer) for layer in image.numpy()] for image in costs]
+    assignments = [[linear_sum_assignment(layer) for layer in image.repeat(1, 1, repeat).numpy()] for image in costs]
+    counts = [max(1, image.shape[-1]) for image in costs]
     return [
-        [(torch.from_numpy(rows), torch.from_numpy(columns)) for rows, columns in layer]
+        [
+            (torch.from_numpy(rows), torch.from_numpy(columns % count))
+            for (rows, columns), count in zip(layer, counts, strict=True)
+        ]
         for layer in zip(*assignments, strict=True)
     ]
 

@@ -16,7 +16,9 @@ from .gallery import draw_pair, evenly_spaced, group_coco_detections
 from .page import Chart, Grid, Heading, Pair, Part, Table, Text, Verbatim
 from .run import NoData, Run
 
-_TERM = re.compile(r"(loss_[a-z_]*?[a-z])(?:_(\d+|enc))?$")
+# "loss_ce" of the last decoder layer, "loss_ce_0", "loss_ce_enc"; "loss_ce_dn", "loss_ce_dn_0" of further queries.
+_TERM = re.compile(r"(?P<term>loss_[a-z_]*?[a-z](?P<queries>_dn|_one2many)?)(?:_(?P<layer>\d+|enc))?$")
+_QUERIES = {"_dn": "denoising queries", "_one2many": "one-to-many queries"}
 # "bbox/AP", with several test datasets "coco_2017_val/bbox/AP"; "AP-cat" for a category, "bbox_layer_0" for a layer.
 _AP = re.compile(
     r"(?:(?P<dataset>.+)/)?bbox(?:_layer_(?P<layer>\d+))?/(?P<name>AP(?P<size>[sml])?(?:50|75)?|AP-(?P<category>.*))$"
@@ -100,21 +102,28 @@ def _curves(run: Run, labels: Mapping[str, str], caption: str, *, alt: str, **st
 
 
 def _meaning(name: str) -> str:
-    return f"{name}: {_MEANINGS[name]}." if name in _MEANINGS else f"{name}, as it was logged."
+    queries = (match := _TERM.match(name)) and match["queries"]
+    meaning = _MEANINGS.get(name.removesuffix(queries or ""))
+    if meaning is None:
+        return f"{name}, as it was logged."
+    return f"{name}: {meaning}, of the {_QUERIES[queries]}." if queries else f"{name}: {meaning}."
 
 
 def losses(run: Run) -> list[Part]:
-    """Total loss, and the terms of the last decoder layer."""
+    """Total loss, and the terms of the last decoder layer by kind of queries."""
     iterations, values = series(run.metrics, "total_loss")
     if not values:
         raise NoData("metrics.json holds no total_loss: no line of training has been written yet.")
     alt = f"Total loss from {values[0]:.3g} to {values[-1]:.3g} over {iterations[-1] + 1} iterations"
     drawn = [_curves(run, {"total_loss": "total"}, "Total loss: the weighted sum over all layers.", alt=alt)]
-    main = [name for name in metric_names(run) if (match := _TERM.match(name)) and match[2] is None]
-    if main:
-        caption = " ".join(["Terms of the last decoder layer, weighted.", *map(_meaning, main)])
-        alt = f"{', '.join(main)} of the last decoder layer over the iterations"
-        drawn.append(_curves(run, {name: name for name in main}, caption, alt=alt))
+    terms = [match for name in metric_names(run) if (match := _TERM.match(name)) and match["layer"] is None]
+    for queries in (None, *_QUERIES):
+        names = [match["term"] for match in terms if match["queries"] == queries]
+        if names:
+            whose = f" for the {_QUERIES[queries]}" if queries else ""
+            caption = " ".join([f"Terms of the last decoder layer{whose}, weighted.", *map(_meaning, names)])
+            alt = f"{', '.join(names)} of the last decoder layer over the iterations"
+            drawn.append(_curves(run, {name: name for name in names}, caption, alt=alt))
     return [Grid(drawn)]
 
 
@@ -123,7 +132,7 @@ def layers(run: Run) -> list[Part]:
     terms: dict[str, dict[str, str]] = {}
     for name in metric_names(run):
         if match := _TERM.match(name):
-            terms.setdefault(match[1], {})[match[2] or "last"] = name
+            terms.setdefault(match["term"], {})[match["layer"] or "last"] = name
     drawn = []
     for term, by_layer in terms.items():
         if len(by_layer) < 2:
