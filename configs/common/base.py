@@ -33,7 +33,7 @@ model = L(DeformableDETR)(
         hidden_dim="${..transformer.d_model}",
         num_feature_levels=4,
     ),
-    position_embedding=L(PositionEmbeddingSine)(embed_dim="${..transformer.d_model}"),
+    position_embedding=L(PositionEmbeddingSine)(embed_dim="${..transformer.d_model}", temperature=10000.0, offset=-0.5),
     transformer=L(DeformableTransformer)(
         d_model=256,
         n_heads=8,

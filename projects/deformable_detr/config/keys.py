@@ -20,6 +20,11 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     node.WITH_BOX_REFINE = False
     node.TWO_STAGE = False
 
+    # Encoding of the cells' positions: ratio of the slowest to the fastest wavelength, and where in a cell its position
+    # is; DINO has 20 and 0, DETR 10000 and 0.
+    node.POSITION_TEMPERATURE = 10000.0
+    node.POSITION_OFFSET = -0.5
+
     # Pad batches to multiples of so many pixels; 0 for the official canvas, the largest sides of the batch.
     node.SIZE_DIVISIBILITY = 0
 

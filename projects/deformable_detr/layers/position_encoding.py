@@ -34,21 +34,34 @@ def sine_embedding(positions: Tensor, num_feats: int, temperature: float = 10000
 class PositionEmbeddingSine(nn.Module):
     """Two-dimensional sine position encoding, normalised to the valid (unpadded) part of each image.
 
-    Matches the official Deformable DETR, which shifts cell indices by -0.5 to cell centres; DETR itself does not.
-
     Args:
         embed_dim: channels of the encoding, divisible by 4; each axis gets half of them.
-        temperature: ratio between the slowest and the fastest wavelength.
+        temperature: ratio between the slowest and the fastest wavelength; DINO's is 20.
         scale: angle of the far border of the valid area, in radians.
+        offset: of the cells' indices, which count from 1. Half a cell down, to the cells' centres, as in the official
+            Deformable DETR; 0 in DETR and DINO.
+
+    Raises:
+        ValueError: if ``embed_dim`` or ``temperature`` is out of its range.
     """
 
-    def __init__(self, embed_dim: int = 256, *, temperature: float = 10000.0, scale: float = 2 * math.pi) -> None:
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        *,
+        temperature: float = 10000.0,
+        scale: float = 2 * math.pi,
+        offset: float = -0.5,
+    ) -> None:
         super().__init__()
         if embed_dim <= 0 or embed_dim % 4:
             raise ValueError(f"embed_dim must be positive and divisible by 4, got {embed_dim}")
+        if not temperature > 0:
+            raise ValueError(f"temperature of the position encoding must be above 0, got {temperature}")
         self.embed_dim = embed_dim
         self.temperature = temperature
         self.scale = scale
+        self.offset = offset
 
     def forward(self, padding_mask: Tensor) -> Tensor:
         """Encode every cell of a feature map.
@@ -66,8 +79,9 @@ class PositionEmbeddingSine(nn.Module):
     def _encode_axis(self, index: Tensor, dim: int) -> Tensor:
         """1-based cell indices (N, H, W) along ``dim`` -> (N, H, W, embed_dim / 2)."""
         extent = index.narrow(dim, index.shape[dim] - 1, 1)
-        angle = (index - 0.5) / (extent + 1e-6) * self.scale
+        angle = (index + self.offset) / (extent + 1e-6) * self.scale
         return sine_embedding(angle, self.embed_dim // 2, self.temperature)
 
     def extra_repr(self) -> str:
-        return f"embed_dim={self.embed_dim}, temperature={self.temperature}, scale={self.scale:.4f}"
+        shape = f"temperature={self.temperature}, scale={self.scale:.4f}, offset={self.offset}"
+        return f"embed_dim={self.embed_dim}, {shape}"

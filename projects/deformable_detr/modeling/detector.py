@@ -87,7 +87,9 @@ class SetPredictionDetector(nn.Module):
         node = project_node(cfg)
         return {
             "backbone": build_backbone(cfg),
-            "position_embedding": PositionEmbeddingSine(node.HIDDEN_DIM),
+            "position_embedding": PositionEmbeddingSine(
+                node.HIDDEN_DIM, temperature=node.POSITION_TEMPERATURE, offset=node.POSITION_OFFSET
+            ),
             "num_classes": node.NUM_CLASSES,
             "num_queries": node.NUM_QUERIES,
             "test_topk_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
