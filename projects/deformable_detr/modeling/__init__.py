@@ -1,4 +1,5 @@
 from .backbone import MultiScaleBackbone, build_multi_scale_backbone, dilate_res5
+from .classification import FocalClassification, SoftmaxClassification
 from .criterion import SetCriterion
 from .deformable_detr import DeformableDETR
 from .detector import SetPredictionDetector
@@ -9,10 +10,12 @@ from .transformer import DeformableTransformer
 __all__ = [
     "DeformableDETR",
     "DeformableTransformer",
+    "FocalClassification",
     "HungarianMatcher",
     "MultiScaleBackbone",
     "SetCriterion",
     "SetPredictionDetector",
+    "SoftmaxClassification",
     "build_multi_scale_backbone",
     "dilate_res5",
     "prepare_for_inference",

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from ..layers.precision import at_least_float32
+from .classification import Classification, FocalClassification
 from .denoising import fixed_matches
-from .focal_loss import matched_focal_loss
 from .matcher import HungarianMatcher, Match, Predictions, Target
 
 
 class SetCriterion(nn.Module):
-    """Focal classification, L1 and GIoU losses of predictions matched to ground truth.
+    """Classification, L1 and GIoU losses of predictions matched to ground truth.
 
     In training mode, inside of one of Detectron2's event storages, the last layer's ``class_error`` and
     ``cardinality_error`` are logged there; see :func:`matching_errors`.
@@ -33,12 +33,13 @@ class SetCriterion(nn.Module):
         matcher: pairs predictions with ground truth.
         class_weight, bbox_weight, giou_weight: weights of the three losses.
         focal_alpha, focal_gamma: of the focal loss.
+        classification: the classification loss; None: the focal loss, of these two.
         aux_loss: also supervise all decoder layers before the last, each with its own matching.
         one2many_repeat: one-to-many queries that each object is matched with (H-DETR, arXiv 2207.13080, section 3).
         one2many_weight: factor of their losses.
 
     Raises:
-        ValueError: if the repetition is below 1, or its weight not positive.
+        ValueError: if the repetition is below 1, or its weight not positive; if the matcher reads logits otherwise.
     """
 
     def __init__(
@@ -53,8 +54,15 @@ class SetCriterion(nn.Module):
         aux_loss: bool = True,
         one2many_repeat: int = 6,
         one2many_weight: float = 1.0,
+        classification: Classification | None = None,
     ) -> None:
         super().__init__()
+        classification = classification or FocalClassification(focal_alpha, focal_gamma)
+        if type(matcher.classification) is not type(classification):
+            raise ValueError(
+                f"matcher and criterion must have the same classification, got {matcher.classification} and "
+                f"{classification}"
+            )
         if one2many_repeat < 1:
             raise ValueError(f"one2many_repeat must be at least 1, got {one2many_repeat}")
         if not 0 < one2many_weight < math.inf:
@@ -63,33 +71,38 @@ class SetCriterion(nn.Module):
         self.class_weight = class_weight
         self.bbox_weight = bbox_weight
         self.giou_weight = giou_weight
-        self.focal_alpha = focal_alpha
-        self.focal_gamma = focal_gamma
+        self.classification = classification
         self.aux_loss = aux_loss
         self.one2many_repeat = one2many_repeat
         self.one2many_weight = one2many_weight
         self._num_objects: float | None = None
+        self._num_images: int | None = None
 
     @contextmanager
-    def normalise_by(self, num_objects: float) -> Iterator[None]:
-        """Within the context divide losses by ``num_objects`` and not by the batch's own number of objects.
+    def normalise_by(self, num_objects: float, num_images: int | None = None) -> Iterator[None]:
+        """Within the context divide losses by what a whole step holds and not by what the batch does.
 
         With it the losses of the micro-batches of one accumulated step sum to the losses of the whole batch.
 
         Args:
             num_objects: objects of this process in the whole step; averaged over processes and kept at least 1, as
                 the batch's own number is.
+            num_images: images of this process in the whole step. A cross-entropy needs them, as it is a mean over all
+                predictions; it takes each object to be matched.
 
         Raises:
-            ValueError: if it is negative or not finite.
+            ValueError: if a number of objects is negative or not finite, or images are needed and not given.
         """
         if not 0 <= num_objects < math.inf:
             raise ValueError(f"num_objects must be finite and at least 0, got {num_objects}")
-        before, self._num_objects = self._num_objects, float(num_objects)
+        if num_images is None and not isinstance(self.classification, FocalClassification):
+            raise ValueError(f"num_images must be given for {self.classification}")
+        before = self._num_objects, self._num_images
+        self._num_objects, self._num_images = float(num_objects), num_images
         try:
             yield
         finally:
-            self._num_objects = before
+            self._num_objects, self._num_images = before
 
     def forward(self, outputs: dict[str, Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Compute all losses.
@@ -113,7 +126,8 @@ class SetCriterion(nn.Module):
         losses = self._losses(groups, matches, targets)
         storage = _active_storage() if self.training else None
         if storage is not None:
-            errors = matching_errors(groups[0].predictions.logits[-1], targets, matches[0][-1])
+            logits = groups[0].predictions.logits[-1]
+            errors = matching_errors(logits, targets, matches[0][-1], classification=self.classification)
             for name, value in zip(("class_error", "cardinality_error"), errors.tolist(), strict=True):
                 storage.put_scalar(name, value)
         return losses
@@ -154,24 +168,23 @@ class SetCriterion(nn.Module):
         """Losses of all layers of all groups, each name with a suffix per layer."""
         labels = torch.cat([t["labels"] for t in targets])
         target_boxes = at_least_float32(torch.cat([t["boxes"] for t in targets]))
-        focal, matched, wanted = [], [], []
-        for group, group_matches in zip(groups, matches, strict=True):
+        num_objects = self._num_objects_per_process(targets, target_boxes.device)
+        num_boxes = [group.num_boxes(num_objects).expand(len(group.suffixes)) for group in groups]
+        class_losses, class_normalisers, matched, wanted = [], [], [], []
+        for group, group_matches, number in zip(groups, matches, num_boxes, strict=True):
             logits, boxes = group.predictions.logits, group.predictions.boxes
             queries, objects = _flat_indices(group_matches, targets, num_queries=boxes.shape[2], device=boxes.device)
             classes = 0 if group.is_agnostic else labels[objects]
-            positives = queries * logits.shape[-1] + classes
-            focal.append(
-                matched_focal_loss(logits.flatten(1), positives, alpha=self.focal_alpha, gamma=self.focal_gamma)
-            )
+            class_losses.append(self.classification.loss(logits, queries, classes))
+            class_normalisers.append(self._class_normaliser(number, logits, queries))
             matched.append(at_least_float32(boxes.flatten(1, 2).gather(1, queries[..., None].expand(-1, -1, 4))))
             wanted.append(target_boxes[objects].to(matched[-1].dtype))
         l1, giou = _box_losses(matched, wanted)
-        num_objects = self._num_objects_per_process(targets, target_boxes.device)
-        num_boxes = torch.cat([group.num_boxes(num_objects).expand(len(group.suffixes)) for group in groups])
+        box_normaliser = torch.cat(num_boxes)
         weighted = {
-            "loss_ce": torch.cat(focal) * (self.class_weight / num_boxes),
-            "loss_bbox": l1 * (self.bbox_weight / num_boxes),
-            "loss_giou": giou * (self.giou_weight / num_boxes),
+            "loss_ce": torch.cat(class_losses) * (self.class_weight / torch.cat(class_normalisers)),
+            "loss_bbox": l1 * (self.bbox_weight / box_normaliser),
+            "loss_giou": giou * (self.giou_weight / box_normaliser),
         }
         suffixes = [suffix for group in groups for suffix in group.suffixes]
         return {
@@ -179,6 +192,12 @@ class SetCriterion(nn.Module):
             for name, values in weighted.items()
             for suffix, value in zip(suffixes, values.unbind(), strict=True)
         }
+
+    def _class_normaliser(self, num_boxes: Tensor, logits: Tensor, queries: Tensor) -> Tensor:
+        """Return what the classification loss of every layer of a group is divided by, (Ld,)."""
+        images = logits.shape[1] if self._num_images is None else self._num_images
+        matched = queries.shape[1] if self._num_images is None else self._num_objects
+        return self.classification.normaliser(num_boxes, predictions=images * logits.shape[2], matched=matched)
 
     def _num_objects_per_process(self, targets: Sequence[Target], device: torch.device) -> Tensor:
         """Objects per process over the whole distributed batch."""
@@ -245,7 +264,13 @@ def _box_losses(matched: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[Te
 
 
 @torch.no_grad()
-def matching_errors(logits: Tensor, targets: Sequence[Target], matches: Sequence[Match]) -> Tensor:
+def matching_errors(
+    logits: Tensor,
+    targets: Sequence[Target],
+    matches: Sequence[Match],
+    *,
+    classification: Classification | None = None,
+) -> Tensor:
     """DETR's two measures of progress, for logging only.
 
     DETR counts a query as a detection if its best class is not the last one, "no object". Deformable DETR has no such
@@ -255,15 +280,16 @@ def matching_errors(logits: Tensor, targets: Sequence[Target], matches: Sequence
         logits: (N, Lq, K) of one layer.
         targets: per image "labels" (n,).
         matches: per image indices of matched queries and of their targets.
+        classification: how the logits are read; None: as sigmoids.
 
     Returns:
         (2,) float32: percentage of matched queries whose best class is not their object's (0 without objects), and
         mean absolute difference of the numbers of detections and objects of an image.
     """
-    best, predicted = logits.max(-1)
+    predicted = logits.argmax(-1)
     queries, objects = _flat_indices([matches], targets, num_queries=logits.shape[1], device=logits.device)
     wrong = predicted.flatten()[queries] != torch.cat([t["labels"] for t in targets])[objects]
-    detections = (best > 0).sum(1)
+    detections = (classification or FocalClassification()).is_detection(logits).sum(1)
     present = torch.tensor([len(t["labels"]) for t in targets]).to(logits.device, non_blocking=True)
     return torch.stack((100.0 * wrong.sum() / max(1, wrong.numel()), (detections - present).abs().float().mean()))
 

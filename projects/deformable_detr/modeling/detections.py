@@ -46,6 +46,22 @@ def select_detections(logits: Tensor, boxes: Tensor, limit: int) -> Detections:
     return Detections(corners, scores, index % num_classes, queries)
 
 
+def select_one_per_query(scores: Tensor, boxes: Tensor, limit: int) -> Detections:
+    """Select the queries whose best classes have the highest scores, as DETR's evaluation does: each query once.
+
+    Boxes are neither clipped nor filtered, as in :func:`select_detections`.
+
+    Args:
+        scores: (N, Lq, K) of the classes, without "no object".
+        boxes: (N, Lq, 4) cxcywh in [0, 1].
+        limit: largest k.
+    """
+    best, labels = scores.max(-1)
+    best, queries = best.topk(min(limit, best.shape[1]), dim=1)
+    corners = box_convert(boxes.float(), "cxcywh", "xyxy").gather(1, queries[..., None].expand(-1, -1, 4))
+    return Detections(corners, best, labels.gather(1, queries), queries)
+
+
 def to_instances(
     boxes: Tensor, scores: Tensor, labels: Tensor, sizes: Sequence[tuple[int, int]]
 ) -> list[dict[str, Instances]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou
 
 from ..layers.tuned import PAIRS_AT_ONCE, at_once, in_pieces
+from .classification import Classification, FocalClassification
 
 Target = dict[str, Tensor]
 Match = tuple[Tensor, Tensor]
@@ -37,11 +38,12 @@ class Predictions(NamedTuple):
 
 
 class HungarianMatcher(nn.Module):
-    """Cheapest bipartite matching under focal, L1 and GIoU costs (Deformable DETR's variant of DETR eq. 1).
+    """Cheapest bipartite matching under classification, L1 and GIoU costs (DETR eq. 1 and Deformable DETR's variant).
 
     Args:
         cost_class, cost_bbox, cost_giou: weights of the terms; at least one must not be 0.
         focal_alpha, focal_gamma: of the focal classification cost.
+        classification: of the classification cost; None: focal, of these two.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class HungarianMatcher(nn.Module):
         cost_giou: float = 2.0,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
+        classification: Classification | None = None,
     ) -> None:
         super().__init__()
         if cost_class == cost_bbox == cost_giou == 0:
@@ -59,8 +62,7 @@ class HungarianMatcher(nn.Module):
         self.cost_class = cost_class
         self.cost_bbox = cost_bbox
         self.cost_giou = cost_giou
-        self.focal_alpha = focal_alpha
-        self.focal_gamma = focal_gamma
+        self.classification = classification or FocalClassification(focal_alpha, focal_gamma)
 
     def forward(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Target]) -> list[Match]:
         """Match the predictions of one layer, every image on its own.
@@ -122,11 +124,8 @@ class HungarianMatcher(nn.Module):
 
     def _pair_costs(self, logits: Tensor, boxes: Tensor, corners: Tensor, objects: "_Objects") -> Tensor:
         """Logits (R, K), boxes (R, 4), corners (R, 4) -> (R, n)."""
-        prob = (logits if logits.shape[1] == 1 else logits[:, objects.labels]).float().sigmoid()
-        negative = (1 - self.focal_alpha) * prob**self.focal_gamma * -(1 - prob + 1e-8).log()
-        positive = self.focal_alpha * (1 - prob) ** self.focal_gamma * -(prob + 1e-8).log()
         cost = torch.cdist(boxes.float(), objects.boxes, p=1).mul_(self.cost_bbox)
-        cost += self.cost_class * (positive - negative)
+        cost += self.cost_class * self.classification.cost(logits, objects.labels)
         return cost.sub_(generalized_box_iou(corners, objects.corners), alpha=self.cost_giou)
 
     def extra_repr(self) -> str:

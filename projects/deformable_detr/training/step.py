@@ -82,7 +82,9 @@ class Step:
         return totals
 
     def _normaliser(self, model: nn.Module) -> AbstractContextManager:
-        return nullcontext() if self.accumulation_steps == 1 else unwrap(model).criterion.normalise_by(self.num_objects)
+        if self.accumulation_steps == 1:
+            return nullcontext()
+        return unwrap(model).criterion.normalise_by(self.num_objects, len(self.batch))
 
 
 def _no_synchronisation(model: nn.Module, *, active: bool) -> AbstractContextManager:
