@@ -20,6 +20,7 @@ import deformable_detr
 from deformable_detr import add_deformable_detr_config, load_config
 from deformable_detr.config import KEYS
 from deformable_detr.data.augmentation import augmentation_from_config
+from deformable_detr.modeling import FocalClassification, SoftmaxClassification
 from deformable_detr.solver import build_optimizer
 from deformable_detr.training.settings import TrainingSettings
 
@@ -318,7 +319,7 @@ def test_every_key_changes_the_model(key):
 # Twins
 
 
-PLAIN = (bool, int, float, str, tuple, type(None))
+PLAIN = (bool, int, float, str, tuple, type(None), FocalClassification, SoftmaxClassification)
 
 
 def facts(model: nn.Module) -> tuple[dict, dict]:
