@@ -8,7 +8,8 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     cfg.MODEL.DEFORMABLE_DETR = CfgNode()
     node = cfg.MODEL.DEFORMABLE_DETR
 
-    # Registered backbone under MultiScaleBackbone, its outputs (finest first), and the number of levels L.
+    # Registered backbone under MultiScaleBackbone, its outputs (finest first; names or strides), and the number of
+    # levels L.
     node.BOTTOM_UP = "build_resnet_backbone"
     node.IN_FEATURES = ["res3", "res4", "res5"]
     node.NUM_FEATURE_LEVELS = 4
@@ -52,6 +53,8 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     node.COST_L1 = 5.0
     node.COST_GIOU = 2.0
 
+    _add_backbones(cfg.MODEL)
+
     # AdamW with these factors on SOLVER.BASE_LR: for the backbone, and for the layers that produce locations
     # (sampling_offsets, reference_points).
     cfg.SOLVER.setdefault("OPTIMIZER", "ADAMW")
@@ -80,3 +83,19 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     cfg.TEST.setdefault("BEST_METRIC", "")
     # Also evaluate the predictions of every decoder layer.
     cfg.TEST.setdefault("PER_LAYER_AP", False)
+
+
+def _add_backbones(model: CfgNode) -> None:
+    """Add the keys of backbones for which Detectron2 has none; those of another project are kept."""
+    # Swin-T, under the names that Mask2Former has for these keys.
+    swin = {"EMBED_DIM": 96, "DEPTHS": [2, 2, 6, 2], "NUM_HEADS": [3, 6, 12, 24], "WINDOW_SIZE": 7}
+    # RegNetX-4GF.
+    regnet = {"DEPTH": 23, "W_A": 38.65, "W_0": 96, "W_M": 2.43, "GROUP_WIDTH": 40, "SE_RATIO": 0.0}
+    nodes = {
+        "SWIN": {**swin, "DROP_PATH_RATE": 0.2},
+        "REGNET": {**regnet, "STEM_WIDTH": 32, "NORM": "FrozenBN"},
+    }
+    for name, keys in nodes.items():
+        node = model.setdefault(name, CfgNode())
+        for key, value in keys.items():
+            node.setdefault(key, value)

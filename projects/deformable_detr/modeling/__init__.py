@@ -1,4 +1,5 @@
 from .backbone import MultiScaleBackbone, build_multi_scale_backbone, dilate_res5
+from .bottom_ups import build_regnet_backbone, build_swin, build_swin_backbone
 from .classification import FocalClassification, SoftmaxClassification
 from .criterion import SetCriterion
 from .deformable_detr import DeformableDETR
@@ -17,6 +18,9 @@ __all__ = [
     "SetPredictionDetector",
     "SoftmaxClassification",
     "build_multi_scale_backbone",
+    "build_regnet_backbone",
+    "build_swin",
+    "build_swin_backbone",
     "dilate_res5",
     "prepare_for_inference",
 ]

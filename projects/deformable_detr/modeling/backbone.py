@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..layers.tuned import in_convolution_layout
+from .features import find_features
 from .frozen_bn import fold_frozen_batch_norm
 
 # Pixels: enough for a stride of 64.
@@ -25,7 +26,7 @@ class MultiScaleBackbone(Backbone):
 
     Args:
         bottom_up: the backbone that computes ``in_features``.
-        in_features: names of its outputs, finest first.
+        in_features: its outputs, finest first, by name or by stride.
         hidden_dim: channels of every output level.
         num_feature_levels: number L of output levels, at least ``len(in_features)``.
     """
@@ -34,15 +35,13 @@ class MultiScaleBackbone(Backbone):
         self,
         bottom_up: Backbone,
         *,
-        in_features: Sequence[str] = ("res3", "res4", "res5"),
+        in_features: Sequence[str | int] = ("res3", "res4", "res5"),
         hidden_dim: int = 256,
         num_feature_levels: int = 4,
     ) -> None:
         super().__init__()
         shapes = bottom_up.output_shape()
-        missing = [name for name in in_features if name not in shapes]
-        if missing or not in_features:
-            raise ValueError(f"in_features {list(in_features)} must name outputs of the backbone: {sorted(shapes)}")
+        in_features = find_features({name: shape.stride for name, shape in shapes.items()}, in_features)
         if num_feature_levels < len(in_features):
             raise ValueError(
                 f"num_feature_levels ({num_feature_levels}) must be at least the number of in_features "
@@ -85,12 +84,10 @@ class MultiScaleBackbone(Backbone):
         return dict(zip(self._levels, levels, strict=True))
 
     def unused_parameters(self) -> list[str]:
-        """Names of trainable parameters that no level depends on: ``bottom_up`` computes more than ``in_features``.
+        """Names of trainable parameters that no level depends on, as ``bottom_up`` has more than it needs for them.
 
         Found by one pass of a small image, which leaves batch statistics and random numbers as they were.
         """
-        if set(self.bottom_up.output_shape()) <= set(self.in_features):
-            return []
         parameters = {name: p for name, p in self.bottom_up.named_parameters() if p.requires_grad}
         device = next(self.bottom_up.parameters()).device
         multiple = self.size_divisibility or 1
