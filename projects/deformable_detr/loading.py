@@ -1,5 +1,6 @@
 """A trained model by name, configuration or output folder: where every tool beside train_net.py starts."""
 
+import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .data.datasets import get_class_names
 from .modeling import SetPredictionDetector
 from .training.checkpointer import DeformableDETRCheckpointer, last_checkpoint
 from .training.precision import DTYPES as SHORT_DTYPES
+from .wording import name_first
 
 # Of a computation, by name.
 DTYPES = {"float32": torch.float32, **SHORT_DTYPES}
@@ -77,6 +79,19 @@ def load_model(
     names = checkpointer.class_names or get_class_names(cfg) or [None] * built.num_classes
     names = [name or f"class {index}" for index, name in enumerate(names)]
     return LoadedModel(built, cfg, names, _resize(cfg))
+
+
+def class_index(name: str, class_names: Sequence[str]) -> int:
+    """Return the index of a class of the model.
+
+    Raises:
+        ValueError: the model has no such class; names close ones, or all.
+    """
+    if name in class_names:
+        return list(class_names).index(name)
+    close = difflib.get_close_matches(name, class_names, cutoff=0.75)
+    hint = f"did you mean {' or '.join(close)}" if close else f"it knows {name_first(class_names, limit=20)}"
+    raise ValueError(f"class {name!r} is not one of the model's {len(class_names)} classes: {hint}")
 
 
 def build_model(cfg: CfgNode | DictConfig, device: str | torch.device = "cpu") -> SetPredictionDetector:

@@ -1,6 +1,11 @@
 """A tiny random model behind every door of the room, and files to look at."""
 
-from collections.abc import Callable, Sequence
+import functools
+import http.server
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import cv2
@@ -48,3 +53,53 @@ def write_video(path: Path, frames: Sequence[np.ndarray], *, codec: str = "mp4v"
     for frame in frames:
         writer.write(np.ascontiguousarray(frame[:, :, ::-1]))
     writer.release()
+
+
+def gray(level: int) -> np.ndarray:
+    """An image (48, 64, 3) of one gray."""
+    return np.full((48, 64, 3), level, np.uint8)
+
+
+@contextmanager
+def serve(handler: Callable) -> Iterator[str]:
+    """Answer requests on this machine; yields the address, without a slash at its end."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def serve_folder(folder: Path) -> AbstractContextManager[str]:
+    """As :func:`serve`, with the files of a folder."""
+    return serve(functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder)))
+
+
+class MjpegHandler(http.server.BaseHTTPRequestHandler):
+    """Sends images as cameras in a network do: one JPEG after the other in one answer, which does not end by itself."""
+
+    frames: Sequence[np.ndarray] = ()
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+        self.end_headers()
+        for frame in self.frames:
+            jpeg = cv2.imencode(".jpg", frame)[1].tobytes()
+            head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
+            try:
+                self.wfile.write(head.encode() + jpeg + b"\r\n")
+            except OSError:  # Whoever looked at it went away.
+                return
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def mjpeg_server() -> Iterator[Callable[[Sequence[np.ndarray]], str]]:
+    """A function (images) -> address at which they are sent as a stream, without a suffix that would tell."""
+    with ExitStack() as stack:
+
+        def start(frames: Sequence[np.ndarray]) -> str:
+            handler = type("Handler", (MjpegHandler,), {"frames": frames})
+            return f"{stack.enter_context(serve(handler))}/video"
+
+        yield start

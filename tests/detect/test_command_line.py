@@ -1,9 +1,7 @@
 """``python -m deformable_detr.detect``, in process."""
 
-import functools
-import http.server
+import csv
 import json
-import threading
 
 import numpy as np
 import pytest
@@ -12,10 +10,11 @@ from pycocotools.coco import COCO
 
 from deformable_detr.cli import run
 from deformable_detr.detect import __main__ as command
+from deformable_detr.detect import job
 from deformable_detr.detect import predictor as predictor_module
-from deformable_detr.detect.video import VideoReader, VideoWriter
+from deformable_detr.detect.video import VideoError, VideoReader, VideoWriter
 
-from .conftest import write_video
+from .conftest import gray, serve_folder, write_video
 
 
 @pytest.fixture
@@ -107,12 +106,8 @@ def test_a_picture_that_cannot_be_written_is_counted(detect, photos, tmp_path, c
 
 
 def test_images_at_addresses_are_fetched_and_missing_ones_named(detect, photos, tmp_path, capsys):
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(photos))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
+    with serve_folder(photos) as address:
         assert detect(f"{address}/y.jpg", f"{address}/none.jpg", (photos / "a" / "x.png").as_uri()) == 1
-        server.shutdown()
     assert f"cannot read image {address}/none.jpg: HTTP Error 404" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["x.png", "y.jpg"]
 
@@ -186,15 +181,117 @@ def test_a_video_that_cannot_be_written_is_named(detect, pixels, tmp_path, capsy
     assert f"cannot write {tmp_path}/out/clip.mp4: this OpenCV writes none" in capsys.readouterr().err
 
 
+def test_crops_texts_and_a_table_stand_beside_the_pictures(detect, photos, tmp_path, pixels):
+    Image.fromarray(pixels).save(photos / "y.png")
+    inputs = [photos / "y.jpg", photos / "y.png"]
+    assert detect(*inputs, "--crops", "--txt", "--csv", "--json", "--score", "0", "--batch-size", "2") == 0
+    out = tmp_path / "out"
+    found = json.loads((out / "detections.json").read_text())
+    names = {category["id"]: category["name"] for category in found["categories"]}
+    assert (out / "classes.txt").read_text().splitlines() == list(names.values())
+    labels = sorted(str(path.relative_to(out / "labels")) for path in (out / "labels").rglob("*.txt"))
+    assert labels == ["y.txt", "y_2.txt"]
+    with (out / "detections.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    best = found["annotations"][0]
+    assert len(rows) == len(found["annotations"]) == 200
+    assert (rows[0]["file_name"], rows[0]["frame_index"]) == (str(photos / "y.jpg"), "")
+    assert rows[0]["category"] == names[best["category_id"]]
+    assert [float(rows[0][key]) for key in ("score", "x", "y", "width", "height")] == [best["score"], *best["bbox"]]
+    label, *box, score = (out / "labels" / "y.txt").read_text().splitlines()[0].split()
+    assert list(names.values())[int(label)] == rows[0]["category"] and float(score) == best["score"]
+    x, y, width, height = best["bbox"]
+    centre = [(x + width / 2) / 60, (y + height / 2) / 40, width / 60, height / 40]
+    assert list(map(float, box)) == pytest.approx(centre, abs=1e-4)
+    crops = list((out / "crops").rglob("*.*"))
+    assert len(crops) == 200 and {path.suffix for path in crops} == {".jpg", ".png"}
+    assert (out / "crops" / rows[0]["category"] / "y_1.jpg").is_file()
+
+
+def test_only_chosen_classes_are_shown_and_a_misspelt_one_gets_the_nearest(detect, photos, tmp_path, capsys):
+    chosen = [name for name in predictor_module.COCO_CLASSES_BY_ID if name][:40]
+    assert detect(photos / "y.jpg", "--score", "0", "--csv", "--classes", *chosen) == 0
+    with (tmp_path / "out" / "detections.csv").open(newline="") as file:
+        shown = {row["category"] for row in csv.DictReader(file)}
+    assert shown and shown <= set(chosen)
+    with pytest.raises(SystemExit) as caught:
+        detect(photos / "y.jpg", "--classes", "person", "dining tabel")
+    assert caught.value.code == 2
+    assert "class 'dining tabel' is not one of the model's 80 classes: did you mean dining table" in (
+        capsys.readouterr().err
+    )
+
+
+def test_files_of_frames_are_named_after_the_video_and_the_frame(detect, pixels, tmp_path):
+    write_video(tmp_path / "clip.mp4", [pixels] * 2)
+    assert detect(tmp_path / "clip.mp4", "--crops", "--txt", "--csv", "--score", "0") == 0
+    out = tmp_path / "out"
+    assert sorted(path.name for path in (out / "labels" / "clip").iterdir()) == ["000000.txt", "000001.txt"]
+    assert len(list((out / "crops").glob("*/clip/000001_*.jpg"))) == 100
+    with (out / "detections.csv").open(newline="") as file:
+        assert [row["frame_index"] for row in csv.DictReader(file)] == ["0"] * 100 + ["1"] * 100
+
+
+class Live:
+    """Stands for a camera: frames, and then the end, an error, or Ctrl-C."""
+
+    num_frames = 0
+    fps = 10.0
+
+    def __init__(self, end=None):
+        self.end = end
+
+    def __iter__(self):
+        yield from [gray(50)] * 3
+        if self.end:
+            raise self.end
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt])
+def test_a_camera_is_recorded_until_it_ends_or_somebody_stops_it(end, detect, tmp_path, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr(job, "open_live", lambda path: opened.append(path) or Live(end))
+    assert detect("0", "--json", "--score", "0") == 0
+    assert opened == ["0"]
+    images = json.loads((tmp_path / "out" / "detections.json").read_text())["images"]
+    assert [(image["file_name"], image["frame_index"]) for image in images] == [("camera_0", i) for i in range(3)]
+    assert len(list(VideoReader(str(tmp_path / "out" / "camera_0.mp4")))) >= 1
+    captured = capsys.readouterr()
+    assert "camera_0: Ctrl-C ends it" in captured.err
+    assert captured.out.splitlines()[-1] == "300 detections in 0 images, 3 video frames"
+
+
+def test_a_live_source_is_left_after_its_time_and_one_that_fails_is_named(detect, monkeypatch, capsys):
+    monkeypatch.setattr(job, "open_live", lambda path: Live(VideoError("it is gone")) if path == "1" else Live())
+    clock = iter([0.0, 1.0, 1.9, 2.0])
+    monkeypatch.setattr(job, "monotonic", lambda: next(clock))
+    assert detect("0", "--seconds", "2") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "0 detections in 0 images, 2 video frames"
+    monkeypatch.setattr(job, "monotonic", lambda: 0.0)
+    assert detect("1", "--seconds", "2") == 1
+    captured = capsys.readouterr()
+    assert "video camera_1: it is gone" in captured.err and "Ctrl-C" not in captured.err
+    assert captured.out.splitlines()[-1] == "0 detections in 0 images, 3 video frames, 1 failure"
+
+
+def test_a_stream_in_the_network_is_annotated(detect, mjpeg_server, tmp_path, capsys):
+    assert detect(mjpeg_server([gray(100)] * 4), "--seconds", "60") == 0
+    assert (tmp_path / "out" / "video.mp4").is_file()
+    assert "video frame" in capsys.readouterr().out
+
+
 def test_detections_so_far_are_saved_when_somebody_stops_the_run(detect, photos, tmp_path, monkeypatch):
-    original = command.save_image
+    original = job.save_image
 
     def stop_at_the_second(rgb, path):
         if path.parent.name == "a":
             raise KeyboardInterrupt
         original(rgb, path)
 
-    monkeypatch.setattr(command, "save_image", stop_at_the_second)
+    monkeypatch.setattr(job, "save_image", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         detect(photos, "--json")
     images = json.loads((tmp_path / "out" / "detections.json").read_text())["images"]
@@ -207,6 +304,7 @@ def test_detections_so_far_are_saved_when_somebody_stops_the_run(detect, photos,
         (["--model", "deformable_detr_R_51"], "deformable_detr_R_50_two_stage"),
         (["--model", "nowhere.yaml"], "there is no configuration file 'nowhere.yaml'"),
         (["--model", "deformable_detr_R_50", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--model", "deformable_detr_R_50", "--seconds", "0"], "--seconds must be above 0, got 0"),
     ],
 )
 def test_arguments_that_cannot_be_obeyed_are_named(photos, tmp_path, arguments, message, capsys):

@@ -1,13 +1,11 @@
 """What arguments name, and where results go."""
 
-import functools
-import http.server
 import os
-import threading
 from pathlib import Path
 
 import pytest
 
+from deformable_detr.detect import inputs
 from deformable_detr.detect.inputs import (
     Source,
     SourceError,
@@ -17,6 +15,8 @@ from deformable_detr.detect.inputs import (
     without_repetitions,
 )
 
+from .conftest import gray, serve_folder
+
 OUT = Path("out")
 
 
@@ -25,6 +25,10 @@ def touch(folder: Path, *names: str) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x")
     return folder
+
+
+def unreachable(*_, **__):
+    raise OSError("no network")
 
 
 def images(*paths: str) -> list[Source]:
@@ -63,8 +67,53 @@ def test_a_folder_without_images_is_named_with_what_was_looked_for(tmp_path):
         ("http://host/", "image", False),
     ],
 )
-def test_a_file_is_an_image_unless_it_has_the_suffix_of_a_video(argument, name, is_video):
+def test_a_file_is_an_image_unless_it_has_the_suffix_of_a_video(argument, name, is_video, monkeypatch):
+    monkeypatch.setattr(inputs, "urlopen", unreachable)
     assert find_sources(argument, output=OUT) == [Source(argument, name, is_video)]
+
+
+@pytest.mark.parametrize(
+    "argument, name",
+    [
+        ("0", "camera_0"),
+        ("12", "camera_12"),
+        ("screen", "screen"),
+        ("rtsp://host:554/stream1?x=1", "stream1"),
+        ("RTSP://host", "host"),
+        ("udp://@:5000", "stream"),
+        ("http://host/live/index.m3u8", "index.m3u8"),
+        ("https://host/video.mjpg", "video.mjpg"),
+    ],
+)
+def test_cameras_streams_and_the_screen_are_live(argument, name, monkeypatch):
+    monkeypatch.setattr(inputs, "urlopen", lambda *_, **__: pytest.fail("asked a server for what the address tells"))
+    assert find_sources(argument, output=OUT) == [Source(argument, name, is_video=True, is_live=True)]
+
+
+def test_a_file_or_folder_with_the_name_of_a_camera_or_the_screen_is_that_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(touch(tmp_path, "0", "screen/a.png"))
+    assert find_sources("0", output=OUT) == [Source("0", "0", False)]
+    assert [source.name for source in find_sources("screen", output=OUT)] == ["a.png"]
+
+
+def test_the_server_says_whether_an_address_without_a_suffix_is_a_stream(mjpeg_server, tmp_path):
+    address = mjpeg_server([gray(100)])
+    assert find_sources(address, output=OUT) == [Source(address, "video", is_video=True, is_live=True)]
+    with serve_folder(touch(tmp_path, "photo")) as server:
+        for name in ("photo", "missing"):
+            assert find_sources(f"{server}/{name}", output=OUT) == [Source(f"{server}/{name}", name, False)]
+
+
+@pytest.mark.parametrize(
+    "path, title",
+    [
+        ("rtsp://me:secret@host:554/a@b?c=d", "rtsp://host:554/a@b?c=d"),
+        ("http://host/a@b.jpg", "http://host/a@b.jpg"),
+        ("me@home/a.jpg", "me@home/a.jpg"),
+    ],
+)
+def test_passwords_in_addresses_are_not_told(path, title):
+    assert Source(path, "a", False).title == title
 
 
 def test_a_file_that_is_named_twice_is_looked_at_once(tmp_path):
@@ -99,13 +148,10 @@ def test_an_address_of_a_file_is_that_file(tmp_path):
 
 
 def test_a_download_is_not_kept(tmp_path):
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/a.jpg"
+    with serve_folder(tmp_path) as server:
+        address = f"{server}/a.jpg"
         for content in (b"first", b"second"):
             (tmp_path / "a.jpg").write_bytes(content)
             with local_file(address) as local:
                 assert Path(local).read_bytes() == content
             assert not os.path.exists(local)
-        server.shutdown()

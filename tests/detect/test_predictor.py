@@ -50,6 +50,18 @@ def test_images_of_equal_size_share_a_batch(tiny_model, monkeypatch):
     assert sizes == [2, 1, 2]
 
 
+def test_chosen_classes_are_those_of_all_and_unknown_ones_are_refused(tiny_model, pixels):
+    everything = as_rows(Predictor(tiny_model, score_threshold=0.0)(pixels))
+    first, second = everything[:, 5].unique()[:2].int().tolist()
+    names = [tiny_model.class_names[second], tiny_model.class_names[first]]
+    chosen = as_rows(Predictor(tiny_model, score_threshold=0.0, classes=names)(pixels))
+    is_chosen = (everything[:, 5] == first) | (everything[:, 5] == second)
+    assert torch.equal(chosen, everything[is_chosen]) and 0 < len(chosen) < len(everything)
+    assert len(Predictor(tiny_model, score_threshold=0.0, classes=[])(pixels)) == 0
+    with pytest.raises(ValueError, match="class 'zebar' is not one of .* did you mean zebra"):
+        Predictor(tiny_model, classes=["zebar"])
+
+
 def test_no_image_gives_no_result(tiny_model):
     assert Predictor(tiny_model)([]) == []
 

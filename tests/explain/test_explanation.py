@@ -14,8 +14,9 @@ from deformable_detr.cli import run as run_command
 from deformable_detr.detect import prepare_image, read_image
 from deformable_detr.explain import Truth, draw_explanation, explain, record, write_page
 from deformable_detr.explain.__main__ import main
-from deformable_detr.explain.selection import Detection, class_index, rank_detections
+from deformable_detr.explain.selection import Detection, rank_detections
 from deformable_detr.explain.truth import match_truth, read_truth
+from deformable_detr.loading import class_index
 from deformable_detr.modeling import HungarianMatcher
 
 from .conftest import VARIANTS

@@ -1,5 +1,6 @@
-"""What the command line is asked to look at: files, folders, addresses; and where each result goes."""
+"""What the command line is asked to look at: files, folders, addresses, cameras; and where each result goes."""
 
+import http.client
 import os
 import shutil
 import tempfile
@@ -8,13 +9,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
-from urllib.request import url2pathname
+from urllib.request import url2pathname, urlopen
 
 from detectron2.utils.file_io import PathManager
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".pnm", ".ppm")
 IMAGE_SUFFIXES += (".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+# What has no end of its own, unless a file of this name exists: a camera is named by its number.
+SCREEN = "screen"
+_STREAM_SCHEMES = ("mms", "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp")
+_STREAM_SUFFIXES = (".m3u8", ".mjpeg", ".mjpg", ".mpd")
+# What servers call streams whose address does not tell.
+_STREAM_TYPES = ("application/dash+xml", "application/vnd.apple.mpegurl", "application/x-mpegurl")
+_STREAM_TYPES += ("multipart/mixed", "multipart/x-mixed-replace")
+_PATIENCE = 10  # s, for a server to tell the type
 # Pictures are written as JPEG where they came as such, and without loss where not.
 _JPEG_SUFFIXES = (".jfif", ".jpe", ".jpeg", ".jpg")
 
@@ -25,21 +34,36 @@ class SourceError(OSError):
 
 @dataclass(frozen=True)
 class Source:
-    """One image or video.
+    """One image or video, or a camera, stream or screen.
 
     Attributes:
-        path: a file, or an address.
+        path: a file, an address, the number of a camera, or "screen".
         name: relative to the folder that was given, or the file's own name; with "/" between folders.
-        is_video: by its suffix.
+        is_video: by its suffix, or as it is live.
+        is_live: a camera, a stream or the screen.
     """
 
     path: str
     name: str
     is_video: bool
+    is_live: bool = False
+
+    @property
+    def title(self) -> str:
+        """The path, or what is live, for people and for results; without the password that an address may carry."""
+        if "://" not in self.path:
+            return self.name if self.is_live else self.path
+        netloc = urlsplit(self.path).netloc
+        if "@" not in netloc:
+            return self.path
+        return urlsplit(self.path)._replace(netloc=netloc.rpartition("@")[2]).geturl()
 
 
 def find_sources(argument: str, *, output: Path) -> list[Source]:
     """All images and videos that one argument names, sorted; a folder is searched with all folders below it.
+
+    Numbers are cameras and "screen" is the screen, unless there is a file or folder of that name. Of an address with
+    neither the suffix of an image nor of a video its server is asked whether it is a stream.
 
     Hidden files and folders are left out, and so is ``output`` where it lies within the folder: it holds the
     annotated pictures of the run before.
@@ -47,8 +71,10 @@ def find_sources(argument: str, *, output: Path) -> list[Source]:
     Raises:
         SourceError: if a folder holds no image and no video, or cannot be listed.
     """
+    if live := _live_source(argument):
+        return [live]
     if not os.path.isdir(argument):
-        name = PurePosixPath(unquote(urlsplit(argument).path)).name if "://" in argument else os.path.basename(argument)
+        name = _address_name(argument) if "://" in argument else os.path.basename(argument)
         return [Source(argument, name or "image", _suffix(name) in VIDEO_SUFFIXES)]
     found = []
     for folder, folders, files in os.walk(argument, onerror=_raise):
@@ -79,19 +105,26 @@ def name_outputs(sources: Sequence[Source], output: Path) -> list[Path]:
         SourceError: if one would be written over a source.
     """
     inputs = {_identity(source.path) for source in sources}
-    taken, paths = set(), []
+    taken: set[str] = set()
+    paths = []
     for source in sources:
-        relative = PurePosixPath(source.name)
-        suffix = ".mp4" if source.is_video else relative.suffix if _suffix(source.name) in _JPEG_SUFFIXES else ".png"
-        stem, count = relative.stem, 1
-        # Compared as a file system does that knows no capitals.
-        while (path := relative.with_name(f"{stem}{f'_{count}' * (count > 1)}{suffix}")).as_posix().casefold() in taken:
-            count += 1
-        taken.add(path.as_posix().casefold())
-        paths.append(output / path)
+        suffix = PurePosixPath(source.name).suffix if _suffix(source.name) in _JPEG_SUFFIXES else ".png"
+        name = PurePosixPath(source.name).with_suffix(".mp4" if source.is_video else suffix)
+        paths.append(output / distinct_name(name, taken))
         if _identity(str(paths[-1])) in inputs:
             raise SourceError(f"{paths[-1]} would be written over an input; choose another output folder")
     return paths
+
+
+def distinct_name(path: PurePosixPath, taken: set[str]) -> PurePosixPath:
+    """Return ``path`` or, where it is ``taken``, the first free of ``name_2``, ``name_3``, ...; and take it."""
+    stem, count = path.stem, 1
+    # Compared as a file system does that knows no capitals.
+    while path.as_posix().casefold() in taken:
+        count += 1
+        path = path.with_name(f"{stem}_{count}{path.suffix}")
+    taken.add(path.as_posix().casefold())
+    return path
 
 
 @contextmanager
@@ -109,6 +142,39 @@ def local_file(path: str | os.PathLike) -> Iterator[str]:
             yield PathManager.get_local_path(path, cache_dir=folder)
         finally:
             shutil.rmtree(folder)
+
+
+def _live_source(argument: str) -> Source | None:
+    """The camera, stream or screen that an argument names, if it names one."""
+    if os.path.exists(argument):
+        return None
+    if argument.isdecimal():
+        name = f"camera_{argument}"
+    elif "://" in argument and _is_stream(argument):
+        name = _address_name(argument) or urlsplit(argument).hostname or "stream"
+    elif argument == SCREEN:
+        name = SCREEN
+    else:
+        return None
+    return Source(argument, name, is_video=True, is_live=True)
+
+
+def _is_stream(address: str) -> bool:
+    scheme, suffix = urlsplit(address).scheme, _suffix(_address_name(address))
+    if scheme not in ("http", "https"):
+        return scheme in _STREAM_SCHEMES
+    if suffix in IMAGE_SUFFIXES + VIDEO_SUFFIXES + _STREAM_SUFFIXES:
+        return suffix in _STREAM_SUFFIXES
+    try:
+        with urlopen(address, timeout=_PATIENCE) as response:
+            return response.headers.get_content_type() in _STREAM_TYPES
+    except (OSError, ValueError, http.client.HTTPException):
+        # An image, which cannot be read; reading it tells why.
+        return False
+
+
+def _address_name(address: str) -> str:
+    return PurePosixPath(unquote(urlsplit(address).path)).name
 
 
 def _suffix(name: str) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.ops import batched_nms
 
 from ..checkpoint.classes import COCO_CLASSES_BY_ID
-from ..loading import DTYPES, LoadedModel, load_model
+from ..loading import DTYPES, LoadedModel, class_index, load_model
 from ..modeling import prepare_for_inference
 from .images import ImageSource, prepare_image, read_image
 from .results import read_best_score
@@ -38,6 +38,8 @@ class Predictor:
             evaluation of ``model``, which must then be the output folder of a training with a report.
         merge_iou: of two detections of one class that overlap by more than this IoU, only the better one is returned;
             for models that were trained briefly. None keeps all.
+        classes: names of the only classes that are returned; None returns all. They are taken out of the best
+            detections of all classes, of which an image has as many as the evaluation takes (100).
         batch_size: images of equal size that go through the model together.
         dtype: of the computation; a copy of the model has its weights in it, see
             :func:`deformable_detr.prepare_for_inference`.
@@ -50,7 +52,7 @@ class Predictor:
 
     Raises:
         FileNotFoundError, KeyError, CheckpointError: as :func:`deformable_detr.loading.load_model`.
-        ValueError: on a value that is not among those above.
+        ValueError: on a value that is not among those above; of an unknown class with the nearest one.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Predictor:
         # Input and output:
         score_threshold: float | str = 0.3,
         merge_iou: float | None = None,
+        classes: Sequence[str] | None = None,
         batch_size: int = 1,
         input_format: str = "RGB",
     ) -> None:
@@ -93,6 +96,7 @@ class Predictor:
             self.loaded = load_model(model, weights, device=device, opts=opts)
         self.score_threshold = score_threshold
         self.merge_iou = merge_iou
+        self._labels = None if classes is None else [class_index(name, self.class_names) for name in classes]
         self.batch_size = batch_size
         self.dtype = dtype
         self.input_format = input_format
@@ -184,6 +188,8 @@ class Predictor:
 
     def _select(self, instances: Instances) -> Instances:
         instances = instances[instances.scores >= self.score_threshold]
+        if self._labels is not None:
+            instances = instances[torch.isin(instances.pred_classes, torch.tensor(self._labels))]
         instances.pred_boxes.clip(instances.image_size)
         if self.merge_iou is not None:
             boxes, scores, classes = instances.pred_boxes.tensor, instances.scores, instances.pred_classes

@@ -1,5 +1,7 @@
 """Detections as a COCO-format file, and the scores from which they are worth showing."""
 
+import csv
+import io
 import json
 import os
 from collections import Counter
@@ -7,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import write_json
+from ..files import show, write_json, write_text
 from ..wording import name_first
 
 # In the output folder of a training: what its last evaluation detected, and what a report made of it.
 RESULTS = Path("inference") / "coco_instances_results.json"
 BEST_SCORES = Path("inference") / "best_scores.json"
+
+CSV_COLUMNS = ("file_name", "frame_index", "category_id", "category", "score", "x", "y", "width", "height")
 
 
 def read_best_score(folder: object) -> float:
@@ -78,7 +82,7 @@ class GroundTruthIds:
 
 
 class CocoResults:
-    """Collects detections; :meth:`save` writes them as one COCO dataset.
+    """Collects detections; :meth:`save` writes them as one COCO dataset, :meth:`save_csv` as a table.
 
     ``pycocotools.coco.COCO(file)`` reads the file, and its "annotations" are results as ``COCO(...).loadRes`` takes
     them: image_id, category_id, bbox (x, y, width, height) in pixels, score; with id, area and iscrowd beside them.
@@ -130,3 +134,16 @@ class CocoResults:
         categories = [{"id": id, "name": name} for name, id in self._categories.items()]
         content = {"images": self.images, "categories": categories, "annotations": self.annotations}
         write_json(path, content)
+
+    def save_csv(self, path: Path) -> None:
+        """Write one row per detection, below a row of ``CSV_COLUMNS``; the box in pixels."""
+        images = {image["id"]: image for image in self.images}
+        names = {id: name for name, id in self._categories.items()}
+        text = io.StringIO(newline="")
+        rows = csv.writer(text)
+        rows.writerow(CSV_COLUMNS)
+        for found in self.annotations:
+            image, category = images[found["image_id"]], found["category_id"]
+            row = [show(image["file_name"]), image.get("frame_index"), category, names[category]]
+            rows.writerow([*row, found["score"], *found["bbox"]])
+        write_text(path, text.getvalue())

@@ -11,6 +11,7 @@ import numpy as np
 # OpenCV needs no codec but its own.
 CODECS = (("mp4v", ".mp4"), ("MJPG", ".avi"))
 _DEFAULT_FPS = 25.0
+NO_FRAME = "it opens, but not one frame of it can be decoded"
 
 
 class VideoError(OSError):
@@ -18,26 +19,25 @@ class VideoError(OSError):
 
 
 class VideoReader:
-    """The frames of a video file, in order.
+    """The frames of a video file, a stream or a camera, in order.
+
+    Args:
+        source: a path, the address of a stream, or the number of a camera.
 
     Attributes:
         fps: frames per second; 25 where the file does not say.
         num_frames: as the file says, or 0; some files are wrong.
 
     Raises:
-        VideoError: if there is no such file, or no codec that opens it.
+        VideoError: if there is no such file or camera, or OpenCV cannot open it.
     """
 
-    def __init__(self, path: str) -> None:
-        if not os.path.isfile(path):
-            raise VideoError("there is no such file")
-        try:
-            path.encode()
-        except UnicodeEncodeError as error:
-            raise VideoError("OpenCV opens only file names in UTF-8; rename it") from error
-        self._capture = cv2.VideoCapture(path)
+    def __init__(self, source: str | int) -> None:
+        if isinstance(source, str) and "://" not in source:
+            _check_file(source)
+        self._capture = cv2.VideoCapture(source)
         if not self._capture.isOpened():
-            raise VideoError("no codec of this OpenCV opens it")
+            raise VideoError(_why_closed(source))
         fps = self._capture.get(cv2.CAP_PROP_FPS)
         self.fps = fps if 0 < fps < 1000 else _DEFAULT_FPS
         self.num_frames = max(int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
@@ -49,17 +49,36 @@ class VideoReader:
             VideoError: if not a single frame can be decoded.
         """
         count = 0
-        while True:
-            there, frame = self._capture.read()
-            if not there:
-                break
+        while (frame := self.read()) is not None:
             count += 1
-            yield np.ascontiguousarray(frame[:, :, ::-1])
+            yield frame
         if count == 0:
-            raise VideoError("it opens, but not one frame of it can be decoded")
+            raise VideoError(NO_FRAME)
+
+    def read(self) -> np.ndarray | None:
+        """Return the next frame, or None at the end."""
+        there, frame = self._capture.read()
+        return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) if there else None
 
     def close(self) -> None:
         self._capture.release()
+
+
+def _check_file(path: str) -> None:
+    if not os.path.isfile(path):
+        raise VideoError("there is no such file")
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise VideoError("OpenCV opens only file names in UTF-8; rename it") from error
+
+
+def _why_closed(source: str | int) -> str:
+    if isinstance(source, int):
+        return f"OpenCV opens no camera of this number; the first one is 0, and on Linux this is /dev/video{source}"
+    if "://" in source:
+        return "OpenCV opens no stream there: nothing answers, or it has no codec for what does"
+    return "no codec of this OpenCV opens it"
 
 
 class VideoWriter:

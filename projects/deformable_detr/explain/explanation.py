@@ -9,9 +9,9 @@ import numpy as np
 
 from ..detect import prepare_image, read_image
 from ..detect.images import ImageSource
-from ..loading import LoadedModel
+from ..loading import LoadedModel, class_index
 from .recorder import Recording, record
-from .selection import Detection, above_score, check_point, class_index, make_detection, rank_detections
+from .selection import Detection, above_score, check_point, make_detection, rank_detections
 from .truth import Truth, match_truth, read_truth
 
 

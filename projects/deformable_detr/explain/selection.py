@@ -1,11 +1,9 @@
 """Which queries to explain: by rank, by a pixel, by class."""
 
-import difflib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..modeling.detections import select_detections
-from ..wording import name_first
 from .recorder import Recording
 
 
@@ -64,16 +62,3 @@ def check_point(x: float, y: float, size: tuple[int, int]) -> None:
     height, width = size
     if not (0 <= x < width and 0 <= y < height):
         raise ValueError(f"point must be in the image, 0 <= x < {width} and 0 <= y < {height}, got ({x:g}, {y:g})")
-
-
-def class_index(name: str, class_names: Sequence[str]) -> int:
-    """Return the index of a class of the model.
-
-    Raises:
-        ValueError: the model has no such class; names close ones, or all.
-    """
-    if name in class_names:
-        return list(class_names).index(name)
-    close = difflib.get_close_matches(name, class_names, cutoff=0.75)
-    hint = f"did you mean {' or '.join(close)}" if close else f"it knows {name_first(class_names, limit=20)}"
-    raise ValueError(f"class {name!r} is not one of the model's {len(class_names)} classes: {hint}")

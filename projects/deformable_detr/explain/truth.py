@@ -9,9 +9,9 @@ from detectron2.structures import BoxMode
 from torchvision.ops import box_convert, box_iou
 
 from ..data.coco_format import read_coco_json
+from ..loading import class_index
 from ..modeling import HungarianMatcher
 from .recorder import Recording
-from .selection import class_index
 
 
 class Truth(NamedTuple):
