@@ -55,9 +55,15 @@ model = L(DeformableDETR)(
         giou_weight=2.0,
         focal_alpha=0.25,
         aux_loss=True,
+        one2many_repeat=6,
+        one2many_weight=1.0,
     ),
     num_classes=80,
     num_queries=300,
+    # Training alone: H-DETR's further queries, and DINO's, as
+    # L(ContrastiveDenoising)(num_pairs=100, num_classes="${..num_classes}", embed_dim="${..transformer.d_model}").
+    num_one2many_queries=0,
+    denoising=None,
     test_topk_per_image=100,
     size_divisibility=0,
     pixel_mean=[123.675, 116.280, 103.530],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import detectron2.data.transforms as T
 import pytest
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import CfgNode, LazyCall, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from omegaconf import DictConfig, ListConfig
@@ -20,7 +20,7 @@ import deformable_detr
 from deformable_detr import add_deformable_detr_config, load_config
 from deformable_detr.config import KEYS
 from deformable_detr.data.augmentation import augmentation_from_config
-from deformable_detr.modeling import FocalClassification, SoftmaxClassification
+from deformable_detr.modeling import ContrastiveDenoising, FocalClassification, SoftmaxClassification
 from deformable_detr.solver import build_optimizer
 from deformable_detr.training.settings import TrainingSettings
 
@@ -277,6 +277,12 @@ OTHER_VALUES = {
     "NUM_QUERIES": 5,
     "WITH_BOX_REFINE": True,
     "TWO_STAGE": True,
+    "NUM_ONE2MANY_QUERIES": 7,
+    "ONE2MANY_REPEAT": 5,
+    "ONE2MANY_WEIGHT": 0.5,
+    "DENOISING_PAIRS": 10,
+    "DENOISING_LABEL_NOISE": 0.2,
+    "DENOISING_BOX_NOISE": 0.4,
     "HIDDEN_DIM": 32,
     "NHEADS": 2,
     "ENC_LAYERS": 2,
@@ -304,9 +310,20 @@ def small_cfg() -> CfgNode:
     return load_config(BASE, opts)
 
 
+# What a key needs of others to have an effect.
+DENOISING = {"TWO_STAGE": True, "DENOISING_PAIRS": 100}
+NEEDS = {
+    "DENOISING_PAIRS": {"TWO_STAGE": True},
+    "DENOISING_LABEL_NOISE": DENOISING,
+    "DENOISING_BOX_NOISE": DENOISING,
+}
+
+
 @lru_cache
-def small_model_facts() -> tuple:
-    return facts(build_model(small_cfg()))
+def small_model_facts(*needed: tuple[str, object]) -> tuple:
+    cfg = small_cfg()
+    cfg.MODEL.DEFORMABLE_DETR.update(dict(needed))
+    return facts(build_model(cfg))
 
 
 def test_another_value_is_known_for_every_key():
@@ -315,12 +332,25 @@ def test_another_value_is_known_for_every_key():
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
 def test_every_key_changes_the_model(key):
-    cfg = small_cfg()
-    cfg.MODEL.DEFORMABLE_DETR[key] = OTHER_VALUES[key]
+    cfg, needed = small_cfg(), NEEDS.get(key, {})
+    cfg.MODEL.DEFORMABLE_DETR.update({**needed, key: OTHER_VALUES[key]})
     if key == "BOTTOM_UP":
         cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
         cfg.MODEL.DEFORMABLE_DETR.IN_FEATURES = ["p3", "p4", "p5"]
-    assert facts(build_model(cfg)) != small_model_facts()
+    assert facts(build_model(cfg)) != small_model_facts(*needed.items())
+
+
+def test_denoising_of_a_lazy_config_is_that_of_a_yaml_with_its_default_noise():
+    opts = "TWO_STAGE True NUM_CLASSES 7 HIDDEN_DIM 32 NHEADS 4 DENOISING_PAIRS 100 NUM_ONE2MANY_QUERIES 9".split()
+    opts[::2] = [f"MODEL.DEFORMABLE_DETR.{key}" for key in opts[::2]]
+    model = build_model(load_config(BASE, ["MODEL.DEVICE", "cpu", *opts]))
+    lazy = load_config(BASE.replace(".yaml", ".py")).model
+    assert lazy.denoising is None and lazy.num_one2many_queries == 0
+    lazy.update(num_classes=7, num_one2many_queries=9)
+    lazy.transformer.update(two_stage=True, d_model=32, n_heads=4)
+    size = {"num_classes": "${..num_classes}", "embed_dim": "${..transformer.d_model}"}
+    lazy.denoising = LazyCall(ContrastiveDenoising)(num_pairs=100, **size)
+    assert facts(instantiate(lazy)) == facts(model)
 
 
 # Twins

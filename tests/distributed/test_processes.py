@@ -14,7 +14,7 @@ NARROW = [
     "MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "16",
     "MODEL.RESNETS.WIDTH_PER_GROUP", "8", "MODEL.DEFORMABLE_DETR.DROPOUT", "0.0",
 ]  # fmt: skip
-OPTIONS = ["no objects anywhere", "activation checkpoints", "no auxiliary losses", "accumulation"]
+OPTIONS = ["further queries", "no objects anywhere", "activation checkpoints", "no auxiliary losses", "accumulation"]
 STEPS = [f"variant {variant or 'base'}" for variant in VARIANTS] + OPTIONS
 RANKS = [(size, rank) for size in (2, 3) for rank in range(size)]
 REPORTS = {}
@@ -47,6 +47,11 @@ def test_two_training_steps_equal_those_of_one_process_on_the_global_batch(repor
     assert isinstance(report.get(name), float), report
     # Sums over images are taken in another order; measured: 1e-5.
     assert report[name] < 1e-4
+
+
+@pytest.mark.parametrize(("size", "rank"), RANKS)
+def test_a_process_without_objects_trains_with_those_that_denoise(reports, size, rank):
+    assert reports[size, rank]["nothing to denoise"] is True
 
 
 @pytest.mark.parametrize("name", ["evaluation", "evaluation of layers"])

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +45,9 @@ SIZES = (2, 3)
 DATASET = "distributed"
 # Divisible by 2 and by 3. The last four have no objects: the last process of 2 and the last two of 3 have none.
 OBJECTS = (2, 1, 0, 0, 0, 0)
+# In every process the image with most objects has one: groups of denoising queries are made of it.
+OBJECTS_OF_PAIRS = (1, 0, 1, 0, 1, 1)
+NO_NOISE = ("DENOISING_PAIRS 2", "DENOISING_LABEL_NOISE 0.0", "DENOISING_BOX_NOISE 0.0", "NUM_ONE2MANY_QUERIES 14")
 # In two parts, losses of a part divided by its own objects would add up to others.
 OBJECTS_OF_PARTS = (2, 2, 0, 1, 0, 1)
 
@@ -156,8 +159,12 @@ class Case:
 
     def differs_by(self, *, parts: int = 1) -> tuple[float, int]:
         """Difference from one process, and how often gradients were exchanged."""
-        size = comm.get_world_size()
-        share = len(self.batch) // size
+        results, exchanged = self.trained(parts=parts)
+        return largest_difference(results, self.expected[self.divisor(comm.get_world_size())]), exchanged
+
+    def trained(self, *, parts: int = 1) -> tuple[dict[str, torch.Tensor], int]:
+        """What :func:`train_two_steps` finds for the share of this process, and how often gradients were exchanged."""
+        share = len(self.batch) // comm.get_world_size()
         start = comm.get_rank() * share
         # An unused parameter makes the second step fail.
         model = create_ddp_model(
@@ -166,7 +173,7 @@ class Case:
         exchanged: list[int] = []
         model.register_comm_hook(exchanged, exchange_and_count)
         results = train_two_steps(model, self.batch[start : start + share], parts=parts)
-        return largest_difference(results, self.expected[self.divisor(size)]), len(exchanged)
+        return results, len(exchanged)
 
 
 class Checks:
@@ -182,7 +189,9 @@ class Checks:
         configs = task["configs"]
         self.cases = {f"variant {name or 'base'}": Case.of(config, OBJECTS) for name, config in configs.items()}
         checkpoints = ("MODEL.DEFORMABLE_DETR.ACTIVATION_CHECKPOINT", "True")
+        queries = [part for pair in NO_NOISE for part in f"MODEL.DEFORMABLE_DETR.{pair}".split()]
         self.cases |= {
+            "further queries": Case.of(configs["_two_stage"], OBJECTS_OF_PAIRS, *queries),
             "no objects anywhere": Case.of(configs["_two_stage"], (0,) * 6),
             "activation checkpoints": Case.of(configs["_two_stage"], OBJECTS, *checkpoints),
             "no auxiliary losses": Case.of(configs["_box_refine"], OBJECTS, "MODEL.DEFORMABLE_DETR.AUX_LOSS", "False"),
@@ -192,6 +201,7 @@ class Checks:
     def all(self) -> dict[str, Callable[[], float]]:
         checks = {name: lambda case=case: case.differs_by()[0] for name, case in self.cases.items()}
         checks["accumulation"] = self.accumulation_differs_by
+        checks["nothing to denoise"] = self.trains_without_denoising
         checks |= {
             "evaluation": lambda: self.ap_differs_by(None),
             "evaluation of layers": lambda: self.ap_differs_by(2),
@@ -204,6 +214,11 @@ class Checks:
         (whole, exchanges), (parts, exchanges_of_parts) = (self.accumulated.differs_by(parts=n) for n in (1, 2))
         assert exchanges_of_parts == exchanges > 0, (exchanges_of_parts, exchanges)
         return max(whole, parts)
+
+    def trains_without_denoising(self) -> bool:
+        """Two steps where the last process has no object: it has no denoising query, but their losses and gradients."""
+        results, _ = replace(self.cases["further queries"], batch=make_batch(OBJECTS)).trained()
+        return all(bool(value.isfinite().all()) for value in results.values())
 
     def ap_differs_by(self, num_layers: int | None) -> float:
         """Difference of the APs from those of one process; 0 where Detectron2 gathers no results."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from deformable_detr.layers import PositionEmbeddingSine
 from deformable_detr.modeling import (
+    ContrastiveDenoising,
     DeformableDETR,
     DeformableTransformer,
     HungarianMatcher,
@@ -38,7 +39,9 @@ class _TinyBackbone(Backbone):
 
 def _make_model(*, levels=4, in_features=("res3", "res4", "res5"), d_model=32, n_heads=4, **options):
     criterion = {"aux_loss": options.pop("aux_loss", True)}
-    head = {name: options.pop(name) for name in ("num_queries", "num_classes", "size_divisibility") if name in options}
+    names = ("num_queries", "num_classes", "size_divisibility", "num_one2many_queries")
+    head = {"num_classes": 5, "num_queries": 11} | {name: options.pop(name) for name in names if name in options}
+    denoising = options.pop("denoising", None)
     torch.manual_seed(0)
     model = DeformableDETR(
         backbone=MultiScaleBackbone(
@@ -58,14 +61,17 @@ def _make_model(*, levels=4, in_features=("res3", "res4", "res5"), d_model=32, n
             }
         ),
         criterion=SetCriterion(HungarianMatcher(), **criterion),
-        **{"num_classes": 5, "num_queries": 11, **head},
+        **head,
+        # Last, so that the other weights are those of a model without.
+        denoising=denoising and ContrastiveDenoising(num_classes=head["num_classes"], embed_dim=d_model, **denoising),
     )
     return model
 
 
 @pytest.fixture
 def make_model():
-    """Build a tiny model: levels, in_features, d_model, n_heads, num_queries, ... and the transformer's arguments."""
+    """Build a tiny model: levels, in_features, d_model, n_heads, num_queries, denoising (a dictionary), ... and the
+    transformer's arguments."""
     return _make_model
 
 

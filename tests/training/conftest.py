@@ -113,17 +113,26 @@ def differences(a: object, b: object, path: str = "") -> list[str]:
 @pytest.fixture
 def model_and_batch(tiny_yaml) -> tuple[torch.nn.Module, list[dict]]:
     """A tiny model without dropout, and four images of one size with one, two, no and three objects."""
-    path, *opts = tiny_yaml()[1:]
-    cfg = load_config(path, [*opts, "MODEL.DEFORMABLE_DETR.DROPOUT", "0.0", "MODEL.DEFORMABLE_DETR.NUM_CLASSES", "3"])
+    return build_tiny(tiny_yaml()), make_batch(1, 2, 0, 3)
+
+
+def build_tiny(arguments: list[str], *opts: str) -> torch.nn.Module:
+    """Build the model of tiny_yaml, for three classes and without dropout."""
+    _, path, *tiny = arguments
+    fixed = ["MODEL.DEFORMABLE_DETR.DROPOUT", "0.0", "MODEL.DEFORMABLE_DETR.NUM_CLASSES", "3"]
     torch.manual_seed(0)
-    model = build_model(cfg).train()
+    return build_model(load_config(path, [*tiny, *fixed, *opts])).train()
+
+
+def make_batch(*counts: int) -> list[dict]:
+    """Images of one size with so many objects."""
     generator = torch.Generator().manual_seed(1)
     batch = []
-    for index, count in enumerate((1, 2, 0, 3)):
+    for index, count in enumerate(counts):
         instances = Instances((64, 64))
         corners = torch.rand(count, 2, 2, generator=generator).sort(dim=1).values * 50
         instances.gt_boxes = Boxes(torch.cat((corners[:, 0], corners[:, 1] + 8), dim=1))
         instances.gt_classes = torch.randint(3, (count,), generator=generator)
         image = torch.randint(256, (3, 64, 64), generator=generator, dtype=torch.uint8)
         batch.append({"image": image, "file_name": f"{index}.jpg", "instances": instances})
-    return model, batch
+    return batch

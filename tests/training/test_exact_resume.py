@@ -87,11 +87,12 @@ def test_run_killed_while_it_writes_a_checkpoint_resumes_bitwise(run_yaml, tmp_p
 
 
 def test_run_without_a_seed_goes_on_as_it_would_have(run_yaml, tmp_path, monkeypatch):
-    """Also where batch statistics are computed anew, of the trained and of the averaged weights."""
+    """Also where batch statistics are computed anew, of the trained and of the averaged weights, and with denoising."""
     monkeypatch.setattr("deformable_detr.engine.Trainer.test", lambda *_: {})
     arguments = run_yaml.arguments
     statistics = ["MODEL.RESNETS.NORM", "BN", "TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2"]
-    run_yaml.arguments = lambda: [*arguments(), *statistics]
+    queries = ["MODEL.DEFORMABLE_DETR.DENOISING_PAIRS", "3", "MODEL.DEFORMABLE_DETR.NUM_ONE2MANY_QUERIES", "10"]
+    run_yaml.arguments = lambda: [*arguments("_two_stage"), *statistics, *queries]
     whole, again = tmp_path / "whole", tmp_path / "again"
     options = {"seed": -1, "max_iter": 2, "checkpoint_period": 1, "eval_period": 1, "ema": True}
     run_yaml(whole, **options)
@@ -99,9 +100,11 @@ def test_run_without_a_seed_goes_on_as_it_would_have(run_yaml, tmp_path, monkeyp
     (again / "last_checkpoint").write_text("model_0000000.pth")
     run_yaml(again, "--resume", **options)
     assert_same_run(again, whole)
+    assert {"loss_ce_dn", "loss_giou_dn_0", "loss_bbox_one2many", "loss_ce_one2many_0"} <= losses_of(whole)[1].keys()
     norm = "backbone.bottom_up.res5.0.conv1.norm."
     # The first average is a copy, of which the statistics are computed from the same batches.
     first = read_checkpoint(whole, "model_0000000")
+    assert len(first["ema"]["model"]["denoising.label_enc.weight"]) == 3
     assert torch.equal(first["ema"]["model"][norm + "running_var"], first["model"][norm + "running_var"])
     assert read_checkpoint(whole)["model"][norm + "num_batches_tracked"] == 2 + 2 * 2
 

@@ -7,7 +7,15 @@ from deformable_detr.training.precision import Precision
 from deformable_detr.training.settings import TrainingSettings
 from deformable_detr.training.step import Step
 
+from .conftest import build_tiny, make_batch
+
 FLOAT32 = Precision("cpu")
+
+
+# Denoising of a batch depends on its random numbers, and on the image with most objects.
+DENOISING = {"DENOISING_PAIRS": 6, "DENOISING_LABEL_NOISE": 0.0, "DENOISING_BOX_NOISE": 0.0}
+FURTHER_QUERIES = [f"MODEL.DEFORMABLE_DETR.{key} {value}" for key, value in DENOISING.items()]
+FURTHER_QUERIES += ["MODEL.DEFORMABLE_DETR.NUM_ONE2MANY_QUERIES 30"]
 
 
 def run_step(model, batch, *, parts=1, precision=FLOAT32):
@@ -19,7 +27,17 @@ def run_step(model, batch, *, parts=1, precision=FLOAT32):
 @pytest.mark.parametrize("parts", [2, 3, 4])
 def test_accumulated_gradients_are_those_of_the_whole_batch(model_and_batch, parts):
     """Also where the parts have different numbers of images and objects, and one has no object at all."""
-    model, batch = model_and_batch
+    assert_parts_add_up(*model_and_batch, parts)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_gradients_of_further_queries_are_those_of_the_whole_batch(tiny_yaml, parts):
+    opts = [part for pair in FURTHER_QUERIES for part in pair.split()]
+    model = build_tiny(tiny_yaml("_two_stage"), *opts)
+    assert_parts_add_up(model, make_batch(3, 1, 3, 0) if parts == 2 else make_batch(2, 2, 2, 2), parts)
+
+
+def assert_parts_add_up(model, batch, parts):
     losses, gradients = run_step(model, batch)
     part_losses, part_gradients = run_step(model, batch, parts=parts)
     for name, loss in losses.items():

@@ -26,6 +26,17 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     node.POSITION_TEMPERATURE = 10000.0
     node.POSITION_OFFSET = -0.5
 
+    # Further queries in training, of which ONE2MANY_REPEAT are matched with each object, and the weight of their losses
+    # (H-DETR). 0 for none.
+    node.NUM_ONE2MANY_QUERIES = 0
+    node.ONE2MANY_REPEAT = 6
+    node.ONE2MANY_WEIGHT = 1.0
+    # Denoising queries in training: pairs of a positive and a negative (about, per image), noise of labels and of boxes
+    # (DINO). 0 pairs for none; needs TWO_STAGE.
+    node.DENOISING_PAIRS = 0
+    node.DENOISING_LABEL_NOISE = 0.5
+    node.DENOISING_BOX_NOISE = 1.0
+
     # Pad batches to multiples of so many pixels; 0 for the official canvas, the largest sides of the batch.
     node.SIZE_DIVISIBILITY = 0
 

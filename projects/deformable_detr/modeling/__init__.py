@@ -3,12 +3,14 @@ from .bottom_ups import build_regnet_backbone, build_swin, build_swin_backbone
 from .classification import FocalClassification, SoftmaxClassification
 from .criterion import SetCriterion
 from .deformable_detr import DeformableDETR
+from .denoising import ContrastiveDenoising
 from .detector import SetPredictionDetector
 from .inference import prepare_for_inference
 from .matcher import HungarianMatcher
 from .transformer import DeformableTransformer
 
 __all__ = [
+    "ContrastiveDenoising",
     "DeformableDETR",
     "DeformableTransformer",
     "FocalClassification",

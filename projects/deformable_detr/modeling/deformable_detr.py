@@ -8,17 +8,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
+from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from .backbone import project_node
 from .criterion import SetCriterion
+from .denoising import ContrastiveDenoising, DenoisingQueries, attention_mask
 from .detector import SetPredictionDetector
 from .geometry import Geometry
 from .heads import MLP
-from .matcher import HungarianMatcher
-from .transformer import DeformableTransformer, TransformerOutput
+from .matcher import HungarianMatcher, Target
+from .transformer import DeformableTransformer, ExtraQueries, TransformerOutput
 
 # Prior probability of every class at initialisation (focal loss paper, section 4.1).
 PRIOR_PROBABILITY = 0.01
@@ -35,11 +37,18 @@ class DeformableDETR(SetPredictionDetector):
         criterion: training losses.
         num_classes: K, class outputs. There is no background output.
         num_queries: Lq, detections per image before selection; two-stage: proposals kept.
+        num_one2many_queries: further queries that are decoded beside the others in training, where many of them are
+            matched with each object (H-DETR, arXiv 2207.13080); two-stage: the proposals next in rank.
+        denoising: makes queries of ground truth that are decoded beside the others in training (DINO, arXiv
+            2203.03605); for two-stage.
         test_topk_per_image: detections returned per image, 100 in the official evaluation.
         size_divisibility: pad batches to multiples of so many pixels, beyond what the backbone needs; 0 for the
             official canvas. Where all strides divide the canvas, an image's padding masks do not depend on it.
         pixel_mean, pixel_std: per channel, in the range and channel order of the input images.
         input_format: channel order the model expects, "RGB" or "BGR"; for Detectron2's predictors and visualisers.
+
+    Raises:
+        ValueError: if numbers are out of their range, or parts do not fit each other.
     """
 
     @configurable
@@ -54,6 +63,8 @@ class DeformableDETR(SetPredictionDetector):
         num_queries: int = 300,
         # Loss:
         criterion: SetCriterion,
+        num_one2many_queries: int = 0,
+        denoising: ContrastiveDenoising | None = None,
         # Inference and input:
         test_topk_per_image: int = 100,
         size_divisibility: int = 0,
@@ -75,9 +86,15 @@ class DeformableDETR(SetPredictionDetector):
             input_format=input_format,
         )
         _check_levels(backbone, transformer)
+        if num_one2many_queries < 0:
+            raise ValueError(f"num_one2many_queries must be at least 0, got {num_one2many_queries}")
+        if denoising is not None:
+            _check_denoising(denoising, transformer, num_classes)
+        self.num_one2many_queries = num_one2many_queries
+        self.denoising = denoising
         self.query_embed = None
         if not transformer.two_stage:
-            self.query_embed = nn.Embedding(num_queries, 2 * transformer.d_model)
+            self.query_embed = nn.Embedding(num_queries + num_one2many_queries, 2 * transformer.d_model)
         self.class_embed = self._replicate_head(self._build_class_head())
         self.bbox_embed = self._replicate_head(MLP(transformer.d_model, transformer.d_model, 4, 3))
         self._init_box_heads()
@@ -115,21 +132,63 @@ class DeformableDETR(SetPredictionDetector):
                 giou_weight=node.GIOU_WEIGHT,
                 focal_alpha=node.FOCAL_ALPHA,
                 aux_loss=node.AUX_LOSS,
+                one2many_repeat=node.ONE2MANY_REPEAT,
+                one2many_weight=node.ONE2MANY_WEIGHT,
             ),
+            "num_one2many_queries": node.NUM_ONE2MANY_QUERIES,
+            "denoising": _denoising_from_config(node),
         }
 
+    def predict_for_training(self, images: ImageList, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Predict also for denoising and one-to-many queries: "dn_..." and "one2many_..." of :class:`SetCriterion`."""
+        if self.denoising is None and not self.num_one2many_queries:
+            return self.predict(images)
+        denoising = None if self.denoising is None else self.denoising(targets)
+        outputs = self.predict(images, denoising=denoising, with_one2many=True)
+        kinds = {} if denoising is None else {"dn": denoising.boxes.shape[1]}
+        left = outputs["pred_boxes"].shape[2] - sum(kinds.values())
+        kinds["pred"] = min(self.num_queries, left)
+        if self.num_one2many_queries:
+            kinds["one2many"] = left - kinds["pred"]
+        split = {
+            f"{kind}_{name}": part
+            for name in ("logits", "boxes")
+            for kind, part in zip(kinds, outputs[f"pred_{name}"].split(list(kinds.values()), dim=2), strict=True)
+        }
+        return outputs | split
+
     def transform(
-        self, features: Sequence[Tensor], geometry: Geometry, *, all_proposals: bool = True
+        self,
+        features: Sequence[Tensor],
+        geometry: Geometry,
+        *,
+        all_proposals: bool = True,
+        denoising: DenoisingQueries | None = None,
+        with_one2many: bool = False,
     ) -> TransformerOutput:
+        """Run the transformer; its queries are in the order [denoising | matching | one-to-many]."""
+        num_queries = self.num_queries + (self.num_one2many_queries if with_one2many else 0)
+        embed = None if self.query_embed is None else self.query_embed.weight
         return self.transformer(
             features,
             geometry,
-            query_embed=None if self.query_embed is None else self.query_embed.weight,
-            num_queries=self.num_queries,
+            query_embed=embed if embed is None or len(embed) == num_queries else embed[:num_queries],
+            num_queries=num_queries,
             class_embed=self.class_embed,
             bbox_embed=self.bbox_embed,
             all_proposals=all_proposals,
+            extra_queries=None if denoising is None else ExtraQueries(denoising.content, denoising.boxes),
+            attn_mask=self._attention_mask(num_queries, geometry, denoising),
         )
+
+    def _attention_mask(
+        self, num_queries: int, geometry: Geometry, denoising: DenoisingQueries | None
+    ) -> Tensor | None:
+        if self.transformer.two_stage:
+            num_queries = min(num_queries, sum(height * width for height, width in geometry.spatial_shapes))
+        one2many = max(0, num_queries - self.num_queries)
+        groups, size = (0, 0) if denoising is None else (denoising.num_groups, denoising.group_size)
+        return attention_mask(groups, size, num_queries - one2many, one2many, device=geometry.positions.device)
 
     def _build_class_head(self) -> nn.Linear:
         head = nn.Linear(self.transformer.d_model, self.num_classes)
@@ -157,6 +216,26 @@ class DeformableDETR(SetPredictionDetector):
         if not self.transformer.two_stage:
             # With refinement only the first layer predicts a size from nothing; the others refine that size.
             nn.init.constant_(self.bbox_embed[0].layers[-1].bias.data[2:], -2.0)
+
+
+def _denoising_from_config(node: CfgNode) -> ContrastiveDenoising | None:
+    if node.DENOISING_PAIRS == 0:
+        return None
+    return ContrastiveDenoising(
+        num_pairs=node.DENOISING_PAIRS,
+        num_classes=node.NUM_CLASSES,
+        embed_dim=node.HIDDEN_DIM,
+        label_noise=node.DENOISING_LABEL_NOISE,
+        box_noise=node.DENOISING_BOX_NOISE,
+    )
+
+
+def _check_denoising(denoising: ContrastiveDenoising, transformer: DeformableTransformer, num_classes: int) -> None:
+    if not transformer.two_stage:
+        raise ValueError("denoising queries have boxes as reference points, which needs two_stage; it is False")
+    size, expected = tuple(denoising.label_enc.weight.shape), (num_classes, transformer.d_model)
+    if size != expected:
+        raise ValueError(f"denoising must have (num_classes, embed_dim) {expected}, as the model has, got {size}")
 
 
 def _check_levels(backbone: Backbone, transformer: DeformableTransformer) -> None:

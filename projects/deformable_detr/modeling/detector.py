@@ -193,26 +193,29 @@ class SetPredictionDetector(nn.Module):
         """Select the best ``test_topk_per_image`` of :func:`select_detections`."""
         return select_detections(logits, boxes, self.test_topk_per_image)
 
-    def predict(self, images: ImageList, *, all_proposals: bool = True) -> dict[str, Tensor]:
+    def predict(self, images: ImageList, *, all_proposals: bool = True, **further: Any) -> dict[str, Tensor]:
         """Predict for a batch of :meth:`preprocess_image`, in the model's own mode; see :meth:`predict_padded`."""
         # Tensors themselves while torch.jit traces.
         sizes = torch.stack([torch.as_tensor(size) for size in images.image_sizes]).to(images.tensor.device)
-        return self.predict_padded(images.tensor, sizes, all_proposals=all_proposals)
+        return self.predict_padded(images.tensor, sizes, all_proposals=all_proposals, **further)
 
-    def predict_padded(self, images: Tensor, image_sizes: Tensor, *, all_proposals: bool = True) -> dict[str, Tensor]:
+    def predict_padded(
+        self, images: Tensor, image_sizes: Tensor, *, all_proposals: bool = True, **further: Any
+    ) -> dict[str, Tensor]:
         """Backbone, transformer and heads on tensors alone, as torch.export needs them.
 
         Args:
             images: (N, 3, H, W) normalised, with zeros at the padding (bottom and right).
             image_sizes: (N, 2) int64, valid heights and widths.
             all_proposals: also return the two-stage encoder's predictions for every cell, which only training needs.
+            further: what else the model's :meth:`transform` takes.
 
         Returns:
             What :meth:`predict_raw` documents.
         """
         features = list(self.backbone(images.to(self.dtype)).values())
         geometry = self.get_geometry(images.shape[-2:], image_sizes, features)
-        output = self.transform(features, geometry, all_proposals=all_proposals)
+        output = self.transform(features, geometry, all_proposals=all_proposals, **further)
         heads = list(self.class_embed)[: len(output.hidden_states)]
         logits = [head(hidden) for head, hidden in zip(heads, output.hidden_states, strict=True)]
         # Stacked even where only the last layer is used, so that no head is ever without a gradient (DDP).
