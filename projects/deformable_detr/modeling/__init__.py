@@ -2,6 +2,7 @@ from .backbone import MultiScaleBackbone, build_multi_scale_backbone, dilate_res
 from .bottom_ups import build_regnet_backbone, build_swin, build_swin_backbone
 from .classification import FocalClassification, SoftmaxClassification
 from .criterion import SetCriterion
+from .deform_conv import deformable_stages
 from .deformable_detr import DeformableDETR
 from .denoising import ContrastiveDenoising
 from .detector import SetPredictionDetector
@@ -23,6 +24,7 @@ __all__ = [
     "build_regnet_backbone",
     "build_swin",
     "build_swin_backbone",
+    "deformable_stages",
     "dilate_res5",
     "prepare_for_inference",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..layers.tuned import in_convolution_layout
+from .deform_conv import use_torchvision_deform_conv
 from .features import find_features
 from .frozen_bn import fold_frozen_batch_norm
 
@@ -47,7 +48,7 @@ class MultiScaleBackbone(Backbone):
                 f"num_feature_levels ({num_feature_levels}) must be at least the number of in_features "
                 f"({len(in_features)}: {', '.join(in_features)})"
             )
-        self.bottom_up = fold_frozen_batch_norm(bottom_up)
+        self.bottom_up = fold_frozen_batch_norm(use_torchvision_deform_conv(bottom_up))
         self.in_features = tuple(in_features)
         self.hidden_dim = hidden_dim
         self.num_feature_levels = num_feature_levels
@@ -132,14 +133,20 @@ def dilate_res5(resnet: ResNet) -> ResNet:
     if not hasattr(resnet, "res5") or not hasattr(resnet.res5[0], "conv3"):
         raise ValueError("dilate_res5 needs a ResNet with bottleneck blocks and a res5 stage")
     first = resnet.res5[0]
-    for conv in (first.conv1, first.conv2, first.shortcut):
+    for conv in (first.conv1, *_spatial_convolutions(first), first.shortcut):
         conv.stride = (1, 1)
     first.stride = 1
     for index, block in enumerate(resnet.res5):
         dilation = 1 if index == 0 else 2
-        block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+        for conv in _spatial_convolutions(block):
+            conv.dilation = conv.padding = (dilation, dilation)
     # A new one works out its strides anew.
     return ResNet(resnet.stem, [[*stage] for stage in resnet.stages], out_features=[*resnet.output_shape()])
+
+
+def _spatial_convolutions(block: nn.Module) -> list[nn.Module]:
+    """The 3x3 convolution of a bottleneck and, where it is deformable, the one that computes its offsets."""
+    return [conv for name, conv in block.named_children() if name in ("conv2", "conv2_offset")]
 
 
 def project_node(cfg: CfgNode) -> CfgNode:

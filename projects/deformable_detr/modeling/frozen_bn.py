@@ -36,7 +36,7 @@ def fold_frozen_batch_norm(module: nn.Module) -> nn.Module:
     Returns:
         ``module``, or what replaces it.
     """
-    return _replace(module, _as_folding, lambda m: type(m) is Conv2d and _has_frozen_norm(m))
+    return replace_modules(module, _as_folding, lambda m: type(m) is Conv2d and _has_frozen_norm(m))
 
 
 def fold_for_good(module: nn.Module) -> nn.Module:
@@ -45,7 +45,7 @@ def fold_for_good(module: nn.Module) -> nn.Module:
     Returns:
         ``module``, or what replaces it.
     """
-    return _replace(module, _as_folded, lambda m: type(m) is FrozenBNConv2d)
+    return replace_modules(module, _as_folded, lambda m: type(m) is FrozenBNConv2d)
 
 
 def _has_frozen_norm(conv: Conv2d) -> bool:
@@ -85,10 +85,14 @@ def _like(conv: Conv2d, kind: type[Conv2d], *, bias: bool) -> Conv2d:
     return new.train(conv.training)
 
 
-def _replace(
+def replace_modules(
     module: nn.Module, make: Callable[[nn.Module], nn.Module], wanted: Callable[[nn.Module], bool]
 ) -> nn.Module:
-    """Replace wanted modules inside of ``module``, also in lists that modules keep of their children, as FPN does."""
+    """Replace wanted modules inside of ``module``, also in lists that modules keep of their children, as FPN does.
+
+    Returns:
+        ``module``, or what replaces it.
+    """
     if wanted(module):
         return make(module)
     new = {child: make(child) for child in module.modules() if wanted(child)}
