@@ -71,7 +71,7 @@ def load_model(
     checkpointer = DeformableDETRCheckpointer(built, weights_key="--weights")
     if weights:
         checkpointer.load(weights)
-        if missing := checkpointer.report.missing:
+        if missing := checkpointer.report.undetermined:
             raise CheckpointError(
                 f"{weights} leaves {len(missing)} parameters of {model} as initialised: it cannot detect. "
                 f"{checkpointer.report.mismatch or 'Give the weights of a trained detector'}\n{checkpointer.report}"

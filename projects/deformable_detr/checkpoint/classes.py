@@ -11,6 +11,7 @@ from .coverage import ConversionReport
 from .sources import Source
 
 ENCODER_OUTPUT = "transformer.enc_output.weight"
+LABEL_EMBEDDING = "denoising.label_enc.weight"
 HEAD = re.compile(r"^(?P<kind>class_embed|bbox_embed)\.(?P<index>\d+)\.(?P<rest>.+)$")
 
 # The 91 outputs of the official models are raw COCO category ids; None names no category.
@@ -41,8 +42,11 @@ def fit_class_heads(
     source: Source,
     file_classes: Names | None,
     model_classes: Names | None,
+    multiclass_proposals: bool = False,
 ) -> None:
     """Put the rows of every class head of a checkpoint where the model has the class of that name.
+
+    The embeddings of the classes that denoising queries start from are treated like another head.
 
     Args:
         tensors: the checkpoint by our names; changed.
@@ -50,12 +54,13 @@ def fit_class_heads(
         report: is told what happened.
         file_classes: names of the checkpoint's rows; None where it does not say.
         model_classes: names of the model's rows; None where they are not known.
+        multiclass_proposals: whether the encoder's head has the classes of the others; else its rows keep their places.
     """
-    for key in [key for key in tensors if key.startswith("class_embed.") and key in target]:
+    for key in [key for key in tensors if key.startswith(("class_embed.", LABEL_EMBEDDING)) and key in target]:
         tensor, initial = tensors[key], target[key].detach()
         if tensor.dim() != initial.dim() or tensor.shape[1:] != initial.shape[1:]:
             continue  # reported later, as a model of another width
-        if is_encoder_head(key, target):
+        if is_encoder_head(key, target) and not multiclass_proposals:
             _fit_encoder_head(key, tensors, initial, report)
             continue
         theirs, ours = _resolve_names(len(tensor), len(initial), source, file_classes, model_classes)
@@ -74,6 +79,20 @@ def fit_class_heads(
             report.class_note = (
                 f"The file does not name its {len(tensor)} classes; their order is taken to be the model's"
             )
+
+
+def cut_label_embeddings(tensors: dict[str, Tensor], report: ConversionReport) -> None:
+    """Leave the rows of the classes; DINO's table has more, of which none is ever used.
+
+    Args:
+        tensors: the checkpoint by our names; changed.
+        report: is told what happened.
+    """
+    table, classes = tensors.get(LABEL_EMBEDDING), tensors.get("class_embed.0.bias")
+    if table is not None and classes is not None and classes.dim() == 1 and table.dim() == 2:
+        if (unused := len(table) - len(classes)) > 0:
+            tensors[LABEL_EMBEDDING] = table[: len(classes)]
+            report.mapped[LABEL_EMBEDDING] = f"without its last {unused} of {len(table)} rows, which are of no class"
 
 
 def match_rows(names: Names, file_names: Names) -> list[int | None]:

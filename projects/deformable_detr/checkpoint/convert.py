@@ -1,9 +1,8 @@
 """Other projects' weights -> ours: renames, then class rows, then a check that nothing was lost on the way."""
 
-import operator
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 
 from ..wording import name_first
 from .backbones import find_absent_parts, find_backbone, fit_position_tables
-from .classes import ENCODER_OUTPUT, HEAD, Names, fit_class_heads, is_encoder_head
-from .coverage import CheckpointError, ConversionReport
-from .sources import BOTTOM_UP, SOURCES, TORCHVISION, Source, detect_source
+from .classes import ENCODER_OUTPUT, HEAD, Names, cut_label_embeddings, fit_class_heads, is_encoder_head
+from .coverage import TRAINING_ONLY, CheckpointError, ConversionReport
+from .sources import BOTTOM_UP, SOURCES, TORCHVISION, Source, count_on, detect_source
+from .variants import LEVEL_EMBED, QUERIES, compare_variants, has_multiclass_proposals, note_differences
 
 _HEAD_ALIAS = re.compile(r"^transformer\.decoder\.((?:class|bbox)_embed\.)")
 _QKV = re.compile(r"^(?P<stem>.*\.self_attn)\.(?P<letter>[qkv])_proj\.(?P<rest>weight|bias)$")
@@ -32,15 +32,17 @@ def convert(
 ) -> tuple[dict[str, Tensor], ConversionReport]:
     """Rename a checkpoint's parameters to ours and fit its classes to the model's.
 
-    Known are the names of the official repository, of transformers 4.x and 5.x, of detrex, of torchvision's and
-    Detectron2's ImageNet backbones, and our own. The class heads of a model with other classes are treated so:
+    Known are the names of the official repositories of Deformable DETR, H-Deformable-DETR and DINO, of transformers 4.x
+    and 5.x, of detrex and mmdetection, of torchvision's and Detectron2's ImageNet backbones, and our own. The class
+    heads of a model with other classes are treated so:
 
     - Where the classes of both are known, every class of the model takes the row of its name, whatever its position;
       the others keep the rows that the model was initialised with. 91 rows are known as raw COCO category ids, and a
       model of 80 outputs whose classes are not given is taken to have the 80 COCO categories, in the order of
       Detectron2's built-in datasets.
     - The encoder's head of a two-stage model scores proposals by channel 0, whatever the classes are; its rows keep
-      their positions.
+      their positions. DINO's has a row for every class, and so have the embeddings that its denoising starts from:
+      they follow the names.
     - Where the classes are not known, as many rows are kept in their order; of any other number, the model keeps
       its own. The report says so.
 
@@ -72,16 +74,27 @@ def convert(
             f"The parameter names of this checkpoint are of no known kind ({known}); "
             f"it has {len(tensors)} of them: {name_first(sorted(tensors))}"
         )
-    report = ConversionReport(source.name, note=source.note)
+    report = ConversionReport(source.name)
     tensors = _rename(tensors, source, report)
+    report.note = note_differences(source, tensors, model)
     _join_query_key_value(tensors, report)
     _spread_shared_heads(tensors, target, report)
     _fill_in_zeros(tensors, target, source, report)
     fit_position_tables(tensors, target, report)
-    fit_class_heads(tensors, target, report, source=source, file_classes=file_class_names, model_classes=class_names)
+    _fit_queries(tensors, target, report, one2many=getattr(model, "num_one2many_queries", 0))
+    cut_label_embeddings(tensors, report)
+    fit_class_heads(
+        tensors,
+        target,
+        report,
+        source=source,
+        file_classes=file_class_names,
+        model_classes=class_names,
+        multiclass_proposals=has_multiclass_proposals(model),
+    )
     _drop_what_has_no_place(tensors, target, source, report)
     _note_what_is_missing(tensors, target, source, report)
-    _raise_unless_covered(tensors, target, report)
+    _raise_unless_covered(tensors, model, source, report)
     return tensors, report
 
 
@@ -105,8 +118,9 @@ def _rename(tensors: Mapping[str, Tensor], source: Source, report: ConversionRep
     """Apply the source's renames. The decoder's aliases of the heads count where the heads themselves are absent."""
     renamed: dict[str, Tensor] = {}
     aliases = {}
+    names = count_on({key: source.rename(key) for key in tensors})
     for key, tensor in tensors.items():
-        name = source.rename(key)
+        name = names[key]
         if _HEAD_ALIAS.match(name):
             aliases[key] = _HEAD_ALIAS.sub(r"\1", name)
             continue
@@ -162,6 +176,29 @@ def _fill_in_zeros(
             report.mapped[key] = f"0: {source.name} has no such parameter"
 
 
+def _fit_queries(
+    tensors: dict[str, Tensor], target: Mapping[str, Tensor], report: ConversionReport, *, one2many: int
+) -> None:
+    """Fit learned contents to another number of queries, where each belongs to a rank of the proposals.
+
+    Those behind the model's queries are of a one-to-many branch, which only trains, or of worse ranks.
+
+    Args:
+        one2many: how many of the model's contents, the last ones, only train.
+    """
+    if QUERIES not in tensors or QUERIES not in target or ENCODER_OUTPUT not in target:
+        return
+    theirs, initial = tensors[QUERIES], target[QUERIES].detach()
+    if theirs.dim() != 2 or theirs.shape[1] != initial.shape[1] or len(theirs) == len(initial):
+        return
+    if one2many == 0 and len(theirs) > len(initial):
+        tensors[QUERIES] = theirs[: len(initial)]
+        report.mapped[QUERIES] = f"the contents of the best {len(initial)} of {len(theirs)} ranks"
+    elif len(theirs) == len(initial) - one2many:
+        tensors[QUERIES] = torch.cat([theirs, initial[len(theirs) :].to(theirs)])
+        report.mapped[QUERIES] = f"with {one2many} more as initialised, of one-to-many queries, which only train"
+
+
 def _drop_what_has_no_place(
     tensors: dict[str, Tensor], target: Mapping[str, Tensor], source: Source, report: ConversionReport
 ) -> None:
@@ -170,6 +207,8 @@ def _drop_what_has_no_place(
         reason = next((reason for pattern, reason in _BOOKKEEPING.items() if pattern.search(key)), None)
         if reason is None and source.backbone_only:
             reason = "the model has no such parameter"
+        if reason is None and key.startswith(TRAINING_ONLY):
+            reason = "only trains, and the model has no denoising queries"
         if reason is not None:
             del tensors[key]
             report.mapped.pop(key, None)
@@ -187,20 +226,23 @@ def _note_what_is_missing(
             continue
         if source.backbone_only and not key.startswith(BOTTOM_UP):
             report.missing[key] = "initialised: not part of a pretrained backbone"
+        elif key.startswith(TRAINING_ONLY):
+            report.missing[key] = "initialised: only trains, and the file is of a model without denoising queries"
         elif key.endswith(".num_batches_tracked"):
             report.missing[key] = "initialised: a counter of batch norm"
 
 
 def _raise_unless_covered(
-    tensors: Mapping[str, Tensor], target: Mapping[str, Tensor], report: ConversionReport
+    tensors: Mapping[str, Tensor], model: nn.Module, source: Source, report: ConversionReport
 ) -> None:
+    target = model.state_dict(keep_vars=True)
     missing = [key for key in target if key not in tensors and key not in report.missing]
     misshaped = [
         f"{key} is {tuple(tensor.shape)} in the file and {tuple(target[key].shape)} in the model"
         for key, tensor in tensors.items()
         if key in target and tensor.shape != target[key].shape
     ]
-    unplaced = [f"{key} ({', '.join(report.used[key])})" for key in tensors if key not in target]
+    unplaced = [_with_origin(key, report.used[key]) for key in tensors if key not in target]
     counts = {
         "missing in the file": missing,
         "of another shape": misshaped,
@@ -208,12 +250,16 @@ def _raise_unless_covered(
         "different in the file but one parameter in the model": _conflicts_in_shared_parameters(tensors, target),
     }
     problems = [f"{len(keys)} {what}: {name_first(keys)}" for what, keys in counts.items() if keys]
-    variant = _compare_variants(tensors, target) if "transformer.level_embed" in tensors else ""
+    variant = compare_variants(tensors, target, source=source, model=model) if LEVEL_EMBED in tensors else ""
     if problems or variant:
         raise CheckpointError(
             f"The checkpoint ({report.source} names) does not fit the model. {variant}"
             + "; ".join(f"Parameters {problem}" for problem in problems)
         )
+
+
+def _with_origin(key: str, originals: tuple[str, ...]) -> str:
+    return key if originals == (key,) else f"{key} ({', '.join(originals)})"
 
 
 def _conflicts_in_shared_parameters(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
@@ -225,43 +271,3 @@ def _conflicts_in_shared_parameters(tensors: Mapping[str, Tensor], target: Mappi
         if first in tensors and key in tensors and not torch.equal(tensors[first], tensors[key]):
             conflicts.append(key)
     return conflicts
-
-
-def _compare_variants(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str:
-    """Return one sentence on what makes the file another variant of the model than ours; empty if nothing does."""
-    # A model shares one head between its layers; a file holds equal copies of it.
-    theirs = _describe_variant(tensors, same=torch.equal)
-    ours = _describe_variant(target, same=operator.is_)
-    if ours["two_stage"]:
-        # Before training, the box heads of a two-stage model are equal although not shared.
-        ours.pop("with_box_refine", None)
-    differences = [
-        f"{fact} is {theirs[fact]} in the file and {ours[fact]} in the model"
-        for fact in ours.keys() & theirs.keys()
-        if ours[fact] != theirs[fact]
-    ]
-    return f"They are different variants: {', '.join(sorted(differences))}. " if differences else ""
-
-
-def _describe_variant(
-    tensors: Mapping[str, Tensor], *, same: Callable[[Tensor, Tensor], bool]
-) -> dict[str, int | bool]:
-    def count(pattern: str) -> int:
-        return len({match[1] for key in tensors if (match := re.match(pattern, key))})
-
-    facts: dict[str, int | bool] = {
-        "num_feature_levels": count(r"backbone\.input_proj\.(\d+)\."),
-        "num_encoder_layers": count(r"transformer\.encoder\.layers\.(\d+)\."),
-        "num_decoder_layers": count(r"transformer\.decoder\.layers\.(\d+)\."),
-        "two_stage": ENCODER_OUTPUT in tensors,
-    }
-    # Nothing can be read off a matrix that is none.
-    matrices = {key for key, tensor in tensors.items() if tensor.dim() == 2}
-    if "transformer.level_embed" in matrices:
-        facts["hidden_dim"] = tensors["transformer.level_embed"].shape[1]
-    if "query_embed.weight" in matrices:
-        facts["num_queries"] = len(tensors["query_embed.weight"])
-    second_head = {key.replace(".0.", ".1.", 1): tensors[key] for key in tensors if key.startswith("bbox_embed.0.")}
-    if second_head.keys() <= tensors.keys():
-        facts["with_box_refine"] = not all(same(tensor, tensors[key]) for key, tensor in second_head.items())
-    return facts

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from tabulate import tabulate
 
+# What our names of parameters begin with that no detection depends on.
+TRAINING_ONLY = "denoising."
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or that does not fit the model; the message says why and what to do."""
@@ -42,6 +45,11 @@ class ConversionReport:
     def exact(self) -> bool:
         """Whether the checkpoint holds this very model: every parameter used as it is, none missing or dropped."""
         return not (self.mapped or self.dropped or self.missing)
+
+    @property
+    def undetermined(self) -> list[str]:
+        """Our names of the missing parameters that detections depend on."""
+        return [key for key in self.missing if not key.startswith(TRAINING_ONLY)]
 
     def __str__(self) -> str:
         rows = [("used", len(self.used), "", _first(self.used))]

@@ -2,11 +2,14 @@
 
 import re
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .classes import COCO_CLASSES, COCO_CLASSES_BY_ID, is_encoder_head
-from .coverage import CheckpointError
-from .sources import Rule
+from .classes import COCO_CLASSES, COCO_CLASSES_BY_ID, LABEL_EMBEDDING, is_encoder_head
+from .coverage import TRAINING_ONLY, CheckpointError
+from .sources import DINO, OFFICIAL, Rule
+from .variants import QUERIES, describe_other_settings, describe_variant, has_multiclass_proposals
 
 # A class that does not exist must never be detected: sigmoid(-20) is 2e-9.
 _UNUSED_CLASS_BIAS = -20.0
@@ -19,12 +22,23 @@ _RESNET: tuple[Rule, ...] = (
     (r"^(BACKBONE\.layer.*)conv([123])\.norm\.", r"\1bn\2."),
     (r"^(BACKBONE\.layer.*)shortcut\.norm\.", r"\1downsample.1."),
     (r"^(BACKBONE\.layer.*)shortcut\.", r"\1downsample.0."),
+    # What is left is no ResNet.
+    (r"^backbone\.bottom_up\.", "BACKBONE."),
 )
 _RULES: dict[str, tuple[Rule, ...]] = {
     "official": (
         *_RESNET,
         (r"^BACKBONE\.", "backbone.0.body."),
         (r"^backbone\.input_proj\.", "input_proj."),
+    ),
+    # Also of the official code, where the model is DINO; its Swins have no "body".
+    "DINO": (
+        *_RESNET,
+        (r"^BACKBONE\.(conv1|bn1|layer\d)\.", r"backbone.0.body.\1."),
+        (r"^BACKBONE\.", "backbone.0."),
+        (r"^backbone\.input_proj\.", "input_proj."),
+        (r"^query_embed\.", "transformer.tgt_embed."),
+        (r"^denoising\.", ""),
     ),
     "transformers": (
         *_RESNET,
@@ -41,44 +55,107 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         (r"\.linear([12])\.", r".fc\1."),
     ),
 }
-FORMATS = tuple(_RULES)
+FORMATS = ("official", "transformers")
+# What makes the models of the official codes: Deformable DETR has none of them, DINO has all.
+_SWITCHES = ("mixed_query_selection", "anchor_query_pos", "decoder_norm", "multiclass_proposals")
+_H_DEFORMABLE_DETR = {"mixed_query_selection"}
 
 
 def export(model: nn.Module, *, to: str, coco_ids: bool = False) -> dict[str, Tensor]:
     """Return a model's parameters in the names of another project, its second names of the heads included.
 
+    What only trains and has no place there is left out: one-to-many queries, and class embeddings for denoising.
+
     Args:
-        model: a DeformableDETR with a ResNet. It is left as it is.
-        to: "official" (the value under "model" of an official ``.pth``) or "transformers" (version 4; version 5 reads
-            and writes the same files).
-        coco_ids: spread the 80 COCO classes over 91 outputs, the raw category ids that both projects evaluate by. The
+        model: a DeformableDETR with a ResNet or, for the official codes, a Swin. It is left as it is.
+        to: "official" (the value under "model" of a ``.pth`` of the official code of Deformable DETR, of
+            H-Deformable-DETR or of DINO, whichever the model is) or "transformers" (version 4; version 5 reads and
+            writes the same files).
+        coco_ids: spread the 80 COCO classes over 91 outputs, the raw category ids that these projects evaluate by. The
             ids that name no category are never detected.
 
     Raises:
         ValueError: if ``to`` is unknown, or ``coco_ids`` is asked of a model without 80 outputs.
-        CheckpointError: if the model has a part that the other project does not have.
+        CheckpointError: if the model has a part that the other project does not have, or computes otherwise.
     """
     if to not in FORMATS:
         raise ValueError(f"to must be one of {FORMATS}, got {to!r}")
     tensors = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
-    _check_known_elsewhere(model, tensors)
+    names = _find_names(model, tensors, to)
+    _leave_out_what_only_trains(model, tensors, names)
     if coco_ids:
-        _spread_over_coco_ids(tensors)
-    exported = {_rename(key, to): tensor for key, tensor in tensors.items()}
-    if to == "transformers":
+        _spread_over_coco_ids(tensors, multiclass_proposals=has_multiclass_proposals(model))
+    if names == "DINO":
+        # Its table has a row more than there are classes, which nothing reads.
+        tensors[LABEL_EMBEDDING] = F.pad(tensors[LABEL_EMBEDDING], (0, 0, 0, 1))
+    second_names = _second_names(model, tensors, names)
+    exported = {_rename(key, names): tensor for key, tensor in tensors.items()}
+    if names == "DINO":
+        exported = _name_encoder_heads(model, exported)
+    if names == "transformers":
         _split_query_key_value(exported)
-    stem = {"official": "transformer.decoder.", "transformers": "model.decoder."}[to]
     # Copies, because safetensors does not take two names of one memory.
-    return exported | {stem + key: tensors[key].clone() for key in _heads_known_to_decoder(model, tensors)}
+    return exported | {name: tensors[key].clone() for name, key in second_names.items()}
 
 
-def _check_known_elsewhere(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _find_names(model: nn.Module, tensors: dict[str, Tensor], to: str) -> str:
+    """Return which of the tables of names the model needs.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
     if model.transformer.two_stage and not model.transformer.with_box_refine:
         raise CheckpointError("Elsewhere two-stage models refine boxes; this one has two_stage without with_box_refine")
-    resnet = re.compile(r"backbone\.bottom_up\.(stem\.conv1|res[2-5]\.\d+\.(conv[123]|shortcut))\.")
-    foreign = [key for key in tensors if key.startswith("backbone.bottom_up.") and not resnet.match(key)]
+    facts = describe_variant(tensors, same=torch.equal) | {"multiclass_proposals": has_multiclass_proposals(model)}
+    on = {switch for switch in _SWITCHES if facts[switch]}
+    if on not in (set(), _H_DEFORMABLE_DETR, set(_SWITCHES)):
+        off = [switch for switch in _SWITCHES if switch not in on]
+        raise CheckpointError(f"No other project has models with {', '.join(sorted(on))} and without {', '.join(off)}")
+    if on and to == "transformers":
+        raise CheckpointError(f"transformers has no model with {', '.join(sorted(on))}")
+    names, source = ("DINO", DINO) if on == set(_SWITCHES) else (to, OFFICIAL)
+    if names == "DINO" and LABEL_EMBEDDING not in tensors:
+        raise CheckpointError("DINO has class embeddings for denoising; this model has no denoising queries")
+    if difference := describe_other_settings(source, model):
+        raise CheckpointError(f"{difference}: with the same weights it would detect something else")
+    _check_backbone(tensors, to)
+    return names
+
+
+def _check_backbone(tensors: dict[str, Tensor], to: str) -> None:
+    known, pattern = "ResNets", r"stem\.conv1|res[2-5]\.\d+\.(conv[123]|shortcut)"
+    if to == "official":
+        known, pattern = "ResNets and Swins", rf"{pattern}|patch_embed|layers\.\d+\.(blocks|downsample)|norm\d"
+    theirs = re.compile(rf"backbone\.bottom_up\.({pattern})\.")
+    foreign = [key for key in tensors if key.startswith("backbone.bottom_up.") and not theirs.match(key)]
     if foreign:
-        raise CheckpointError(f"Only ResNets have names elsewhere; the backbone has {foreign[0]}")
+        raise CheckpointError(f"Only {known} have names elsewhere; the backbone has {foreign[0]}")
+
+
+def _leave_out_what_only_trains(model: nn.Module, tensors: dict[str, Tensor], names: str) -> None:
+    if names != "DINO":
+        for key in [key for key in tensors if key.startswith(TRAINING_ONLY)]:
+            del tensors[key]
+    # H-Deformable-DETR keeps the queries of its one-to-many branch; the official code of that name reads them.
+    if QUERIES in tensors and names != "official":
+        tensors[QUERIES] = tensors[QUERIES][: model.num_queries]
+
+
+def _second_names(model: nn.Module, tensors: dict[str, Tensor], names: str) -> dict[str, str]:
+    """Return names that the other projects give to heads a second time, by which the decoder refines and proposes."""
+    transformer = model.transformer
+    held = (("bbox_embed.", transformer.with_box_refine), ("class_embed.", transformer.two_stage))
+    keys = [key for key in tensors if key.startswith(tuple(kind for kind, is_held in held if is_held))]
+    if names == "DINO":
+        keys = [key for key in keys if not is_encoder_head(key, tensors)]
+    stem = "model.decoder." if names == "transformers" else "transformer.decoder."
+    return {stem + key: key for key in keys}
+
+
+def _name_encoder_heads(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    last = model.transformer.num_decoder_layers
+    pattern = re.compile(rf"^(class|bbox)_embed\.{last}\.")
+    return {pattern.sub(r"transformer.enc_out_\1_embed.", key): tensor for key, tensor in tensors.items()}
 
 
 def _rename(key: str, to: str) -> str:
@@ -95,16 +172,9 @@ def _split_query_key_value(tensors: dict[str, Tensor]) -> None:
             tensors[key.replace("in_proj_", f"{letter}_proj.")] = part.clone()
 
 
-def _heads_known_to_decoder(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """Return the heads that both other projects hold a second time: those by which the decoder refines and proposes."""
-    transformer = model.transformer
-    held = (("bbox_embed.", transformer.with_box_refine), ("class_embed.", transformer.two_stage))
-    return [key for key in tensors if key.startswith(tuple(kind for kind, is_held in held if is_held))]
-
-
-def _spread_over_coco_ids(tensors: dict[str, Tensor]) -> None:
+def _spread_over_coco_ids(tensors: dict[str, Tensor], *, multiclass_proposals: bool) -> None:
     ids = [i for i, name in enumerate(COCO_CLASSES_BY_ID) if name is not None]
-    for key in [key for key in tensors if key.startswith("class_embed.")]:
+    for key in [key for key in tensors if key.startswith(("class_embed.", LABEL_EMBEDDING))]:
         tensor = tensors[key]
         if len(tensor) != len(COCO_CLASSES):
             raise ValueError(
@@ -112,6 +182,7 @@ def _spread_over_coco_ids(tensors: dict[str, Tensor]) -> None:
             )
         unused = _UNUSED_CLASS_BIAS if key.endswith(".bias") else 0.0
         spread = tensor.new_full((len(COCO_CLASSES_BY_ID), *tensor.shape[1:]), unused)
-        # The encoder's head keeps its channel 0, which means "object".
-        spread[list(range(len(ids))) if is_encoder_head(key, tensors) else ids] = tensor
+        # A head that scores objects keeps its channel 0, which means "object".
+        keeps_places = is_encoder_head(key, tensors) and not multiclass_proposals
+        spread[list(range(len(ids))) if keeps_places else ids] = tensor
         tensors[key] = spread

@@ -5,8 +5,8 @@ Our own names are the official ones, except that the ResNet is Detectron2's (``b
 """
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 BOTTOM_UP = "backbone.bottom_up."
 
@@ -23,7 +23,10 @@ class Source:
         backbone_only: whether files of this kind hold a pretrained backbone and nothing of the transformer.
         has_contiguous_classes: whether 80 rows of a class head are COCO's categories in Detectron2's order.
         zeros: regular expression of our parameters that the project does without, which is as if they were 0.
-        note: how the project computes otherwise with the same weights, for the report.
+        settings: what the project computes with that no file says, by our names: "inverse_sigmoid_eps", and
+            "temperature" and "offset" of the position encoding. Those that are not the project's alone are left out.
+        note: what a model with other settings computes otherwise, for the report.
+        note_on_dino: what to know of the project's DINO, for the report.
     """
 
     name: str
@@ -31,10 +34,20 @@ class Source:
     backbone_only: bool = False
     has_contiguous_classes: bool = False
     zeros: str | None = None
+    settings: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    note_on_dino: str = ""
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether files of this kind are of another project."""
+        return self is not OURS
 
     def rename(self, key: str) -> str:
-        """Return our name of the parameter that this source calls ``key``."""
+        """Return our name of the parameter that this source calls ``key``.
+
+        A number with a plus, as in ``class_embed.+0.``, counts on from what comes before: see :func:`count_on`.
+        """
         for pattern, replacement in self.rules:
             key = re.sub(pattern, replacement, key)
         return key
@@ -52,8 +65,11 @@ RESNET: tuple[Rule, ...] = (
 
 OURS = Source("deformable_detr")
 
+_STANDARD = {"inverse_sigmoid_eps": 1e-5, "temperature": 1e4, "offset": -0.5}
+
 OFFICIAL = Source(
     "official Deformable-DETR",
+    settings=_STANDARD,
     rules=(
         (r"^backbone\.0\.body\.", BOTTOM_UP),
         *RESNET,
@@ -61,9 +77,33 @@ OFFICIAL = Source(
     ),
 )
 
+# Two-stage models with learned queries; all other files of that project have the official names exactly.
+H_DEFORMABLE_DETR = replace(OFFICIAL, name="H-Deformable-DETR")
+
+# What DINO has beyond two-stage models, there and in detrex.
+_DINO_NAMES: tuple[Rule, ...] = (
+    (r"^transformer\.tgt_embed\.", "query_embed."),
+    (r"^label_enc\.", "denoising.label_enc."),
+)
+
+DINO = Source(
+    "DINO",
+    rules=(
+        # Swins have no "body".
+        (r"^backbone\.0\.(body\.)?", BOTTOM_UP),
+        *RESNET,
+        (r"^input_proj\.", "backbone.input_proj."),
+        # The encoder's heads follow those of the decoder layers.
+        (r"^transformer\.enc_out_(class|bbox)_embed\.", r"\1_embed.+0."),
+        *_DINO_NAMES,
+    ),
+    settings={"inverse_sigmoid_eps": 1e-3, "temperature": 20.0, "offset": 0.0},
+)
+
 # Version 5 renamed a few modules in memory (the optional parts below); its saved files keep the names of version 4.
 TRANSFORMERS = Source(
     "transformers",
+    settings=_STANDARD,
     rules=(
         (r"^model\.backbone\.(conv_encoder\.)?model\.", BOTTOM_UP),
         *RESNET,
@@ -84,10 +124,10 @@ TRANSFORMERS = Source(
 # The names of mmcv's transformer layers, which detrex and mmdetection share.
 _NECK_AND_LAYERS: tuple[Rule, ...] = (
     (r"^neck\.convs\.", "backbone.input_proj."),
-    # Both have three levels from the backbone; the coarser ones are counted from zero again.
-    *((rf"^neck\.extra_convs\.{i}\.", f"backbone.input_proj.{i + 3}.") for i in range(3)),
-    (r"^(backbone\.input_proj\.\d+)\.conv\.", r"\1.0."),
-    (r"^(backbone\.input_proj\.\d+)\.(norm|gn)\.", r"\1.1."),
+    # After the levels from the backbone the coarser ones are counted from zero again.
+    (r"^neck\.extra_convs\.", "backbone.input_proj.+"),
+    (r"^(backbone\.input_proj\.\+?\d+)\.conv\.", r"\1.0."),
+    (r"^(backbone\.input_proj\.\+?\d+)\.(norm|gn)\.", r"\1.1."),
     (r"^transformer\.level_embeds$", "transformer.level_embed"),
     (r"^query_embedding\.", "query_embed."),
     (r"\.ffn(s\.0)?\.layers\.0\.0\.", ".linear1."),
@@ -106,10 +146,14 @@ _NECK_AND_LAYERS: tuple[Rule, ...] = (
 
 DETREX = Source(
     "detrex",
-    rules=((r"^backbone\.", BOTTOM_UP), *_NECK_AND_LAYERS),
+    rules=((r"^backbone\.", BOTTOM_UP), *_NECK_AND_LAYERS, *_DINO_NAMES),
     has_contiguous_classes=True,
+    settings={"inverse_sigmoid_eps": 1e-3},
     note="detrex clamps at 1e-3 in inverse_sigmoid, the official code and this one at 1e-5: where a reference box has "
     "a value below 0.001 or above 0.999, boxes differ from detrex' own (by up to 0.0027 of the image's side)",
+    note_on_dino="detrex trained most of its DINO models with temperature 10000 and offset -0.5 in the position "
+    "encoding, dino_r50_4scale_24ep with 20 and 0 like the official code: set POSITION_TEMPERATURE and POSITION_OFFSET "
+    "to those of the file's training",
 )
 
 # Version 3; version 2 keeps the transformer in its head, under the names that detrex took over.
@@ -126,6 +170,7 @@ MMDETECTION = Source(
         (r"^pos_trans_fc\.", "transformer.pos_trans."),
         (r"^pos_trans_norm\.", "transformer.pos_trans_norm."),
         (r"^bbox_head\.cls_branches\.", "class_embed."),
+        (r"^dn_query_generator\.label_embedding\.", "denoising.label_enc."),
         *((rf"^bbox_head\.reg_branches\.(\d+)\.{2 * i}\.", rf"bbox_embed.\1.layers.{i}.") for i in range(3)),
         *_NECK_AND_LAYERS,
     ),
@@ -137,13 +182,37 @@ TORCHVISION = Source("torchvision ResNet", rules=((r"^", BOTTOM_UP), *RESNET), b
 # Of any architecture; find_backbone knows the prefixes.
 DETECTRON2 = Source("Detectron2 backbone", backbone_only=True)
 
-SOURCES = (OURS, OFFICIAL, TRANSFORMERS, DETREX, MMDETECTION, TORCHVISION, DETECTRON2)
+SOURCES = (OURS, OFFICIAL, H_DEFORMABLE_DETR, DINO, TRANSFORMERS, DETREX, MMDETECTION, TORCHVISION, DETECTRON2)
+
+
+def count_on(names: Mapping[str, str]) -> dict[str, str]:
+    """Replace numbers with a plus in renamed names by those that count on from what comes before.
+
+    Levels count on from those of the backbone, heads from those of the decoder layers.
+
+    Args:
+        names: names in the file -> what :meth:`Source.rename` makes of them.
+    """
+
+    def count(pattern: str) -> int:
+        return len({match[1] for name in names.values() if (match := re.match(pattern, name))})
+
+    levels, layers = count(r"backbone\.input_proj\.(\d+)\."), count(r"transformer\.decoder\.layers\.(\d+)\.")
+
+    def number(match: re.Match) -> str:
+        first = levels if match[1] == "backbone.input_proj" else layers
+        return f"{match[1]}.{first + int(match[2])}."
+
+    return {key: re.sub(r"^(.*)\.\+(\d+)\.", number, name) for key, name in names.items()}
 
 
 def detect_source(keys: Collection[str]) -> Source | None:
     """Tell by the names in a checkpoint which project's detector it holds; None where it is none that is known."""
+    if any(key.startswith("transformer.enc_out_class_embed.") for key in keys):
+        return DINO
     if any(key.startswith("backbone.0.body.") for key in keys):
-        return OFFICIAL
+        has_learned_content = "query_embed.weight" in keys and "transformer.enc_output.weight" in keys
+        return H_DEFORMABLE_DETR if has_learned_content else OFFICIAL
     if any(key.startswith("model.backbone.") for key in keys):
         return TRANSFORMERS
     if any(key.startswith("bbox_head.cls_branches.") for key in keys):
