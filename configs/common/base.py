@@ -46,6 +46,12 @@ model = L(DeformableDETR)(
         dec_n_points=4,
         with_box_refine=False,
         two_stage=False,
+        multiclass_proposals=False,
+        mixed_query_selection=False,
+        anchor_query_pos=False,
+        look_forward_twice=False,
+        decoder_norm=False,
+        inverse_sigmoid_eps=1e-5,
         activation_checkpoint=False,
     ),
     criterion=L(SetCriterion)(
@@ -60,6 +66,8 @@ model = L(DeformableDETR)(
     ),
     num_classes=80,
     num_queries=300,
+    num_queries_test=0,
+    shared_heads=False,
     # Training alone: H-DETR's further queries, and DINO's, as
     # L(ContrastiveDenoising)(num_pairs=100, num_classes="${..num_classes}", embed_dim="${..transformer.d_model}").
     num_one2many_queries=0,

@@ -39,7 +39,14 @@ class _TinyBackbone(Backbone):
 
 def _make_model(*, levels=4, in_features=("res3", "res4", "res5"), d_model=32, n_heads=4, **options):
     criterion = {"aux_loss": options.pop("aux_loss", True)}
-    names = ("num_queries", "num_classes", "size_divisibility", "num_one2many_queries")
+    names = (
+        "num_queries",
+        "num_queries_test",
+        "num_one2many_queries",
+        "shared_heads",
+        "num_classes",
+        "size_divisibility",
+    )
     head = {"num_classes": 5, "num_queries": 11} | {name: options.pop(name) for name in names if name in options}
     denoising = options.pop("denoising", None)
     torch.manual_seed(0)

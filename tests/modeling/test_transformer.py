@@ -6,6 +6,7 @@ from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 
 from deformable_detr import load_config
+from deformable_detr.modeling.queries import ExtraQueries
 from deformable_detr.modeling.reference_points import (
     apply_box_deltas,
     gen_encoder_proposals,
@@ -19,7 +20,6 @@ from deformable_detr.modeling.transformer import (
     DeformableTransformerDecoderLayer,
     DeformableTransformerEncoder,
     DeformableTransformerEncoderLayer,
-    ExtraQueries,
 )
 
 
@@ -242,8 +242,8 @@ def test_the_position_of_an_extra_query_is_that_of_a_proposal_with_its_box(make_
     model = randomize(make_model(two_stage=True, with_box_refine=True)).eval()
     boxes = torch.rand(1, 4, 4)
     extra = ExtraQueries(torch.randn(1, 1, 32), boxes[:, :1])
-    queries = model.transformer._queries_at(boxes[:, 1:], extra)
-    plain = model.transformer._queries_at(boxes, None)
+    queries = model.transformer._queries_at(boxes[:, 1:], None, extra)
+    plain = model.transformer._queries_at(boxes, None, None)
     assert torch.equal(queries.reference_points, boxes) and torch.equal(queries.position, plain.position)
     assert torch.equal(queries.content, torch.cat((extra.content, plain.content[:, 1:]), dim=1))
 

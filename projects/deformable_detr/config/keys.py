@@ -20,6 +20,18 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     node.NUM_QUERIES = 300
     node.WITH_BOX_REFINE = False
     node.TWO_STAGE = False
+    # The same in evaluation, the first of learned queries; 0 for NUM_QUERIES.
+    node.NUM_QUERIES_TEST = 0
+
+    # Switches of DINO (arXiv 2203.03605) and H-DETR; docs/training.md says what they need and bring.
+    node.MIXED_QUERY_SELECTION = False
+    node.LOOK_FORWARD_TWICE = False
+    node.ANCHOR_QUERY_POS = False
+    node.MULTICLASS_PROPOSALS = False
+    node.DECODER_NORM = False
+    node.SHARED_HEADS = False
+    # Keeps boxes off 0 and 1 where they are refined; 1e-3 in DINO.
+    node.INVERSE_SIGMOID_EPS = 1e-5
 
     # Encoding of the cells' positions: ratio of the slowest to the fastest wavelength, and where in a cell its position
     # is; DINO has 20 and 0, DETR 10000 and 0.

@@ -21,6 +21,7 @@ from ..layers.precision import at_least_float32
 from .classification import Classification, FocalClassification
 from .denoising import fixed_matches
 from .matcher import HungarianMatcher, Match, Predictions, Target
+from .proposals import take_rows
 
 
 class SetCriterion(nn.Module):
@@ -110,7 +111,9 @@ class SetCriterion(nn.Module):
         Args:
             outputs: "pred_logits" (Ld, N, Lq, K), "pred_boxes" (Ld, N, Lq, 4); for two-stage models "enc_logits"
                 (N, S, K), "enc_boxes" (N, S, 4); as "pred_..." for denoising queries "dn_logits", "dn_boxes" and for
-                one-to-many queries "one2many_logits", "one2many_boxes".
+                one-to-many queries "one2many_logits", "one2many_boxes". Encoder predictions are matched with objects of
+                whatever class, unless "enc_chosen" (N, at least Lq) names the cells that became queries: then only
+                the first Lq of these are matched, and with the objects' classes.
             targets: per image "labels" (n,) int64 in [0, K) and "boxes" (n, 4).
 
         Returns:
@@ -135,7 +138,7 @@ class SetCriterion(nn.Module):
     def _groups(self, outputs: dict[str, Tensor], targets: Sequence[Target]) -> list["_Group"]:
         groups = [self._decoder_group(outputs, "pred")]
         if "enc_logits" in outputs:
-            groups.append(_Group(_proposals(outputs), ["_enc"], is_agnostic=True))
+            groups.append(_encoder_group(outputs))
         if "dn_logits" in outputs:
             matches, num_groups = fixed_matches(outputs["dn_boxes"].shape[2], targets)
             denoising = self._decoder_group(outputs, "dn")
@@ -214,7 +217,7 @@ class _Group(NamedTuple):
 
     Attributes:
         suffixes: of the names of the losses, one per layer.
-        is_agnostic: whether every object is class 0: the encoder's proposals tell objects from background alone.
+        is_agnostic: whether every object is class 0: proposals may tell objects from background alone.
         fixed_matches: per image, of every layer; None where predictions are matched by their costs.
         copies: of the objects, in queries that know whose they are.
         weight: of all losses.
@@ -238,10 +241,16 @@ class _Group(NamedTuple):
         return (num_objects * self.predictions.repeat).clamp(min=1) * (self.copies / self.weight)
 
 
-def _proposals(outputs: dict[str, Tensor]) -> Predictions:
+def _encoder_group(outputs: dict[str, Tensor]) -> _Group:
     # The official code drops this loss when aux_loss is off, which leaves the proposals untrained; here it belongs to
     # two-stage training as such.
-    return Predictions(["the encoder's proposals"], outputs["enc_logits"][None], outputs["enc_boxes"][None])
+    logits, boxes = outputs["enc_logits"], outputs["enc_boxes"]
+    has_classes = "enc_chosen" in outputs
+    if has_classes:
+        chosen = outputs["enc_chosen"][:, : outputs["pred_logits"].shape[2]]
+        logits, boxes = take_rows(logits, chosen), take_rows(boxes, chosen)
+    predictions = Predictions(["the encoder's proposals"], logits[None], boxes[None])
+    return _Group(predictions, ["_enc"], is_agnostic=not has_classes)
 
 
 def _box_losses(matched: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,9 @@ class DeformableDETR(SetPredictionDetector):
         criterion: training losses.
         num_classes: K, class outputs. There is no background output.
         num_queries: Lq, detections per image before selection; two-stage: proposals kept.
+        num_queries_test: as many in evaluation mode, the first of learned ones; 0 for ``num_queries``.
+        shared_heads: one class and one box head for all decoder layers also where boxes are refined (DINO); the
+            encoder has its own. Without refinement they are always shared.
         num_one2many_queries: further queries that are decoded beside the others in training, where many of them are
             matched with each object (H-DETR, arXiv 2207.13080); two-stage: the proposals next in rank.
         denoising: makes queries of ground truth that are decoded beside the others in training (DINO, arXiv
@@ -61,6 +64,8 @@ class DeformableDETR(SetPredictionDetector):
         transformer: DeformableTransformer,
         num_classes: int,
         num_queries: int = 300,
+        num_queries_test: int = 0,
+        shared_heads: bool = False,
         # Loss:
         criterion: SetCriterion,
         num_one2many_queries: int = 0,
@@ -92,9 +97,10 @@ class DeformableDETR(SetPredictionDetector):
             _check_denoising(denoising, transformer, num_classes)
         self.num_one2many_queries = num_one2many_queries
         self.denoising = denoising
-        self.query_embed = None
-        if not transformer.two_stage:
-            self.query_embed = nn.Embedding(num_queries + num_one2many_queries, 2 * transformer.d_model)
+        self.shared_heads = shared_heads
+        self.query_embed = self._build_query_embed(num_queries + num_one2many_queries)
+        self.num_queries_test = num_queries_test or num_queries
+        _check_num_queries_test(num_queries_test, self.query_embed)
         self.class_embed = self._replicate_head(self._build_class_head())
         self.bbox_embed = self._replicate_head(MLP(transformer.d_model, transformer.d_model, 4, 3))
         self._init_box_heads()
@@ -111,6 +117,8 @@ class DeformableDETR(SetPredictionDetector):
         )
         return {
             **shared,
+            "num_queries_test": node.NUM_QUERIES_TEST,
+            "shared_heads": node.SHARED_HEADS,
             "transformer": DeformableTransformer(
                 d_model=node.HIDDEN_DIM,
                 n_heads=node.NHEADS,
@@ -123,6 +131,12 @@ class DeformableDETR(SetPredictionDetector):
                 dec_n_points=node.DEC_N_POINTS,
                 with_box_refine=node.WITH_BOX_REFINE,
                 two_stage=node.TWO_STAGE,
+                multiclass_proposals=node.MULTICLASS_PROPOSALS,
+                mixed_query_selection=node.MIXED_QUERY_SELECTION,
+                anchor_query_pos=node.ANCHOR_QUERY_POS,
+                look_forward_twice=node.LOOK_FORWARD_TWICE,
+                decoder_norm=node.DECODER_NORM,
+                inverse_sigmoid_eps=node.INVERSE_SIGMOID_EPS,
                 activation_checkpoint=node.ACTIVATION_CHECKPOINT,
             ),
             "criterion": SetCriterion(
@@ -167,28 +181,44 @@ class DeformableDETR(SetPredictionDetector):
         with_one2many: bool = False,
     ) -> TransformerOutput:
         """Run the transformer; its queries are in the order [denoising | matching | one-to-many]."""
-        num_queries = self.num_queries + (self.num_one2many_queries if with_one2many else 0)
-        embed = None if self.query_embed is None else self.query_embed.weight
+        num_queries = self.num_queries if self.training else self.num_queries_test
+        one2many = self.num_one2many_queries if with_one2many else 0
         return self.transformer(
             features,
             geometry,
-            query_embed=embed if embed is None or len(embed) == num_queries else embed[:num_queries],
-            num_queries=num_queries,
+            query_embed=None if self.query_embed is None else self.query_embed.weight,
+            num_queries=num_queries + one2many,
             class_embed=self.class_embed,
             bbox_embed=self.bbox_embed,
             all_proposals=all_proposals,
             extra_queries=None if denoising is None else ExtraQueries(denoising.content, denoising.boxes),
-            attn_mask=self._attention_mask(num_queries, geometry, denoising),
+            attn_mask=self._attention_mask(num_queries, one2many, geometry, denoising),
         )
 
     def _attention_mask(
-        self, num_queries: int, geometry: Geometry, denoising: DenoisingQueries | None
+        self, matching: int, one2many: int, geometry: Geometry, denoising: DenoisingQueries | None
     ) -> Tensor | None:
+        if denoising is None and not one2many:
+            return None
         if self.transformer.two_stage:
-            num_queries = min(num_queries, sum(height * width for height, width in geometry.spatial_shapes))
-        one2many = max(0, num_queries - self.num_queries)
+            # There are never more proposals than cells.
+            cells = sum(height * width for height, width in geometry.spatial_shapes)
+            matching, one2many = min(matching, cells), min(one2many, max(0, cells - matching))
         groups, size = (0, 0) if denoising is None else (denoising.num_groups, denoising.group_size)
-        return attention_mask(groups, size, num_queries - one2many, one2many, device=geometry.positions.device)
+        return attention_mask(groups, size, matching, one2many, device=geometry.positions.device)
+
+    def _build_query_embed(self, rows: int) -> nn.Embedding | None:
+        """Position and content of learned queries, content alone with mixed query selection, else nothing."""
+        transformer = self.transformer
+        if not transformer.two_stage:
+            return nn.Embedding(rows, 2 * transformer.d_model)
+        if not transformer.mixed_query_selection:
+            return None
+        embed = nn.Embedding(rows, transformer.d_model)
+        if transformer.anchor_query_pos:
+            # As DINO's code, where it belongs to the transformer, all matrices of which start like this.
+            nn.init.xavier_uniform_(embed.weight)
+        return embed
 
     def _build_class_head(self) -> nn.Linear:
         head = nn.Linear(self.transformer.d_model, self.num_classes)
@@ -199,11 +229,11 @@ class DeformableDETR(SetPredictionDetector):
         """One head per decoder layer, plus the encoder's as the last one for two-stage.
 
         Decoder layers share one head unless boxes are refined. The encoder's head is always its own: its channel 0
-        means "object", not the first class.
+        means "object", not the first class, unless proposals have classes.
         """
         layers = self.transformer.num_decoder_layers
-        refine = self.transformer.with_box_refine
-        heads = [copy.deepcopy(head) if refine else head for _ in range(layers)]
+        own = self.transformer.with_box_refine and not self.shared_heads
+        heads = [copy.deepcopy(head) if own else head for _ in range(layers)]
         if self.transformer.two_stage:
             heads.append(copy.deepcopy(head))
         return nn.ModuleList(heads)
@@ -213,8 +243,10 @@ class DeformableDETR(SetPredictionDetector):
         for head in self.bbox_embed:
             nn.init.zeros_(head.layers[-1].weight)
             nn.init.zeros_(head.layers[-1].bias)
-        if not self.transformer.two_stage:
-            # With refinement only the first layer predicts a size from nothing; the others refine that size.
+        refine = self.transformer.with_box_refine
+        if not self.transformer.two_stage and not (refine and self.shared_heads):
+            # With refinement only the first layer predicts a size from nothing; the others refine that size, and one
+            # head for all would make it smaller in each of them.
             nn.init.constant_(self.bbox_embed[0].layers[-1].bias.data[2:], -2.0)
 
 
@@ -236,6 +268,15 @@ def _check_denoising(denoising: ContrastiveDenoising, transformer: DeformableTra
     size, expected = tuple(denoising.label_enc.weight.shape), (num_classes, transformer.d_model)
     if size != expected:
         raise ValueError(f"denoising must have (num_classes, embed_dim) {expected}, as the model has, got {size}")
+
+
+def _check_num_queries_test(number: int, query_embed: nn.Embedding | None) -> None:
+    if number < 0:
+        raise ValueError(f"num_queries_test must be at least 0, got {number}")
+    if query_embed is not None and number > query_embed.num_embeddings:
+        raise ValueError(
+            f"num_queries_test ({number}) must be at most the number of learned queries ({query_embed.num_embeddings})"
+        )
 
 
 def _check_levels(backbone: Backbone, transformer: DeformableTransformer) -> None:

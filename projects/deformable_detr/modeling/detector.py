@@ -142,7 +142,8 @@ class SetPredictionDetector(nn.Module):
 
         Returns:
             "pred_logits" (Ld, N, Lq, K), "pred_boxes" (Ld, N, Lq, 4) cxcywh in [0, 1] relative to each image without
-            its padding, and for two-stage models "enc_logits" (N, S, K), "enc_boxes" (N, S, 4).
+            its padding, and for two-stage models "enc_logits" (N, S, K), "enc_boxes" (N, S, 4). If its proposals have
+            classes, "enc_chosen" (N, Lq) are the cells whose proposals became queries, best first.
         """
         was_training = self.training
         self.eval()
@@ -222,6 +223,8 @@ class SetPredictionDetector(nn.Module):
         predictions = {"pred_logits": torch.stack(logits), "pred_boxes": torch.stack(output.boxes)}
         if output.enc_logits is not None:
             predictions |= {"enc_logits": output.enc_logits, "enc_boxes": output.enc_boxes}
+        if output.enc_chosen is not None:
+            predictions["enc_chosen"] = output.enc_chosen
         return predictions
 
     def transform(

@@ -16,11 +16,13 @@ class Proposals(NamedTuple):
 
     Attributes:
         boxes: (N, Lq, 4) of the best cells, best first, without gradient.
+        chosen: (N, Lq), which cells these are.
         all_logits: (N, S, K) of all cells, if they were asked for.
         all_boxes: (N, S, 4), as all_logits.
     """
 
     boxes: Tensor
+    chosen: Tensor
     all_logits: Tensor | None
     all_boxes: Tensor | None
 
@@ -32,6 +34,7 @@ def propose(
     class_head: nn.Module,
     bbox_head: nn.Module,
     num_queries: int,
+    multiclass: bool,
     all_proposals: bool,
 ) -> Proposals:
     """Score every cell, and turn the best into boxes.
@@ -41,18 +44,20 @@ def propose(
         anchors: (N, S, 4) in logit space, cxcywh, infinite where there is none.
         class_head, bbox_head: the encoder's.
         num_queries: boxes to keep; fewer where there are fewer cells.
+        multiclass: rank cells by their best class, which the head must be trained for (DINO, section 3.4); otherwise it
+            is trained on "object or not": channel 0 is the objectness, the others are negatives.
         all_proposals: return the predictions of all cells; without, boxes are computed for the best alone.
     """
     logits = class_head(features)
-    # The encoder head is trained on "object or not": channel 0 is the objectness, the others are negatives.
-    best = logits[..., 0].topk(min(num_queries, logits.shape[1]), dim=1).indices
+    scores = logits.max(dim=-1).values if multiclass else logits[..., 0]
+    best = scores.topk(min(num_queries, logits.shape[1]), dim=1).indices
     if all_proposals:
         boxes = at_least_float32(bbox_head(features)) + anchors
-        return Proposals(_take(boxes, best).detach().sigmoid(), logits, boxes.sigmoid())
-    chosen = at_least_float32(bbox_head(_take(features, best))) + _take(anchors, best)
-    return Proposals(chosen.detach().sigmoid(), None, None)
+        return Proposals(take_rows(boxes, best).detach().sigmoid(), best, logits, boxes.sigmoid())
+    chosen = at_least_float32(bbox_head(take_rows(features, best))) + take_rows(anchors, best)
+    return Proposals(chosen.detach().sigmoid(), best, None, None)
 
 
-def _take(rows: Tensor, index: Tensor) -> Tensor:
+def take_rows(rows: Tensor, index: Tensor) -> Tensor:
     """rows (N, S, D) at index (N, Lq) -> (N, Lq, D)."""
     return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))

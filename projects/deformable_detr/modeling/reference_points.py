@@ -22,17 +22,18 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
 
 
-def apply_box_deltas(deltas: Tensor, reference_points: Tensor) -> Tensor:
+def apply_box_deltas(deltas: Tensor, reference_points: Tensor, *, eps: float = 1e-5) -> Tensor:
     """Boxes from head outputs relative to references (paper, appendix A.3 and eq. 8).
 
     Args:
         deltas: (N, Lq, 4), in logit space.
         reference_points: (N, Lq, 2) centres or (N, Lq, 4) boxes in [0, 1]; centres leave width and height absolute.
+        eps: of :func:`inverse_sigmoid`.
 
     Returns:
         (N, Lq, 4) boxes in [0, 1], float32 (float64 for float64).
     """
-    reference = inverse_sigmoid(at_least_float32(reference_points))
+    reference = inverse_sigmoid(at_least_float32(reference_points), eps)
     return (at_least_float32(deltas) + F.pad(reference, (0, 4 - reference.shape[-1]))).sigmoid()
 
 

@@ -51,8 +51,10 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     for part in model.transformer.children():
         if not hasattr(part, "layers"):
             layers.append(part)
-        elif not part.activation_checkpoint:
+            continue
+        if not part.activation_checkpoint:
             layers += part.layers
+        layers += [child for child in part.children() if child is not part.layers]
     return layers
 
 

@@ -13,37 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import MSDeformAttn
-from ..layers.position_encoding import sine_embedding
 from ..layers.precision import at_least_float32
 from .decoder import DeformableTransformerDecoder, DeformableTransformerDecoderLayer
 from .encoder import DeformableTransformerEncoder, DeformableTransformerEncoderLayer
 from .geometry import Geometry, flatten_levels
 from .proposals import Proposals, propose
-
-
-class Queries(NamedTuple):
-    """What the decoder starts from.
-
-    Attributes:
-        content, position: (N, Lq, C).
-        reference_points: (N, Lq, 2) centres or (N, Lq, 4) boxes in [0, 1].
-    """
-
-    content: Tensor
-    position: Tensor
-    reference_points: Tensor
-
-
-class ExtraQueries(NamedTuple):
-    """Queries of ground truth that go before those of the model; see :mod:`.denoising`.
-
-    Attributes:
-        content: (N, P, C).
-        boxes: (N, P, 4) in [0, 1], which become reference points as they are.
-    """
-
-    content: Tensor
-    boxes: Tensor
+from .queries import AnchorPositions, ExtraQueries, Queries, encode_boxes
 
 
 class TransformerOutput(NamedTuple):
@@ -54,12 +29,14 @@ class TransformerOutput(NamedTuple):
         boxes: per decoder layer (N, Lq, 4) in [0, 1].
         enc_logits: (N, S, K), two-stage with ``all_proposals`` only.
         enc_boxes: (N, S, 4) in [0, 1], as enc_logits.
+        enc_chosen: (N, Lq), the cells of the proposals, where enc_logits are scores of classes.
     """
 
     hidden_states: list[Tensor]
     boxes: list[Tensor]
     enc_logits: Tensor | None = None
     enc_boxes: Tensor | None = None
+    enc_chosen: Tensor | None = None
 
 
 class DeformableTransformer(nn.Module):
@@ -76,11 +53,20 @@ class DeformableTransformer(nn.Module):
         enc_n_points, dec_n_points: sampling points per head and level.
         with_box_refine: iterative bounding box refinement.
         two_stage: queries come from the encoder's highest scored proposals instead of learned embeddings.
+        multiclass_proposals: the encoder's head tells classes, as those of the decoder, and proposals are ranked by
+            their best class (DINO).
+        mixed_query_selection: only positions of queries come from proposals; their contents are learned, one for each
+            rank (DINO, arXiv 2203.03605, section 3.4).
+        anchor_query_pos: positions of queries are made of their reference boxes anew in every layer (DAB-DETR,
+            arXiv 2201.12329; DINO).
+        look_forward_twice, inverse_sigmoid_eps: see :class:`DeformableTransformerDecoder`.
+        decoder_norm: its ``norm`` is a LayerNorm.
         activation_checkpoint: keep only the input of every layer for the backward pass and compute the layer a second
             time there: less memory for more time, same gradients.
 
     Raises:
-        ValueError: if sizes do not fit, or ``decoder.with_box_refine`` is another than ``with_box_refine``.
+        ValueError: if sizes do not fit, if a switch lacks another that it needs, or if a ``decoder`` of one's own works
+            in another way than the switches say.
     """
 
     def __init__(
@@ -99,11 +85,30 @@ class DeformableTransformer(nn.Module):
         dec_n_points: int = 4,
         with_box_refine: bool = False,
         two_stage: bool = False,
+        multiclass_proposals: bool = False,
+        mixed_query_selection: bool = False,
+        anchor_query_pos: bool = False,
+        look_forward_twice: bool = False,
+        decoder_norm: bool = False,
+        inverse_sigmoid_eps: float = 1e-5,
         activation_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         if d_model % 4 or d_model % n_heads:
             raise ValueError(f"d_model ({d_model}) must be divisible by 4 and by n_heads ({n_heads})")
+        switches = {
+            "with_box_refine": with_box_refine,
+            "anchor_query_pos": anchor_query_pos,
+            "look_forward_twice": look_forward_twice,
+            "decoder_norm": decoder_norm,
+            "inverse_sigmoid_eps": inverse_sigmoid_eps,
+        }
+        _check_switches(
+            two_stage=two_stage,
+            multiclass_proposals=multiclass_proposals,
+            mixed_query_selection=mixed_query_selection,
+            **switches,
+        )
         layer = {
             "d_model": d_model,
             "dim_feedforward": dim_feedforward,
@@ -120,26 +125,35 @@ class DeformableTransformer(nn.Module):
             partial(DeformableTransformerDecoderLayer, **layer, n_points=dec_n_points),
             num_decoder_layers,
             with_box_refine=with_box_refine,
+            look_forward_twice=look_forward_twice,
+            norm=nn.LayerNorm(d_model) if decoder_norm else None,
+            ref_point_head=AnchorPositions(d_model) if anchor_query_pos else None,
+            inverse_sigmoid_eps=inverse_sigmoid_eps,
             activation_checkpoint=activation_checkpoint,
         )
-        if self.decoder.with_box_refine != with_box_refine:
-            raise ValueError(
-                f"with_box_refine is {with_box_refine} and that of the decoder {self.decoder.with_box_refine}: the box "
-                f"heads need them to be the same"
-            )
+        _check_decoder(self.decoder, switches)
         self.d_model = d_model
         self.num_decoder_layers = len(self.decoder.layers)
         self.with_box_refine = with_box_refine
         self.two_stage = two_stage
+        self.multiclass_proposals = multiclass_proposals
+        self.mixed_query_selection = mixed_query_selection
+        self.anchor_query_pos = anchor_query_pos
         self.level_embed = nn.Parameter(torch.empty(num_feature_levels, d_model))
         if two_stage:
             self.enc_output = nn.Linear(d_model, d_model)
             self.enc_output_norm = nn.LayerNorm(d_model)
+        if self.embeds_proposals:
             self.pos_trans = nn.Linear(2 * d_model, 2 * d_model)
             self.pos_trans_norm = nn.LayerNorm(2 * d_model)
-        else:
+        if not two_stage:
             self.reference_points = nn.Linear(d_model, 2)
         self.reset_parameters()
+
+    @property
+    def embeds_proposals(self) -> bool:
+        """Whether contents or positions of queries are embeddings of proposals."""
+        return self.two_stage and not (self.mixed_query_selection and self.anchor_query_pos)
 
     def reset_parameters(self) -> None:
         """Initialise as the official code: Xavier for all matrices, then what attention and embeddings override."""
@@ -171,8 +185,9 @@ class DeformableTransformer(nn.Module):
         Args:
             features: L maps (N, C, H_l, W_l).
             geometry: of the batch.
-            query_embed: (Lq, 2C), position before content; None for two-stage.
-            num_queries: proposals that two-stage keeps; fewer where the image has fewer cells.
+            query_embed: (Lq, 2C), position before content; for two-stage (Lq, C), contents by rank, or None.
+            num_queries: rows of ``query_embed`` that are used, proposals that two-stage keeps; fewer where the image
+                has fewer cells.
             class_embed, bbox_embed: a head per decoder layer, plus the encoder's as the last one for two-stage.
             all_proposals: return the encoder's predictions; without, boxes are computed for the best proposals alone.
             extra_queries: for two-stage; they come first in the output, before the queries of the proposals.
@@ -188,11 +203,11 @@ class DeformableTransformer(nn.Module):
         proposals = None
         if self.two_stage:
             proposals = self._propose(memory, geometry, class_embed[-1], bbox_embed[-1], num_queries, all_proposals)
-            queries = self._queries_at(proposals.boxes, extra_queries)
+            queries = self._queries_at(proposals.boxes, query_embed, extra_queries)
         elif extra_queries is not None:
             raise ValueError("extra_queries have boxes as reference points, which needs two_stage; it is False")
         else:
-            queries = self._learned_queries(query_embed, src.shape[0])
+            queries = self._learned_queries(query_embed[:num_queries], src.shape[0])
         hidden_states, boxes = self.decoder(
             *queries,
             memory,
@@ -203,7 +218,8 @@ class DeformableTransformer(nn.Module):
         )
         if proposals is None:
             return TransformerOutput(hidden_states, boxes)
-        return TransformerOutput(hidden_states, boxes, proposals.all_logits, proposals.all_boxes)
+        chosen = proposals.chosen if self.multiclass_proposals and all_proposals else None
+        return TransformerOutput(hidden_states, boxes, proposals.all_logits, proposals.all_boxes, chosen)
 
     def add_level_embed(self, geometry: Geometry) -> Tensor:
         """Positions (N, S, C) with the embedding of each cell's level, in the weights' dtype."""
@@ -230,17 +246,23 @@ class DeformableTransformer(nn.Module):
             class_head=class_head,
             bbox_head=bbox_head,
             num_queries=num_queries,
+            multiclass=self.multiclass_proposals,
             all_proposals=all_proposals,
         )
 
-    def _queries_at(self, boxes: Tensor, extra: ExtraQueries | None) -> Queries:
-        """Queries of boxes (N, Lq, 4), after the extra ones."""
+    def _queries_at(self, boxes: Tensor, query_embed: Tensor | None, extra: ExtraQueries | None) -> Queries:
+        """Queries of proposed boxes (N, Lq, 4), after the extra ones."""
+        references = boxes if extra is None else torch.cat((extra.boxes, boxes), dim=1)
+        position = content = None
+        if self.embeds_proposals:
+            position, content = self._embed_boxes(references)
+        if self.mixed_query_selection:
+            content = query_embed[: boxes.shape[1]].expand(boxes.shape[0], -1, -1)
+        elif extra is not None:
+            content = content[:, extra.content.shape[1] :]
         if extra is not None:
-            boxes = torch.cat((extra.boxes, boxes), dim=1)
-        position, content = self._embed_boxes(boxes)
-        if extra is not None:
-            content = torch.cat((extra.content, content[:, extra.content.shape[1] :]), dim=1)
-        return Queries(content, position, boxes)
+            content = torch.cat((extra.content, content), dim=1)
+        return Queries(content, None if self.anchor_query_pos else position, references)
 
     def _learned_queries(self, query_embed: Tensor, images: int) -> Queries:
         """Queries of (Lq, 2C), position before content, the same in all images."""
@@ -249,6 +271,35 @@ class DeformableTransformer(nn.Module):
 
     def _embed_boxes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Turn boxes (N, Lq, 4) in [0, 1] into query positions and contents, (N, Lq, C) each."""
-        encoded = sine_embedding(boxes * 2 * torch.pi, self.d_model // 2).flatten(-2)
-        encoded = encoded.to(self.pos_trans.weight.dtype)
+        encoded = encode_boxes(boxes, self.d_model).to(self.pos_trans.weight.dtype)
         return self.pos_trans_norm(self.pos_trans(encoded)).split(self.d_model, dim=-1)
+
+
+# What a switch cannot do without.
+_NEEDS = {
+    "multiclass_proposals": ("two_stage",),
+    "mixed_query_selection": ("two_stage",),
+    "anchor_query_pos": ("two_stage", "with_box_refine"),
+    "look_forward_twice": ("with_box_refine",),
+}
+
+
+def _check_switches(**switches: bool | float) -> None:
+    for name, needed in _NEEDS.items():
+        for other in needed if switches[name] else ():
+            if not switches[other]:
+                raise ValueError(f"{name} needs {other}, which is {switches[other]}")
+
+
+def _check_decoder(decoder: nn.Module, switches: dict[str, bool | float]) -> None:
+    """Refuse a decoder that works in another way than the switches say; one of one's own need not know of them all."""
+    found = {
+        "with_box_refine": decoder.with_box_refine,
+        "anchor_query_pos": getattr(decoder, "ref_point_head", None) is not None,
+        "look_forward_twice": getattr(decoder, "look_forward_twice", False),
+        "decoder_norm": getattr(decoder, "norm", None) is not None,
+        "inverse_sigmoid_eps": getattr(decoder, "inverse_sigmoid_eps", switches["inverse_sigmoid_eps"]),
+    }
+    for name, value in switches.items():
+        if found[name] != value:
+            raise ValueError(f"{name} is {value} and that of the decoder {found[name]}: they must be the same")
