@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "model_zoo": {"checkpoint", "config", "training"},
     "engine": {"cli", "config", "data", "files", "modeling", "solver", "startup", "training"},
     "loading": {"checkpoint", "cli", "config", "data", "model_zoo", "modeling", "training", "wording"},
-    "collect_env": {"cli", "layers"},
+    "collect_env": {"cli", "layers", "wording"},
     "detect": {"checkpoint", "data", "files", "loading", "modeling", "wording"},
     "explain": {"data", "detect", "files", "layers", "loading", "modeling"},
     "report": {"config", "data", "detect", "files", "training"},

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deformable_detr import cli
+from deformable_detr.startup.processors import describe_load
 from deformable_detr.training.metrics import read_metrics, training_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="relative to the repository")
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier call left, and start over")
     args = parser.parse_args(argv)
+    if (busy := describe_load()) is not None:
+        print(busy, flush=True)
     output = ROOT / args.output
     dataset = args.output / "dataset"
     if args.fresh and output.exists():

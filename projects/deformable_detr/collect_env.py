@@ -14,6 +14,7 @@ from torch.utils.collect_env import get_pretty_env_info
 
 from .cli import make_parser, run
 from .layers import _ops
+from .wording import explain_missing_c, ignoring_records
 
 
 def collect_env_info() -> str:
@@ -30,7 +31,9 @@ def _packages() -> str:
         return get_pretty_env_info() + "\nDetectron2 is not installed: python tools/install_detectron2.py"
     from detectron2.utils.collect_env import collect_env_info as detectron2_env_info
 
-    return detectron2_env_info()
+    # The report says whether there is a GPU.
+    with ignoring_records("torch.utils.cpp_extension", "No CUDA runtime is found"):
+        return explain_missing_c(detectron2_env_info())
 
 
 def operator_rows() -> list[tuple[str, str]]:

@@ -23,13 +23,12 @@ from detectron2.engine import (
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
-from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from omegaconf import DictConfig
 from torch import nn
 
 from . import solver
-from .cli import add_overrides_word, keep_stacks_in_files
+from .cli import add_overrides_word
 from .config import RunConfig, find_config_file, load_config
 from .data.augmentation import augmentation_from_config
 from .data.datasets import get_class_names, get_test_dicts, get_train_dicts
@@ -40,6 +39,7 @@ from .data.sampler import sampler_from_config
 from .files import replacing
 from .modeling import SetPredictionDetector, prepare_for_inference
 from .startup.checks import check_before_start, check_classes, check_unused_parameters
+from .startup.console import describing_environment, log_configuration, log_load, log_start, set_up_console
 from .startup.launch import launch
 from .startup.options import check_options
 from .startup.user_data import add_user_data_arguments, apply_user_data, record_user_data
@@ -107,14 +107,14 @@ def setup(args: argparse.Namespace) -> CfgNode | DictConfig:
     """
     cfg = _read_config(args)
     output_dir = RunConfig(cfg).get("output_dir")
-    # default_setup gives a handler to the loggers of detectron2 and fvcore only.
-    setup_logger(output_dir, distributed_rank=comm.get_rank(), name="deformable_detr")
+    set_up_console(output_dir)
+    log_load()
     files = apply_user_data(cfg, args)
     check_before_start(cfg, args)
     is_training = not (args.eval_only or args.replay)
-    with nullcontext() if is_training else _keeping(os.path.join(output_dir, "config.yaml")):
+    with nullcontext() if is_training else _keeping(os.path.join(output_dir, "config.yaml")), describing_environment():
         default_setup(cfg, args)
-    keep_stacks_in_files(logging.getLogger("detectron2"))
+    log_configuration(args, output_dir)
     if is_training:
         record_user_data(files, output_dir)
     return cfg
@@ -179,6 +179,7 @@ class Trainer(DefaultTrainer):
         loop = TrainingLoop(_distribute(model, **ddp), loader, optimizer, settings)
         # DefaultTrainer's own name: its run_step, model, data_loader and optimizer ask for it. There is no public one.
         self.loop = self._trainer = loop
+        log_start(run, unwrap(loop.model), num_images=getattr(loader, "num_images", None))
         self.checkpointer = _build_checkpointer(cfg, loop.model, trainer=weakref.proxy(self), ema=loop.ema)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
@@ -384,6 +385,7 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
     optimizer = instantiate(cfg.optimizer)
     model = _distribute(model, **cfg.train.ddp)
     loop = TrainingLoop(model, instantiate(cfg.dataloader.train), optimizer, settings)
+    log_start(RunConfig(cfg), unwrap(loop.model), num_images=getattr(loop.data_loader, "num_images", None))
     checkpointer = _build_checkpointer(cfg, loop.model, trainer=loop, ema=loop.ema)
     loop.register_hooks(
         build_hooks(

@@ -1,6 +1,7 @@
 """`python -m deformable_detr.benchmark model|train` on small images."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -124,3 +125,12 @@ def test_train_benchmark_shows_what_checkpointing_saves(run):
     default, checkpointed = run("train", "--sizes", "128x128", "--memory-only", "--peers", opts=opts)
     assert (default["option"], checkpointed["option"]) == ("default", "checkpoint")
     assert checkpointed["MiB"] < default["MiB"]
+
+
+def test_the_profiler_is_not_heard_where_memory_is_measured_and_all_else_is(capfd):
+    def call():
+        print("a warning of the call", file=sys.stderr, flush=True)
+        torch.empty(2**18)
+
+    assert peak_memory(call, "cpu") == 1.0
+    assert capfd.readouterr().err == "a warning of the call\n"

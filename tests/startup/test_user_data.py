@@ -106,6 +106,23 @@ def test_learning_rate_on_the_command_line_is_not_scaled(configure, write_coco):
     assert schedule_of(cfg)["lr"] == 0.5
 
 
+def test_the_schedule_that_is_logged_is_the_one_after_overrides(configure, write_coco, caplog):
+    caplog.set_level(logging.INFO)
+    cfg = configure(
+        *(*write_coco().flags("train"), "--epochs", "12"),
+        yaml=("SOLVER.MAX_ITER", "10", "SOLVER.BASE_LR", "0.5", "TEST.EVAL_PERIOD", "3"),
+        lazy=("train.max_iter=10", "optimizer.lr=0.5", "train.eval_period=3"),
+    )
+    # 20 of 4 images; the drop is where 80 % of what is left of the run is over.
+    assert schedule_of(cfg)["drop"] == 8
+    assert (
+        "5 epochs of 4 images in batches of 2 are 10 iterations. Learning rate 0.5, dropped after iteration 8"
+        in caplog.text
+    )
+    assert "Evaluation every 3 iterations, checkpoint every 4." in caplog.text
+    assert "As set on the command line: " in caplog.text
+
+
 def test_mixed_precision_is_for_gpus(configure, write_coco):
     flags = (*write_coco().flags("train"), "--epochs", "3")
     assert not schedule_of(configure(*flags, yaml=("MODEL.DEVICE", "cpu"), lazy=("train.device=cpu",)))["amp"]

@@ -101,3 +101,15 @@ def test_fresh_deletes_what_an_earlier_call_left(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(output), "--fresh"])
     demo.main()
     assert not (output / "last_checkpoint").exists()
+
+
+def test_a_busy_machine_is_told_of_before_the_first_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "describe_load", lambda: "This machine is busy")
+
+    def run(command):
+        assert capsys.readouterr().out == "This machine is busy\n"
+        raise SystemExit(3)
+
+    monkeypatch.setattr(demo, "run", run)
+    with pytest.raises(SystemExit, match="3"):
+        demo.main(["--output", str(tmp_path)])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +24,8 @@ Call = Callable[[], object]
 
 # Processor time, with one thread, does not count what else a busy machine does meanwhile.
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+# What PyTorch's profiler says of itself; 35 is CUDA's code for a machine without its driver.
+_PROFILERS_OWN = (b"] profiler_start", b"] profiler_stop", b"gpuGetDeviceCount failed with code 35")
 
 
 def time_call(call: Call, device: str, *, count: int = 1) -> float:
@@ -116,7 +121,8 @@ def peak_memory(call: Call, device: str) -> float:
         call()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with _without_the_profilers_own_lines(), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         call()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -128,6 +134,25 @@ def peak_memory(call: Call, device: str) -> float:
         live += size
         peak = max(peak, live)
     return peak / 2**20
+
+
+@contextlib.contextmanager
+def _without_the_profilers_own_lines() -> Iterator[None]:
+    """Drop from standard error that the profiler begins, ends, and finds no GPU to profile; pass on all else.
+
+    It writes in C++, past Python's streams.
+    """
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as told:
+        os.dup2(told.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            told.seek(0)
+            os.write(2, b"".join(line for line in told if not any(words in line for words in _PROFILERS_OWN)))
 
 
 def describe_machine(devices: list[str], threads: int) -> str:

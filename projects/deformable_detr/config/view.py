@@ -17,6 +17,7 @@ KEYS: dict[str, tuple[str | None, str]] = {
     "train_datasets": ("DATASETS.TRAIN", "dataloader.train.dataset.names"),
     "test_datasets": ("DATASETS.TEST", "dataloader.test.dataset.names"),
     "batch": ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size"),
+    "num_workers": ("DATALOADER.NUM_WORKERS", "dataloader.train.num_workers"),
     "lr": ("SOLVER.BASE_LR", "optimizer.lr"),
     "max_iter": ("SOLVER.MAX_ITER", "train.max_iter"),
     # Iterations at which the learning rate drops, and the last one; a schedule without steps has none.

@@ -30,6 +30,13 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         new_height, new_width = self.get_output_shape(height, width, int(size), self.max_size)
         return T.ResizeTransform(height, width, new_height, new_width, self.interp)
 
+    def __repr__(self) -> str:
+        limit = "" if self.max_size == sys.maxsize else f", max_size={self.max_size}"
+        style = "range" if self.is_range else "choice"
+        return f"ResizeShortestEdge({list(self.short_edge_length)}{limit}, {style})"
+
+    __str__ = __repr__
+
     @staticmethod
     def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
         """Size (h, w) in pixels with the given short side, or with ``max_size`` as long side where that is smaller."""
@@ -40,6 +47,15 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         # Of an image that is one line, the short side is rounded to nothing.
         size, scaled_long = (size, int(size * long / short)) if size else (1, max_size)
         return (size, scaled_long) if oldh < oldw else (scaled_long, size)
+
+
+class RandomApply(T.RandomApply):
+    """Detectron2's, which tells of itself what it applies."""
+
+    def __repr__(self) -> str:
+        return f"RandomApply({self.aug}, prob={self.prob})"
+
+    __str__ = __repr__
 
 
 def build_detr_augmentation(
@@ -66,7 +82,7 @@ def build_detr_augmentation(
     augmentations: list[T.Augmentation] = [T.RandomFlip()] if random_flip else []
     if crop_size is not None:
         crop = [ResizeShortestEdge(PRE_CROP_SIZES, sys.maxsize, "choice"), T.RandomCrop(crop_type, crop_size)]
-        augmentations.append(T.RandomApply(T.AugmentationList(crop), prob=0.5))
+        augmentations.append(RandomApply(T.AugmentationList(crop), prob=0.5))
     return [*augmentations, resize]
 
 

@@ -65,6 +65,13 @@ class CocoData:
     def path(self, image: dict[str, Any]) -> str:
         return os.path.join(self.image_root, image["file_name"])
 
+    def describe(self) -> str:
+        """What there is to use, in a few words."""
+        objects = [annotation for annotation in self.content["annotations"] if not annotation.get("iscrowd")]
+        crowds = len(self.content["annotations"]) - len(objects)
+        told = f"{len(self.content['images'])} images with {len(objects)} objects"
+        return told + (f" and {crowds} crowd regions" if crowds else "")
+
 
 def load_coco_data(
     json_file: str,

@@ -19,7 +19,7 @@ from detectron2.structures import BoxMode
 from omegaconf import DictConfig
 
 from ..config import RunConfig
-from ..wording import name_first
+from ..wording import ignoring_records, name_first
 from .classes import check_num_classes
 from .coco_format import DatasetError, read_coco_json
 from .dataset_dict import describe_image, get_objects
@@ -89,6 +89,11 @@ def get_train_dicts(
         dicts = kept
     check_annotations(dicts, num_classes=num_classes)
     check_num_classes([names] if isinstance(names, str) else names, num_classes)
+    objects = sum(len(get_objects(record)) for record in dicts)
+    logger.info(
+        f"Annotations checked: {len(dicts)} images with {objects} objects of {num_classes} classes to train on, "
+        f"{len(dicts) - len(kept)} images without objects"
+    )
     _warn_of_empty_classes(dicts, names if isinstance(names, str) else names[0])
     if num_queries is not None:
         _warn_of_crowded_images(
@@ -209,8 +214,15 @@ def _load(name: str, json_file: str, image_root: str, *, boxes_only: bool) -> li
             f'{json_file}: annotation {ignored.get("id")} has "ignore": {ignored["ignore"]}, which Detectron2 does not '
             'support: set "iscrowd": 1 in its place, as --repair of train_net.py does'
         )
-    if not boxes_only:
-        return load_coco_json(json_file, image_root, name)
+    # Ids of any kind are mapped, as everywhere; and the file that is loaded may be a copy.
+    with ignoring_records("detectron2.data.datasets.coco", "Category ids in annotations are not in", "Loaded "):
+        load = partial(_load_boxes, content) if boxes_only else partial(load_coco_json, json_file)
+        dicts = load(image_root, name)
+    logger.info(f"Loaded {len(dicts)} images of {json_file}")
+    return dicts
+
+
+def _load_boxes(content: dict, image_root: str, name: str) -> list[dict]:
     for annotation in content["annotations"]:
         for key in ("segmentation", "keypoints"):
             annotation.pop(key, None)

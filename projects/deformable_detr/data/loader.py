@@ -53,6 +53,7 @@ class TrainLoader:
             raise ValueError(
                 f"total_batch_size must be a multiple of the {world_size} processes, got {total_batch_size}"
             )
+        self.num_images = len(dataset)
         self.total_batch_size = total_batch_size
         self.num_workers = num_workers
         self._is_wide = [r["width"] > r["height"] for r in dataset] if aspect_ratio_grouping else None

@@ -19,6 +19,7 @@ from ..data.evaluators import build_evaluator, check_evaluator
 from ..training.settings import TrainingSettings
 from ..wording import name_first
 from .options import check_options
+from .processors import available_cores
 from .user_data import check_user_data_given
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def check_before_start(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> N
     if args.replay:
         return
     check_options(run)
+    _warn_of_many_workers(run)
     check_user_data_given("val", run.evaluated_datasets())
     _check_evaluators(run)
     if args.eval_only and not run.evaluated_datasets():
@@ -115,6 +117,15 @@ def _check_settings(run: RunConfig) -> None:
         raise ValueError(
             f"{run.key('best_metric')} must be one of metrics.json, such as bbox/AP, got {metric!r}; "
             f"did you mean bbox/{metric}?"
+        )
+
+
+def _warn_of_many_workers(run: RunConfig) -> None:
+    workers, cores = run.get("num_workers", 0) * comm.get_local_size(), available_cores()
+    if workers > cores and comm.is_main_process():
+        logger.warning(
+            f"{run.key('num_workers')} is {run.get('num_workers')}: {workers} loading processes on {cores} cores "
+            "may be slower than fewer"
         )
 
 

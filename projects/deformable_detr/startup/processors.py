@@ -29,6 +29,30 @@ def share_processors(*, long_running: bool) -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    # Not every system tells.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_load() -> str | None:
+    """Return one line about a machine that other programs keep busy, and what helps; None where there is room.
+
+    To be called when a program begins: later it is a part of the load itself.
+    """
+    if not hasattr(os, "getloadavg") or torch.cuda.is_available():
+        return None
+    # The load is that of the whole machine, also where this process may use a part of it.
+    load, cores, threads = os.getloadavg()[0], os.cpu_count() or 1, torch.get_num_threads()
+    if load + threads <= cores + 0.5:
+        return None
+    told = (
+        f"This machine is busy: {load:.1f} processes wanted its {cores} cores in the last minute, and this one has "
+        f"{threads} threads. It will take longer"
+    )
+    return told if threads == 1 else f"{told}; OMP_NUM_THREADS=1 in front of the command helps, or wait for the others"
+
+
 def _would_help(long_running: bool) -> bool:
     threads = torch.get_num_threads()
     if threads == 1 or any(name in os.environ for name in _SET_BY_USERS) or sys.gettrace() is not None:

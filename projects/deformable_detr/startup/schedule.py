@@ -69,16 +69,46 @@ def apply_schedule(run: RunConfig, *, reference: RunConfig, epochs: int, num_ima
     plan = plan_schedule(
         num_images=num_images, epochs=epochs, batch=batch, reference_lr=file_lr, reference_batch=file_batch
     )
-    drop = f", dropped after iteration {plan['drop']} ({DROP_PERCENT} %)" if "milestones" in names else ""
-    logger.info(
-        f"Schedule: {epochs} epochs of {num_images} images in batches of {batch} are {plan['max_iter']} iterations. "
-        f"Learning rate {plan['lr']:g} = {file_lr:g} x {batch}/{file_batch}{drop}. "
-        f"Evaluation and checkpoint every {plan['eval_period']} iterations."
-    )
-    if given:
-        logger.info("Left as set on the command line: %s", ", ".join(map(run.key, given)))
+    if "max_iter" in given:
+        plan |= _fit_to(run.get("max_iter"), plan)
     plan["milestones"] = (plan["drop"], plan["max_iter"])
     plan["amp_enabled"] = run.get("device").startswith("cuda")
     for name in names:
         if name not in given:
             run.set(name, plan[name])
+    length = f"{epochs} epochs" if "max_iter" not in given else f"{plan['max_iter'] * batch / num_images:.3g} epochs"
+    scaling = "" if "lr" in given else f" = {file_lr:g} x {batch}/{file_batch}"
+    logger.info(
+        f"Schedule: {length} of {num_images} images in batches of {batch} are {plan['max_iter']} iterations. "
+        f"Learning rate {run.get('lr'):g}{scaling}{_describe_drops(run)}. {_describe_periods(run)}."
+    )
+    if given:
+        logger.info("As set on the command line: %s", ", ".join(map(run.key, given)))
+
+
+def _fit_to(max_iter: int, plan: dict[str, Any]) -> dict[str, Any]:
+    """Return what changes in a plan whose length the user has set."""
+    periods = {name: min(plan[name], max_iter) for name in ("eval_period", "checkpoint_period")}
+    return {"max_iter": max_iter, "drop": max_iter * DROP_PERCENT // 100, **periods}
+
+
+def drops_of(run: RunConfig) -> list[int]:
+    """Return the iterations after which the learning rate drops; none in schedules without steps."""
+    milestones, max_iter = run.get("milestones"), run.get("max_iter")
+    if not milestones:
+        return []
+    # A LazyConfig's are shares of the last one, whatever train.max_iter is.
+    *steps, end = milestones
+    return [int(step * max_iter / end) for step in steps if step < end]
+
+
+def _describe_drops(run: RunConfig) -> str:
+    drops, max_iter = drops_of(run), run.get("max_iter")
+    return "".join(f", dropped after iteration {drop} ({100 * drop / max_iter:.3g} %)" for drop in drops)
+
+
+def _describe_periods(run: RunConfig) -> str:
+    evaluations, checkpoints = run.get("eval_period"), run.get("checkpoint_period")
+    if evaluations == checkpoints:
+        return f"Evaluation and checkpoint every {evaluations} iterations"
+    return f"Evaluation every {evaluations} iterations, checkpoint every {checkpoints}"

@@ -14,7 +14,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 
 from ..config import RunConfig, load_config
-from ..data.checks import Problems, drop_overlap, load_coco_data
+from ..data.checks import CocoData, Problems, drop_overlap, load_coco_data
 from ..data.coco_format import DatasetError, has_byte_order_mark, read_coco_json
 from ..data.datasets import register_coco_data
 from ..data.mapper import NamedErrorsMapper
@@ -228,7 +228,16 @@ def check_user_data(
             os.makedirs(output_dir, exist_ok=True)
             write_json(path, split_data.content)
             repaired[split] = (path, split_data.image_root)
+    _log_what_was_found(data, repaired=bool(found))
     return repaired, {split: len(split_data.content["images"]) for split, split_data in data.items()}
+
+
+def _log_what_was_found(data: dict[str, CocoData], *, repaired: bool) -> None:
+    """Say in one line that the data may be used, and what they are."""
+    classes = len(next(iter(data.values())).content["categories"])
+    splits = "; ".join(f"{split_data.describe()} {SPLITS[split]}" for split, split_data in data.items())
+    outcome = "what is wrong was repaired" if repaired else "nothing is wrong"
+    logger.info(f"Data checked, {outcome}: {splits}; {classes} classes")
 
 
 def _list_problems(found: list[Problems]) -> str:

@@ -53,6 +53,7 @@ def build_hooks(
     printers = [writer for writer in writers if type(writer) is CommonMetricPrinter]
     early = printers + [writer for writer in writers if type(writer) is MetricsWriter]
     built += [
+        FirstLine(printers, period=settings.log_period),
         # Before the checkpoint: the resumed run does not write the line of its iteration again.
         EarlyWriter(early, period=settings.log_period),
         PeriodicCheckpointer(checkpointer, settings.checkpoint_period, max_to_keep=settings.max_to_keep),
@@ -112,6 +113,26 @@ class EarlyWriter(hooks.PeriodicWriter):
 
     def after_train(self) -> None:
         pass
+
+
+class FirstLine(HookBase):
+    """Print the first iteration of a run: whoever has started it sees that it runs, and how its losses begin.
+
+    Args:
+        printers: whose lines go to the terminal alone; ``metrics.json`` stays as it is.
+        period: of their other lines.
+    """
+
+    def __init__(self, printers: Sequence[EventWriter], *, period: int) -> None:
+        self._printers = printers
+        self._period = period
+
+    def after_step(self) -> None:
+        # EarlyWriter prints the last one.
+        printed = _is_due(self.trainer, self._period) or self.trainer.iter + 1 == self.trainer.max_iter
+        if self.trainer.iter == self.trainer.start_iter and not printed:
+            for printer in self._printers:
+                printer.write()
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
