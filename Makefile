@@ -11,7 +11,7 @@ CSRC := $(wildcard $(foreach suffix,h cuh cpp cu,csrc/*.$(suffix) csrc/*/*.$(suf
 .PHONY: help setup demo test stress lint format clean
 
 help:
-	@echo "make demo     train a small Deformable DETR on generated data, evaluate it, draw its detections"
+	@echo "make demo     train small Deformable DETRs on generated data and on ten photos, evaluate and draw"
 	@echo "make test     lint and run every test"
 	@echo "make stress   reliability figures: fuzzing, kills, memory, broken data (about an hour)"
 	@echo "make setup    only create $(VENV), install PyTorch and Detectron2, build the operator"

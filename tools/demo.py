@@ -1,9 +1,12 @@
-"""Trains, evaluates and shows a small Deformable DETR on shapes that it draws itself: what ``make demo``
+"""Trains, evaluates and shows small Deformable DETRs, on shapes that it draws and on ten photos: what ``make demo``
 runs.
 
-Everything goes through the same commands that a user types: ``tools/make_shapes_dataset.py``,
-``train_net.py`` and ``python -m deformable_detr.report``. Interrupted and called again, it goes on from the
-last checkpoint; ``--fresh`` starts over.
+The first part learns shapes from thousands of generated images and is evaluated on others. The second part learns
+the ten photos of ``tools/demo_photos`` and draws what it detects in them: training images.
+
+Everything goes through the same commands that a user types: ``tools/make_shapes_dataset.py``, ``train_net.py``,
+``python -m deformable_detr.report`` and ``.detect``. Interrupted and called again, it goes on from the last
+checkpoint; ``--fresh`` starts over.
 """
 
 import argparse
@@ -21,7 +24,9 @@ from deformable_detr.startup.processors import describe_load
 from deformable_detr.training.metrics import read_metrics, training_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = "configs/quick_schedules/shapes_two_stage.yaml"
+SHAPES_CONFIG = "configs/quick_schedules/shapes_two_stage.yaml"
+PHOTOS_CONFIG = "configs/quick_schedules/overfit_10_images.yaml"
+PHOTOS = Path("tools/demo_photos")
 FINE_TUNING = """\
 python train_net.py --config-file configs/COCO-Detection/deformable_detr_R_50_two_stage.yaml \\
     --weights deformable-detr://deformable_detr_R_50_two_stage --train-json my/train.json --train-images my/train \\
@@ -45,13 +50,44 @@ def run(command: list[str]) -> None:
         sys.exit(status if status > 0 else 128 - status)
 
 
-def train_command(data_flags: list[str], output_dir: str | Path, *extra: str) -> list[str]:
-    """Return the arguments to Python that train and evaluate the demo's model on COCO-format data."""
-    return ["train_net.py", "--config-file", CONFIG, *data_flags, *extra, "OUTPUT_DIR", str(output_dir)]
+def train(config: str, train_data: tuple[Path, Path], val_data: tuple[Path, Path], output: Path) -> None:
+    """Train and evaluate a model, from the last checkpoint on where there is one.
+
+    Args:
+        train_data, val_data: a COCO-format file and the folder of its images.
+        output: relative to the repository, as all paths of the demo.
+    """
+    names = ("--train-json", "--train-images", "--val-json", "--val-images")
+    data_flags = [word for pair in zip(names, map(str, (*train_data, *val_data)), strict=True) for word in pair]
+    resume = ["--resume"] if (ROOT / output / "last_checkpoint").exists() else []
+    run(["train_net.py", "--config-file", config, *data_flags, *resume, "OUTPUT_DIR", str(output)])
 
 
-def summarize(output: Path) -> str:
-    """Return the closing lines of the demo.
+def photos_folder(output: Path) -> Path:
+    """Return where the second part is written, given the folder of the first."""
+    return output / "photos"
+
+
+def learn_shapes(output: Path) -> None:
+    """Train on generated images, evaluate on others, and write a report and a sheet of detections."""
+    dataset = output / "dataset"
+    run(["tools/make_shapes_dataset.py", str(dataset)])
+    data = [(dataset / f"{split}.json", dataset / split) for split in ("train", "val")]
+    train(SHAPES_CONFIG, *data, output)
+    run(["-m", "deformable_detr.report", str(output), "--sheet", str(output / "detections.png")])
+
+
+def learn_photos(output: Path) -> None:
+    """Train on ten photos until the model knows them, and draw what it detects in them."""
+    print("\nPart 2: ten real photos, with which the model is trained and which it then detects in.", flush=True)
+    data = (PHOTOS / "instances.json", PHOTOS / "images")
+    train(PHOTOS_CONFIG, data, data, output)
+    shown = ["--model", str(output), "--score", "0.5", "--output", str(output / "detections")]
+    run(["-m", "deformable_detr.detect", str(PHOTOS / "images"), *shown])
+
+
+def summarize_training(output: Path, of: str) -> list[str]:
+    """Return two lines about a training: its last evaluation and its time.
 
     Raises:
         SystemExit: the run holds no AP50, so its evaluation did not come to an end.
@@ -61,13 +97,28 @@ def summarize(output: Path) -> str:
     if not evaluations:
         sys.exit(f"{output}/metrics.json has no bbox/AP50: the evaluation did not come to an end")
     final = evaluations[-1]
+    return [
+        f"{of}: AP {final['bbox/AP']:.1f}, AP50 {final['bbox/AP50']:.1f}",
+        f"Training took {training_seconds(metrics):.0f} s. Checkpoint: {output / 'model_final.pth'}",
+    ]
+
+
+def summarize(output: Path) -> str:
+    """Return the closing lines of the demo.
+
+    Raises:
+        SystemExit: as :func:`summarize_training`.
+    """
+    photos = photos_folder(output)
     return "\n".join(
         [
             "",
-            f"Held-out images: AP {final['bbox/AP']:.1f}, AP50 {final['bbox/AP50']:.1f}",
-            f"Training took {training_seconds(metrics):.0f} s. Checkpoint: {output / 'model_final.pth'}",
+            *summarize_training(output, "Shapes, held-out images"),
             f"Report, open it in a browser: {output / 'report.html'}",
             f"Detections on one sheet: {output / 'detections.png'}",
+            "",
+            *summarize_training(photos, "Photos, the ten that it was trained on"),
+            f"What it draws is what it was trained on: {photos / 'detections'}",
             "",
             *activation(),
             "Fine-tune the published R50 model on COCO-format data of your own, best on a GPU:",
@@ -91,16 +142,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if (busy := describe_load()) is not None:
         print(busy, flush=True)
-    output = ROOT / args.output
-    dataset = args.output / "dataset"
-    if args.fresh and output.exists():
-        shutil.rmtree(output)
-    run(["tools/make_shapes_dataset.py", str(dataset)])
-    val_flags = ["--val-json", f"{dataset}/val.json", "--val-images", f"{dataset}/val"]
-    data_flags = ["--train-json", f"{dataset}/train.json", "--train-images", f"{dataset}/train", *val_flags]
-    resume = ["--resume"] if (output / "last_checkpoint").exists() else []
-    run(train_command(data_flags, args.output, *resume))
-    run(["-m", "deformable_detr.report", str(args.output), "--sheet", str(args.output / "detections.png")])
+    if args.fresh and (ROOT / args.output).exists():
+        shutil.rmtree(ROOT / args.output)
+    learn_shapes(args.output)
+    learn_photos(photos_folder(args.output))
     print(summarize(args.output))
 
 
