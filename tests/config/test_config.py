@@ -32,6 +32,10 @@ STEMS = [
     "deformable_detr_R_50",
     "deformable_detr_R_50_box_refine",
     "deformable_detr_R_50_two_stage",
+    "detr_R_50",
+    "detr_R_50_DC5",
+    "detr_R_101",
+    "detr_R_101_DC5",
 ]
 QUICK = CONFIGS.parent / "quick_schedules"
 QUICK_STEMS = ["overfit_10_images", "shapes_two_stage"]
@@ -272,6 +276,7 @@ OTHER_VALUES = {
     "NUM_FEATURE_LEVELS": 3,
     "NUM_CLASSES": 3,
     "SIZE_DIVISIBILITY": 32,
+    "PROJECTION_NORM": "",
     "POSITION_TEMPERATURE": 20.0,
     "POSITION_OFFSET": 0.0,
     "NUM_QUERIES": 5,
@@ -305,14 +310,16 @@ OTHER_VALUES = {
     "L1_WEIGHT": 3.0,
     "GIOU_WEIGHT": 3.0,
     "FOCAL_ALPHA": 0.5,
+    "EOS_COEF": 0.2,
     "COST_CLASS": 3.0,
     "COST_L1": 3.0,
     "COST_GIOU": 3.0,
 }
 
 
-def small_cfg() -> CfgNode:
-    opts = "MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64".split()
+def small_cfg(architecture: str = "DeformableDETR") -> CfgNode:
+    opts = f"MODEL.META_ARCHITECTURE {architecture} ".split()
+    opts += "MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64".split()
     for key, value in {"HIDDEN_DIM": 64, "ENC_LAYERS": 1, "DEC_LAYERS": 2, "DIM_FEEDFORWARD": 16}.items():
         opts += [f"MODEL.DEFORMABLE_DETR.{key}", str(value)]
     return load_config(BASE, opts)
@@ -329,12 +336,13 @@ NEEDS = {
     "ANCHOR_QUERY_POS": {"TWO_STAGE": True, "WITH_BOX_REFINE": True},
     "LOOK_FORWARD_TWICE": {"WITH_BOX_REFINE": True},
     "SHARED_HEADS": {"WITH_BOX_REFINE": True},
+    "EOS_COEF": {"IN_FEATURES": ("res5",), "NUM_FEATURE_LEVELS": 1},
 }
 
 
 @lru_cache
-def small_model_facts(*needed: tuple[str, object]) -> tuple:
-    cfg = small_cfg()
+def small_model_facts(architecture: str, *needed: tuple[str, object]) -> tuple:
+    cfg = small_cfg(architecture)
     cfg.MODEL.DEFORMABLE_DETR.update(dict(needed))
     return facts(build_model(cfg))
 
@@ -345,12 +353,13 @@ def test_another_value_is_known_for_every_key():
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
 def test_every_key_changes_the_model(key):
-    cfg, needed = small_cfg(), NEEDS.get(key, {})
+    architecture, needed = "DETR" if key == "EOS_COEF" else "DeformableDETR", NEEDS.get(key, {})
+    cfg = small_cfg(architecture)
     cfg.MODEL.DEFORMABLE_DETR.update({**needed, key: OTHER_VALUES[key]})
     if key == "BOTTOM_UP":
         cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
         cfg.MODEL.DEFORMABLE_DETR.IN_FEATURES = ["p3", "p4", "p5"]
-    assert facts(build_model(cfg)) != small_model_facts(*needed.items())
+    assert facts(build_model(cfg)) != small_model_facts(architecture, *needed.items())
 
 
 def test_denoising_of_a_lazy_config_is_that_of_a_yaml_with_its_default_noise():
@@ -457,7 +466,8 @@ def test_twins_have_the_same_optimizer_and_schedule(twins):
     assert groups(optimizer, twins.model) == groups(lazy_optimizer, twins.lazy_model)
 
     scheduler, multiplier = build_lr_scheduler(cfg, optimizer), instantiate(lazy.lr_multiplier)
-    factors = [(0, 1.0), (147839, 1.0), (147840, 0.1), (184799, 0.1)]
+    drop, end = (739200, 924000) if cfg.MODEL.META_ARCHITECTURE == "DETR" else (147840, 184800)
+    factors = [(0, 1.0), (drop - 1, 1.0), (drop, 0.1), (end - 1, 0.1)]
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR":
         # From a hundredth in a straight line, with the cosine where the warmup ends.
         end, last = cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.MAX_ITER

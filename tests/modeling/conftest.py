@@ -9,12 +9,15 @@ from torch import nn
 
 from deformable_detr.layers import PositionEmbeddingSine
 from deformable_detr.modeling import (
+    DETR,
     ContrastiveDenoising,
     DeformableDETR,
     DeformableTransformer,
+    DenseTransformer,
     HungarianMatcher,
     MultiScaleBackbone,
     SetCriterion,
+    SoftmaxClassification,
 )
 
 
@@ -80,6 +83,33 @@ def make_model():
     """Build a tiny model: levels, in_features, d_model, n_heads, num_queries, denoising (a dictionary), ... and the
     transformer's arguments."""
     return _make_model
+
+
+def _make_detr(*, d_model=32, num_queries=11, num_classes=5, aux_loss=True, **transformer):
+    sizes = {"n_heads": 4, "num_encoder_layers": 1, "num_decoder_layers": 3, "dim_feedforward": 48, "dropout": 0.0}
+    softmax = SoftmaxClassification()
+    torch.manual_seed(0)
+    return DETR(
+        backbone=MultiScaleBackbone(
+            _TinyBackbone(), in_features=["res5"], hidden_dim=d_model, num_feature_levels=1, norm=""
+        ),
+        position_embedding=PositionEmbeddingSine(d_model, offset=0.0),
+        transformer=DenseTransformer(**{"d_model": d_model, **sizes, **transformer}),
+        criterion=SetCriterion(
+            HungarianMatcher(cost_class=1.0, classification=softmax),
+            class_weight=1.0,
+            classification=softmax,
+            aux_loss=aux_loss,
+        ),
+        num_classes=num_classes,
+        num_queries=num_queries,
+    )
+
+
+@pytest.fixture
+def make_detr():
+    """Build a tiny DETR: d_model, num_queries, num_classes, aux_loss and the transformer's arguments."""
+    return _make_detr
 
 
 @pytest.fixture

@@ -13,8 +13,10 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     node.BOTTOM_UP = "build_resnet_backbone"
     node.IN_FEATURES = ["res3", "res4", "res5"]
     node.NUM_FEATURE_LEVELS = 4
+    # Norm after their projections to the width C: "GN", or "" for none, as in DETR.
+    node.PROJECTION_NORM = "GN"
 
-    # Class outputs; there is no background class.
+    # Class outputs; DETR has one more, "no object".
     node.NUM_CLASSES = 80
     # Detections before selection; with TWO_STAGE the number of proposals kept.
     node.NUM_QUERIES = 300
@@ -71,6 +73,8 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     node.L1_WEIGHT = 5.0
     node.GIOU_WEIGHT = 2.0
     node.FOCAL_ALPHA = 0.25
+    # Of DETR, which has a cross-entropy in place of the focal loss: weight of "no object" in it.
+    node.EOS_COEF = 0.1
     # Weights of the matching costs.
     node.COST_CLASS = 2.0
     node.COST_L1 = 5.0

@@ -85,7 +85,67 @@ def _deformable_detr(**fields: Any) -> PublishedModel:
     return PublishedModel(repository="fundamentalvision/Deformable-DETR", epochs=50, batch=32, **fields)
 
 
+def _detr(**fields: Any) -> PublishedModel:
+    """Return the record of a model of DETR's repository; its APs by size are in the paper's table 1."""
+    file = fields["official_file"]
+    return PublishedModel(
+        repository="facebookresearch/detr",
+        epochs=500,
+        batch=64,
+        address=f"https://dl.fbaipublicfiles.com/detr/{file}",
+        **fields,
+    )
+
+
 _PUBLISHED = (
+    _detr(
+        name="detr_R_50",
+        title="DETR",
+        hub_repository="facebook/detr-resnet-50",
+        official_file="detr-r50-e632da11.pth",
+        ap=42.0,
+        ap_small=20.5,
+        ap_medium=45.8,
+        ap_large=61.1,
+        params=41_524_768,
+        gflops=86,
+    ),
+    _detr(
+        name="detr_R_50_DC5",
+        title="DETR (DC5)",
+        hub_repository="facebook/detr-resnet-50-dc5",
+        official_file="detr-r50-dc5-f0fb7ef5.pth",
+        ap=43.3,
+        ap_small=22.5,
+        ap_medium=47.3,
+        ap_large=61.1,
+        params=41_524_768,
+        gflops=187,
+    ),
+    _detr(
+        name="detr_R_101",
+        title="DETR",
+        hub_repository="facebook/detr-resnet-101",
+        official_file="detr-r101-2c7b67e5.pth",
+        ap=43.5,
+        ap_small=21.9,
+        ap_medium=48.0,
+        ap_large=61.8,
+        params=60_464_672,
+        gflops=152,
+    ),
+    _detr(
+        name="detr_R_101_DC5",
+        title="DETR (DC5)",
+        hub_repository="facebook/detr-resnet-101-dc5",
+        official_file="detr-r101-dc5-a2e86def.pth",
+        ap=44.9,
+        ap_small=23.7,
+        ap_medium=49.5,
+        ap_large=62.3,
+        params=60_464_672,
+        gflops=253,
+    ),
     _deformable_detr(
         name="deformable_detr_R_50_single_scale",
         title="Deformable DETR (single scale)",

@@ -5,15 +5,19 @@ from .criterion import SetCriterion
 from .deform_conv import deformable_stages
 from .deformable_detr import DeformableDETR
 from .denoising import ContrastiveDenoising
+from .dense_transformer import DenseTransformer
 from .detector import SetPredictionDetector
+from .detr import DETR
 from .inference import prepare_for_inference
 from .matcher import HungarianMatcher
 from .transformer import DeformableTransformer
 
 __all__ = [
     "ContrastiveDenoising",
+    "DETR",
     "DeformableDETR",
     "DeformableTransformer",
+    "DenseTransformer",
     "FocalClassification",
     "HungarianMatcher",
     "MultiScaleBackbone",

@@ -30,6 +30,7 @@ class MultiScaleBackbone(Backbone):
         in_features: its outputs, finest first, by name or by stride.
         hidden_dim: channels of every output level.
         num_feature_levels: number L of output levels, at least ``len(in_features)``.
+        norm: of the projections: "GN", or "" for none, as in DETR.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class MultiScaleBackbone(Backbone):
         in_features: Sequence[str | int] = ("res3", "res4", "res5"),
         hidden_dim: int = 256,
         num_feature_levels: int = 4,
+        norm: str = "GN",
     ) -> None:
         super().__init__()
         shapes = bottom_up.output_shape()
@@ -53,12 +55,15 @@ class MultiScaleBackbone(Backbone):
         self.hidden_dim = hidden_dim
         self.num_feature_levels = num_feature_levels
 
+        if norm not in ("GN", ""):
+            raise ValueError(f'the norm of the projections must be "GN" or "" for none, got {norm!r}')
+
         strides = [shapes[name].stride for name in in_features]
         channels = [shapes[name].channels for name in in_features]
-        projections = [_projection(c, hidden_dim, kernel_size=1) for c in channels]
+        projections = [_projection(c, hidden_dim, kernel_size=1, norm=norm) for c in channels]
         for level in range(len(in_features), num_feature_levels):
             in_channels = channels[-1] if level == len(in_features) else hidden_dim
-            projections.append(_projection(in_channels, hidden_dim, kernel_size=3))
+            projections.append(_projection(in_channels, hidden_dim, kernel_size=3, norm=norm))
             strides.append(strides[-1] * 2)
         self.input_proj = nn.ModuleList(projections)
         self._levels = {f"level{i}": ShapeSpec(channels=hidden_dim, stride=s) for i, s in enumerate(strides)}
@@ -113,9 +118,14 @@ def canvas_divisibility(backbone: Backbone) -> int:
     return wishes.get("square_size") or wishes.get("size_divisibility") or getattr(backbone, "size_divisibility", 0)
 
 
-def _projection(in_channels: int, hidden_dim: int, *, kernel_size: int) -> nn.Sequential:
-    """1x1 projection, or 3x3 with stride 2, and GroupNorm; convolution initialised as in the official code."""
+def _projection(in_channels: int, hidden_dim: int, *, kernel_size: int, norm: str) -> nn.Sequential:
+    """1x1 projection, or 3x3 with stride 2, and GroupNorm; convolution initialised as in the official code.
+
+    DETR's own code, which has no norm here, leaves the convolution as PyTorch initialises it.
+    """
     conv = nn.Conv2d(in_channels, hidden_dim, kernel_size, stride=(kernel_size + 1) // 2, padding=kernel_size // 2)
+    if not norm:
+        return nn.Sequential(conv)
     nn.init.xavier_uniform_(conv.weight)
     nn.init.zeros_(conv.bias)
     # 32 groups wherever a group keeps two channels: a 1x1 map of one image has no variance within a single one.
@@ -175,4 +185,5 @@ def build_multi_scale_backbone(cfg, input_shape: ShapeSpec) -> MultiScaleBackbon
         in_features=node.IN_FEATURES,
         hidden_dim=node.HIDDEN_DIM,
         num_feature_levels=node.NUM_FEATURE_LEVELS,
+        norm=node.PROJECTION_NORM,
     )

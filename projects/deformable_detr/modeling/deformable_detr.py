@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .backbone import project_node
 from .criterion import SetCriterion
 from .denoising import ContrastiveDenoising, DenoisingQueries, attention_mask
-from .detector import SetPredictionDetector
+from .detector import SetPredictionDetector, check_levels
 from .geometry import Geometry
 from .heads import MLP
 from .matcher import HungarianMatcher, Target
@@ -90,7 +90,7 @@ class DeformableDETR(SetPredictionDetector):
             pixel_std=pixel_std,
             input_format=input_format,
         )
-        _check_levels(backbone, transformer)
+        check_levels(backbone, width=transformer.d_model, levels=len(transformer.level_embed))
         if num_one2many_queries < 0:
             raise ValueError(f"num_one2many_queries must be at least 0, got {num_one2many_queries}")
         if denoising is not None:
@@ -276,14 +276,4 @@ def _check_num_queries_test(number: int, query_embed: nn.Embedding | None) -> No
     if query_embed is not None and number > query_embed.num_embeddings:
         raise ValueError(
             f"num_queries_test ({number}) must be at most the number of learned queries ({query_embed.num_embeddings})"
-        )
-
-
-def _check_levels(backbone: Backbone, transformer: DeformableTransformer) -> None:
-    channels = [shape.channels for shape in backbone.output_shape().values()]
-    expected = [transformer.d_model] * len(transformer.level_embed)
-    if channels != expected:
-        raise ValueError(
-            f"the backbone must output {len(expected)} levels of {transformer.d_model} channels, as the transformer "
-            f"expects, got channels {channels}"
         )

@@ -19,8 +19,9 @@ from ..data.images import check_format
 from ..layers import PositionEmbeddingSine
 from ..layers.precision import at_least_float32, wide
 from .backbone import canvas_divisibility, project_node
+from .classification import Classification, FocalClassification
 from .criterion import SetCriterion
-from .detections import Detections, select_detections, to_instances
+from .detections import Detections, to_instances
 from .geometry import Geometry, get_geometry
 from .matcher import Target
 from .padding import padding_masks
@@ -48,6 +49,8 @@ class SetPredictionDetector(nn.Module):
         input_format: channel order the model expects, "RGB" or "BGR"; for Detectron2's predictors and visualisers.
     """
 
+    # How the model reads its logits, which its criterion must as well.
+    classification_type: type[Classification] = FocalClassification
     class_embed: nn.ModuleList
     bbox_embed: nn.ModuleList
 
@@ -73,6 +76,12 @@ class SetPredictionDetector(nn.Module):
         self.position_embedding = position_embedding
         self.transformer = transformer
         self.criterion = criterion
+        self.classification = criterion.classification
+        if not isinstance(self.classification, self.classification_type):
+            raise ValueError(
+                f"{type(self).__name__} needs a criterion with a {self.classification_type.__name__}, got "
+                f"{self.classification}"
+            )
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.test_topk_per_image = test_topk_per_image
@@ -191,8 +200,8 @@ class SetPredictionDetector(nn.Module):
         return to_instances(boxes, scores, labels, wanted_sizes(images, batched_inputs))
 
     def select_detections(self, logits: Tensor, boxes: Tensor) -> Detections:
-        """Select the best ``test_topk_per_image`` of :func:`select_detections`."""
-        return select_detections(logits, boxes, self.test_topk_per_image)
+        """Select the best ``test_topk_per_image`` of what the model's classification selects."""
+        return self.classification.select(logits, boxes, self.test_topk_per_image)
 
     def predict(self, images: ImageList, *, all_proposals: bool = True, **further: Any) -> dict[str, Tensor]:
         """Predict for a batch of :meth:`preprocess_image`, in the model's own mode; see :meth:`predict_padded`."""
@@ -269,6 +278,17 @@ def _check_ground_truth(boxes: Tensor, labels: Tensor, num_classes: int, x: dict
     empty = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
     if empty.any():
         raise ValueError(f"gt_boxes (xyxy) must have an area, got {boxes[empty].tolist()} in {describe_image(x)}")
+
+
+def check_levels(backbone: Backbone, *, width: int, levels: int) -> None:
+    """Refuse a backbone whose maps are not those that a transformer expects."""
+    channels = [shape.channels for shape in backbone.output_shape().values()]
+    expected = [width] * levels
+    if channels != expected:
+        raise ValueError(
+            f"the backbone must output {len(expected)} levels of {width} channels, as the transformer "
+            f"expects, got channels {channels}"
+        )
 
 
 def _common_multiple(a: int, b: int) -> int:

@@ -1,0 +1,5 @@
+from ..common.detr import dataloader, lr_multiplier, model, optimizer, train
+
+model.backbone.bottom_up.stages.depth = 101
+# torchvision's weights, of which Detectron2 has the ResNet-50 alone.
+train.init_checkpoint = "https://huggingface.co/timm/resnet101.tv_in1k/resolve/main/model.safetensors"

@@ -1,0 +1,1 @@
+from ..common.detr import dataloader, lr_multiplier, model, optimizer, train
