@@ -44,6 +44,7 @@ from .startup.launch import launch
 from .startup.options import check_options
 from .startup.user_data import add_user_data_arguments, apply_user_data, record_user_data
 from .training.checkpointer import DeformableDETRCheckpointer, last_checkpoint
+from .training.early_stopping import ending_early
 from .training.failure import replay
 from .training.hooks import PreciseBN, build_hooks
 from .training.loop import TrainingLoop
@@ -264,6 +265,9 @@ class Trainer(DefaultTrainer):
         models = (loop.model, loop.evaluated_model) if loop.ema else (loop.model,)
         return [PreciseBN(loop, model, period=period, num_iter=node.NUM_ITER) for model in models]
 
+    def train(self) -> dict | None:
+        return ending_early(super().train)
+
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
         if self.start_iter > 0 and comm.is_main_process():
@@ -401,7 +405,7 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
     start = loop.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     if start > 0 and comm.is_main_process():
         cut_metrics(settings.output_dir, start - 1)
-    loop.train(start, cfg.train.max_iter)
+    ending_early(loop.train, start, cfg.train.max_iter)
 
 
 def _build_lazy_writers(cfg: DictConfig, settings: TrainingSettings) -> list[EventWriter]:

@@ -222,7 +222,13 @@ def test_configuration_only_gains_keys():
         "SOLVER.MAX_SKIPPED_STEPS",
         "SOLVER.OPTIMIZER",
         "SOLVER.OVERRIDES",
+        "INPUT.COLOR_JITTER.BRIGHTNESS",
+        "INPUT.COLOR_JITTER.CONTRAST",
+        "INPUT.COLOR_JITTER.SATURATION",
+        "INPUT.LSJ.SCALE",
+        "INPUT.LSJ.SIZE",
         "TEST.BEST_METRIC",
+        "TEST.PATIENCE",
         "TEST.FIRST_EVAL",
         "TEST.PER_LAYER_AP",
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
@@ -133,6 +134,94 @@ def test_augmented_boxes_stay_on_their_object(tmp_path, crops):
             torch.testing.assert_close(box, bright.float(), atol=1.5, rtol=0)
             assert 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height
     assert seen > 6
+
+
+@pytest.mark.parametrize(
+    "scale, size",
+    [
+        # Fitted to 2 x 200 pixels, 300x400, of which a window of 200x200 is left.
+        (2.0, (200, 200)),
+        # Fitted to 100 pixels, and not padded: that is done, and masked, with the batch.
+        (0.5, (75, 100)),
+    ],
+)
+def test_large_scale_jitter_resizes_and_crops_and_boxes_stay_on_their_object(tmp_path, scale, size):
+    np.random.seed(1)
+    pixels = np.zeros((120, 160, 3), dtype=np.uint8)
+    pixels[30:90, 40:120] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    train = mapper(
+        True,
+        build_detr_augmentation(is_train=True, min_size=[64], max_size=96, lsj_size=200, lsj_scale=(scale, scale)),
+    )
+    for _ in range(4):
+        item = train(record(annotation((40, 30, 80, 60)), file_name=str(tmp_path / "a.png"), height=120, width=160))
+        assert item["image"].shape[1:] == item["instances"].image_size == size
+        (box,) = item["instances"].gt_boxes.tensor
+        rows, columns = torch.where(item["image"][0] > 127)
+        bright = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        torch.testing.assert_close(box, bright.float(), atol=1.5, rtol=0)
+
+
+def test_colour_jitter_moves_each_property_by_its_amount():
+    np.random.seed(2)
+    gray = np.full((8, 8, 3), 100, dtype=np.uint8)
+    red = np.zeros((8, 8, 3), dtype=np.uint8)
+    red[..., 0] = 100
+
+    def values(image, **amounts):
+        augmentation = build_detr_augmentation(
+            is_train=True, min_size=[8], max_size=8, random_flip=False, crop_size=None, **amounts
+        )
+        found = []
+        for _ in range(20):
+            data = T.AugInput(image.copy())
+            T.AugmentationList(augmentation)(data)
+            found.append(data.image[0, 0].tolist())
+        return found
+
+    brightness = [value[0] for value in values(gray, brightness=0.4)]
+    assert 60 <= min(brightness) < 80 and 120 < max(brightness) <= 140
+    # One gray has neither contrast nor colour.
+    assert all(abs(v - 100) <= 2 for value in values(gray, contrast=0.9, saturation=0.9) for v in value)
+    # Its gray is 0.299 * 100: saturation moves red from and to it.
+    saturation = [value[0] for value in values(red, saturation=0.5)]
+    assert 29.9 + 0.5 * 70.1 - 1 <= min(saturation) < 100 < max(saturation) <= 29.9 + 1.5 * 70.1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"brightness": 1.0}, r"brightness of the colour jitter must be in \[0, 1\), got 1\.0"),
+        ({"lsj_size": 64, "lsj_scale": (0.0, 2.0)}, r"0 < min <= max, got 64 and \(0\.0, 2\.0\)"),
+    ],
+)
+def test_jitter_out_of_its_range_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_detr_augmentation(is_train=True, min_size=[64], max_size=96, **options)
+
+
+def test_jitter_is_switched_on_by_its_keys_in_both_systems():
+    yaml = load_config(
+        CONFIG, ["INPUT.COLOR_JITTER.BRIGHTNESS", "0.4", "INPUT.COLOR_JITTER.CONTRAST", "0.3", "INPUT.LSJ.SIZE", "640"]
+    )
+    prefix = "dataloader.train.mapper.augmentations"
+    lazy = load_config(
+        str(CONFIG).replace(".yaml", ".py"),
+        [f"{prefix}.brightness=0.4", f"{prefix}.contrast=0.3", f"{prefix}.lsj_size=640"],
+    )
+    names = ["RandomFlip", "ResizeScale", "FixedSizeCrop", "RandomBrightness", "RandomContrast"]
+    for augmentation in (
+        augmentation_from_config(yaml, is_train=True),
+        instantiate(lazy.dataloader.train.mapper.augmentations),
+    ):
+        assert [type(part).__name__ for part in augmentation] == names
+        assert (augmentation[1].target_height, augmentation[1].max_scale, augmentation[2].crop_size) == (
+            640,
+            2.0,
+            (640, 640),
+        )
+        assert (augmentation[3].intensity_min, augmentation[3].intensity_max) == (0.6, 1.4)
 
 
 def test_evaluation_resizes_once_and_does_nothing_else():

@@ -92,6 +92,11 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     # Values for parameters by the last part of their names: ("relative_position_bias_table", "weight_decay", 0.0), ...
     cfg.SOLVER.setdefault("OVERRIDES", [])
 
+    # Colour jitter, each in [0, 1): a factor from [1 - x, 1 + x]; 0 for none.
+    cfg.INPUT.setdefault("COLOR_JITTER", CfgNode({"BRIGHTNESS": 0.0, "CONTRAST": 0.0, "SATURATION": 0.0}))
+    # Large-scale jitter in place of resize and crop: its side in pixels, 0 for none, and the range of its scale.
+    cfg.INPUT.setdefault("LSJ", CfgNode({"SIZE": 0, "SCALE": [0.1, 2.0]}))
+
     # What mixed precision computes in: "float16" or "bfloat16".
     cfg.SOLVER.AMP.setdefault("PRECISION", "float16")
     # Parts in which the batch of a process goes through the model; IMS_PER_BATCH stays the batch of a step.
@@ -108,6 +113,8 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     cfg.TEST.setdefault("FIRST_EVAL", 0)
     # Metric whose best checkpoint is kept as model_best.pth, such as "bbox/AP"; "" for none.
     cfg.TEST.setdefault("BEST_METRIC", "")
+    # End the run once so many evaluations were no better than the best one (by BEST_METRIC, or bbox/AP); 0 for never.
+    cfg.TEST.setdefault("PATIENCE", 0)
     # Also evaluate the predictions of every decoder layer.
     cfg.TEST.setdefault("PER_LAYER_AP", False)
 

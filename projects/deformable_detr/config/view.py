@@ -34,6 +34,7 @@ KEYS: dict[str, tuple[str | None, str]] = {
     "first_eval": ("TEST.FIRST_EVAL", "train.first_eval"),
     "per_layer_ap": ("TEST.PER_LAYER_AP", "train.per_layer_ap"),
     "best_metric": ("TEST.BEST_METRIC", "train.best_metric"),
+    "patience": ("TEST.PATIENCE", "train.patience"),
     "checkpoint_period": ("SOLVER.CHECKPOINT_PERIOD", "train.checkpointer.period"),
     # Detectron2's yaml has no such key: every checkpoint is kept.
     "max_to_keep": (None, "train.checkpointer.max_to_keep"),

@@ -67,6 +67,11 @@ def build_detr_augmentation(
     random_flip: bool = True,
     crop_type: str = "absolute_range",
     crop_size: Sequence[float] | None = (384, 600),
+    brightness: float = 0.0,
+    contrast: float = 0.0,
+    saturation: float = 0.0,
+    lsj_size: int = 0,
+    lsj_scale: Sequence[float] = (0.1, 2.0),
 ) -> list[T.Augmentation]:
     """DETR's augmentation: flip; then resize, in half of the cases after a resize and a random crop.
 
@@ -74,16 +79,52 @@ def build_detr_augmentation(
         min_size: short sides in pixels to choose from.
         max_size: limit on the long side in pixels.
         crop_size: range of the crop's sides in pixels (``crop_type`` as in Detectron2); None never crops.
+        brightness: jitter in [0, 1): the image is blended with black by a factor of [1 - b, 1 + b]; 0 for none.
+        contrast: the same with its mean.
+        saturation: the same with its gray image, which is of RGB channels.
+        lsj_size: side in pixels of large-scale jitter, which takes the place of the resize and the crop; 0 for none.
+        lsj_scale: range of the factor on that side to which an image is fitted, before a crop of that side.
+
+    Raises:
+        ValueError: on values out of their range.
     """
     min_size = min_size if isinstance(min_size, int) else list(min_size)
     resize = ResizeShortestEdge(min_size, max_size, sample_style)
     if not is_train:
         return [resize]
     augmentations: list[T.Augmentation] = [T.RandomFlip()] if random_flip else []
+    if lsj_size:
+        augmentations += _large_scale_jitter(lsj_size, *lsj_scale)
+    else:
+        augmentations += _resize_and_crop(resize, crop_type, crop_size)
+    # Last, on the pixels that are left.
+    return [*augmentations, *_colour_jitter(brightness=brightness, contrast=contrast, saturation=saturation)]
+
+
+def _resize_and_crop(resize: T.Augmentation, crop_type: str, crop_size: Sequence[float] | None) -> list[T.Augmentation]:
+    augmentations: list[T.Augmentation] = []
     if crop_size is not None:
         crop = [ResizeShortestEdge(PRE_CROP_SIZES, sys.maxsize, "choice"), T.RandomCrop(crop_type, crop_size)]
         augmentations.append(RandomApply(T.AugmentationList(crop), prob=0.5))
     return [*augmentations, resize]
+
+
+def _large_scale_jitter(size: int, min_scale: float, max_scale: float) -> list[T.Augmentation]:
+    if size < 0 or not 0 < min_scale <= max_scale:
+        raise ValueError(
+            f"large-scale jitter needs a side of at least 0 and scales 0 < min <= max, got {size} and "
+            f"({min_scale}, {max_scale})"
+        )
+    # Smaller images are padded with their batch, where they are masked.
+    return [T.ResizeScale(min_scale, max_scale, size, size), T.FixedSizeCrop((size, size), pad=False)]
+
+
+def _colour_jitter(**amounts: float) -> list[T.Augmentation]:
+    kinds = {"brightness": T.RandomBrightness, "contrast": T.RandomContrast, "saturation": T.RandomSaturation}
+    for name, amount in amounts.items():
+        if not 0 <= amount < 1:
+            raise ValueError(f"{name} of the colour jitter must be in [0, 1), got {amount}")
+    return [kinds[name](1 - amount, 1 + amount) for name, amount in amounts.items() if amount]
 
 
 def augmentation_from_config(cfg: CfgNode, *, is_train: bool) -> list[T.Augmentation]:
@@ -105,4 +146,9 @@ def augmentation_from_config(cfg: CfgNode, *, is_train: bool) -> list[T.Augmenta
         random_flip=node.RANDOM_FLIP == "horizontal",
         crop_type=node.CROP.TYPE,
         crop_size=node.CROP.SIZE if node.CROP.ENABLED else None,
+        brightness=node.COLOR_JITTER.BRIGHTNESS,
+        contrast=node.COLOR_JITTER.CONTRAST,
+        saturation=node.COLOR_JITTER.SATURATION,
+        lsj_size=node.LSJ.SIZE,
+        lsj_scale=node.LSJ.SCALE,
     )

@@ -19,6 +19,7 @@ from ..data.loader import TrainLoader
 from ..data.randomness import STEP, seed_generators
 from ..files import replacing
 from .checkpointer import DeformableDETRCheckpointer
+from .early_stopping import EarlyStopping
 from .loop import TrainingLoop
 from .settings import TrainingSettings
 from .writers import MetricsWriter
@@ -46,8 +47,11 @@ def build_hooks(
     built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler(scheduler=scheduler), *before_saving]
     # After the checkpoint, with which an evaluation that fails can be repeated.
     evaluation = EvalHook(evaluate, period=settings.eval_period, first=settings.first_eval)
+    metric = settings.best_metric or ("bbox/AP" if settings.patience else "")
+    options = {"patience": settings.patience, "period": settings.eval_period, "key": settings.keys["patience"]}
+    stopping = [EarlyStopping(checkpointer, metric, **options)] if settings.patience else []
     if not comm.is_main_process():
-        return [*built, evaluation]
+        return [*built, evaluation, *stopping]
     writers = build_writers()
     # Whatever a user has made of these classes is written once an iteration, behind all that it may want to have.
     printers = [writer for writer in writers if type(writer) is CommonMetricPrinter]
@@ -59,10 +63,10 @@ def build_hooks(
         PeriodicCheckpointer(checkpointer, settings.checkpoint_period, max_to_keep=settings.max_to_keep),
         evaluation,
     ]
-    if settings.best_metric:
-        built.append(BestCheckpointer(checkpointer, settings.best_metric, period=settings.eval_period))
+    if metric:
+        built.append(BestCheckpointer(checkpointer, metric, period=settings.eval_period))
     late = [writer for writer in writers if writer not in printers]
-    return [*built, hooks.PeriodicWriter(late, period=settings.log_period)]
+    return [*built, hooks.PeriodicWriter(late, period=settings.log_period), *stopping]
 
 
 def _is_due(trainer: Any, period: int) -> bool:

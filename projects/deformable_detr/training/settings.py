@@ -32,6 +32,7 @@ class TrainingSettings:
         first_eval: one evaluation more, early, after so many iterations; 0 for none.
         per_layer_ap: also evaluate the predictions of every decoder layer.
         best_metric: such as "bbox/AP"; the checkpoint that is best in it is kept as ``model_best.pth``. Empty: none.
+        patience: evaluations without a better one after which the run ends; 0 for never.
         keys: of these settings in the user's configuration, for error texts; those of yaml where there is none.
     """
 
@@ -49,6 +50,7 @@ class TrainingSettings:
     checkpoint_period: int = 5000
     max_to_keep: int | None = None
     best_metric: str = ""
+    patience: int = 0
     keys: Mapping[str, str] = field(
         default_factory=lambda: {name: yaml_key for name, (yaml_key, _) in KEYS.items()}, compare=False, repr=False
     )
@@ -59,6 +61,11 @@ class TrainingSettings:
                 raise ValueError(f"{self.keys[name]} must be at least 1, got {getattr(self, name)}")
         if self.max_skipped_steps < 0:
             raise ValueError(f"{self.keys['max_skipped_steps']} must be at least 0, got {self.max_skipped_steps}")
+        if self.patience < 0 or (self.patience and self.eval_period <= 0):
+            raise ValueError(
+                f"{self.keys['patience']} must be at least 0, and needs evaluations ({self.keys['eval_period']}), got "
+                f"{self.patience} and {self.eval_period}"
+            )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"{self.keys['ema_decay']} must be in [0, 1), got {self.ema_decay}")
 
