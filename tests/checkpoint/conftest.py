@@ -21,16 +21,39 @@ StateDict = dict[str, Tensor]
 
 @pytest.fixture
 def build() -> Build:
-    """A function (variant, **keys of MODEL.DEFORMABLE_DETR) -> a small model with random parameters and buffers."""
+    """A function (variant, **keys of MODEL.DEFORMABLE_DETR) -> a small model with random parameters and buffers.
 
-    def build_variant(variant: str = "", *, small_resnet: bool = True, **node) -> nn.Module:
+    A variant is what follows in the name of the configuration, or its name itself as ``stem``.
+    """
+
+    def build_variant(variant: str = "", *, stem: str = "", small_resnet: bool = True, **node) -> nn.Module:
         opts = ["MODEL.DEVICE", "cpu"]
         opts += as_opts("MODEL.DEFORMABLE_DETR", SMALL_NODE | node)
         opts += as_opts("MODEL.RESNETS", SMALL_RESNET if small_resnet else {})
-        model = build_model(load_config(str(CONFIGS / f"deformable_detr_R_50{variant}.yaml"), opts))
+        model = build_model(load_config(str(CONFIGS / f"{stem or f'deformable_detr_R_50{variant}'}.yaml"), opts))
         for tensor in model.state_dict().values():
             tensor.copy_(torch.rand_like(tensor) + 0.5)
         return model.eval()
+
+    return build_variant
+
+
+@pytest.fixture
+def build_h_detr(build: Build) -> Build:
+    """As ``build``, an H-Deformable-DETR; five of its queries are for the one-to-many branch."""
+
+    def build_variant(*, one2many: int = 5, **node) -> nn.Module:
+        return build(stem="h_deformable_detr_R_50", NUM_ONE2MANY_QUERIES=one2many, **node)
+
+    return build_variant
+
+
+@pytest.fixture
+def build_dino(build: Build) -> Build:
+    """As ``build``, a DINO with one head for all decoder layers."""
+
+    def build_variant(**node) -> nn.Module:
+        return build(stem="dino_R_50_4scale", **node)
 
     return build_variant
 
@@ -190,45 +213,3 @@ def heads_known_to_decoder(model: nn.Module) -> list[str]:
     if model.transformer.with_box_refine:
         kinds = ("bbox_embed.", "class_embed.") if model.transformer.two_stage else ("bbox_embed.",)
     return [key for key in model.state_dict() if key.startswith(kinds)] if kinds else []
-
-
-@pytest.fixture
-def build_h_detr(build: Build) -> Build:
-    """As ``build``, an H-Deformable-DETR; five of its queries are for the one-to-many branch."""
-
-    def build_variant(one2many: int = 5, **node) -> nn.Module:
-        model = build("_two_stage", **node)
-        width = model.transformer.d_model
-        model.num_one2many_queries = one2many
-        model.query_embed = nn.Embedding(model.num_queries + one2many, width)
-        return model
-
-    return build_variant
-
-
-@pytest.fixture
-def build_dino(build: Build) -> Build:
-    """As ``build``, a DINO with one head for all decoder layers."""
-
-    def build_variant(**node) -> nn.Module:
-        shared = node.pop("SHARED_HEADS", True)
-        model = build("_two_stage", **node)
-        width = model.transformer.d_model
-        model.query_embed = nn.Embedding(model.num_queries, width)
-        t = model.transformer
-        del t.pos_trans, t.pos_trans_norm
-        t.decoder.norm = nn.LayerNorm(width)
-        t.decoder.ref_point_head = type(model.bbox_embed[0])(2 * width, width, width, 2)
-        t.multiclass_proposals, t.inverse_sigmoid_eps = True, 1e-3
-        model.position_embedding.temperature, model.position_embedding.offset = 20.0, 0.0
-        if shared:
-            for heads in (model.class_embed, model.bbox_embed):
-                for layer in range(1, t.num_decoder_layers):
-                    heads[layer] = heads[0]
-        model.denoising = nn.Module()
-        model.denoising.label_enc = nn.Embedding(model.num_classes, width)
-        for tensor in model.state_dict().values():
-            tensor.copy_(torch.rand_like(tensor) + 0.5)
-        return model.eval()
-
-    return build_variant

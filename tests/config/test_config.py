@@ -1,4 +1,4 @@
-"""Reading configurations, their keys, and the five pairs of yaml and LazyConfig twins."""
+"""Reading configurations, their keys, and the pairs of yaml and LazyConfig twins."""
 
 import ast
 import copy
@@ -36,13 +36,25 @@ STEMS = [
     "detr_R_50_DC5",
     "detr_R_101",
     "detr_R_101_DC5",
+    "dino_R_50_4scale",
+    "dino_R_50_5scale",
+    "dino_swin_large_4scale",
+    "h_deformable_detr_R_50",
+    "h_deformable_detr_swin_large",
+    "h_deformable_detr_swin_tiny",
 ]
+# Longer trainings of these.
+LONGER = sorted(path.stem for path in CONFIGS.glob("*ep.yaml"))
+# Iterations of a training -> where its learning rate drops: 400 epochs of 1,848, 40 of 3,696, and 11, 20 and 30 of
+# 7,393.
+DROPS = {924000: 739200, 184800: 147840, 88716: 81323, 177432: 147860, 266148: 221790}
 QUICK = CONFIGS.parent / "quick_schedules"
 QUICK_STEMS = ["overfit_10_images", "shapes_two_stage"]
 BACKBONES = CONFIGS.parent / "backbones"
 BACKBONE_STEMS = sorted(path.stem for path in BACKBONES.glob("*.yaml"))
 # What they need that a test environment may be without: version 0.6 of Detectron2 has no Swin and no ViT.
-NEEDED = {"deformable_detr_swin_tiny": "detectron2.modeling.backbone.swin"}
+SWIN_STEMS = [stem for stem in STEMS if "swin" in stem]
+NEEDED = dict.fromkeys(["deformable_detr_swin_tiny", *SWIN_STEMS], "detectron2.modeling.backbone.swin")
 # In both systems: a second less for each model that is built.
 ONE_LAYER = {"ENC_LAYERS": "num_encoder_layers", "DEC_LAYERS": "num_decoder_layers"}
 BASE = str(CONFIGS / "deformable_detr_R_50.yaml")
@@ -194,10 +206,11 @@ def test_override_may_name_a_parameter_that_the_lazy_config_leaves_out_or_add_a_
 # add_deformable_detr_config
 
 
-def flatten(node: CfgNode, prefix: str = "") -> dict:
+def flatten(node: CfgNode | DictConfig, prefix: str = "") -> dict:
     flat = {}
     for key, value in node.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {f"{prefix}{key}": value}
+        is_node = isinstance(value, CfgNode | DictConfig)
+        flat |= flatten(value, f"{prefix}{key}.") if is_node else {f"{prefix}{key}": value}
     return flat
 
 
@@ -369,19 +382,15 @@ def test_every_key_changes_the_model(key):
 
 
 def test_denoising_of_a_lazy_config_is_that_of_a_yaml_with_its_default_noise():
-    opts = "TWO_STAGE True NUM_CLASSES 7 HIDDEN_DIM 32 NHEADS 4 DENOISING_PAIRS 100 INVERSE_SIGMOID_EPS 0.001".split()
+    opts = "TWO_STAGE True NUM_CLASSES 7 HIDDEN_DIM 32 NHEADS 4 DENOISING_PAIRS 100 NUM_ONE2MANY_QUERIES 9".split()
     opts[::2] = [f"MODEL.DEFORMABLE_DETR.{key}" for key in opts[::2]]
     model = build_model(load_config(BASE, ["MODEL.DEVICE", "cpu", *opts]))
     lazy = load_config(BASE.replace(".yaml", ".py")).model
     assert lazy.denoising is None and lazy.num_one2many_queries == 0
-    lazy.num_classes = 7
-    lazy.transformer.update(two_stage=True, d_model=32, n_heads=4, inverse_sigmoid_eps=1e-3)
-    lazy.denoising = LazyCall(ContrastiveDenoising)(
-        num_pairs=100,
-        num_classes="${..num_classes}",
-        embed_dim="${..transformer.d_model}",
-        inverse_sigmoid_eps="${..transformer.inverse_sigmoid_eps}",
-    )
+    lazy.update(num_classes=7, num_one2many_queries=9)
+    lazy.transformer.update(two_stage=True, d_model=32, n_heads=4)
+    size = {"num_classes": "${..num_classes}", "embed_dim": "${..transformer.d_model}"}
+    lazy.denoising = LazyCall(ContrastiveDenoising)(num_pairs=100, **size)
     assert facts(instantiate(lazy)) == facts(model)
 
 
@@ -416,7 +425,7 @@ def twins(request: pytest.FixtureRequest) -> Twins:
         pytest.importorskip(NEEDED[request.param])
     folder = next(f for f in (CONFIGS, QUICK, BACKBONES) if (f / f"{request.param}.yaml").is_file())
     opts, lazy_opts = ["MODEL.DEVICE", "cpu"], []
-    if folder == BACKBONES:
+    if folder == BACKBONES or request.param.startswith(("dino", "h_")):
         for key, name in ONE_LAYER.items():
             opts += [f"MODEL.DEFORMABLE_DETR.{key}", "1"]
             lazy_opts += [f"model.transformer.{name}=1"]
@@ -427,7 +436,7 @@ def twins(request: pytest.FixtureRequest) -> Twins:
 
 def test_every_yaml_has_a_twin():
     assert sorted(p.stem for p in CONFIGS.glob("*.yaml")) == sorted(p.stem for p in CONFIGS.glob("*.py"))
-    assert sorted(p.stem for p in CONFIGS.glob("*.yaml")) == sorted(STEMS)
+    assert sorted(p.stem for p in CONFIGS.glob("*.yaml")) == sorted([*STEMS, *LONGER])
     assert sorted(p.stem for p in QUICK.glob("*.yaml")) == sorted(p.stem for p in QUICK.glob("*.py")) == QUICK_STEMS
     assert sorted(p.stem for p in BACKBONES.glob("*.py")) == BACKBONE_STEMS
 
@@ -476,13 +485,14 @@ def test_twins_have_the_same_optimizer_and_schedule(twins):
     assert groups(optimizer, twins.model) == groups(lazy_optimizer, twins.lazy_model)
 
     scheduler, multiplier = build_lr_scheduler(cfg, optimizer), instantiate(lazy.lr_multiplier)
-    drop, end = (739200, 924000) if cfg.MODEL.META_ARCHITECTURE == "DETR" else (147840, 184800)
-    factors = [(0, 1.0), (drop - 1, 1.0), (drop, 0.1), (end - 1, 0.1)]
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR":
         # From a hundredth in a straight line, with the cosine where the warmup ends.
         end, last = cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.MAX_ITER
         at_end = (1 + math.cos(math.pi * end / last)) / 2
         factors = [(0, 0.01), (end // 2, (0.01 + at_end) / 2), (end, at_end), (last // 2, 0.5), (last, 0.0)]
+    else:
+        drop, last = DROPS[cfg.SOLVER.MAX_ITER], cfg.SOLVER.MAX_ITER - 1
+        factors = [(0, 1.0), (drop - 1, 1.0), (drop, 0.1), (last, 0.1)]
     for iteration, factor in factors:
         scheduler.last_epoch = iteration
         lrs = [group["lr"] * factor for group in lazy_optimizer.param_groups]
@@ -527,6 +537,40 @@ def test_twins_have_the_same_schedule(twins):
     assert train.init_checkpoint == cfg.MODEL.WEIGHTS
     assert train.output_dir == cfg.OUTPUT_DIR
     assert TrainingSettings.from_config(cfg) == replace(TrainingSettings.from_config(lazy), max_to_keep=None)
+
+
+@pytest.mark.parametrize("stem", LONGER)
+def test_longer_trainings_differ_in_their_schedule_alone(stem):
+    shorter = re.sub(r"_\d+ep$", "", stem)
+    found = []
+    for suffix in (".yaml", ".py"):
+        theirs, ours = (flatten(load_config(str(CONFIGS / f"{name}{suffix}"))) for name in (shorter, stem))
+        assert theirs.keys() == ours.keys()
+        found.append({key: value for key, value in ours.items() if value != theirs[key]})
+    in_yaml, in_lazy = found
+    epochs = int(stem.split("_")[-1].removesuffix("ep"))
+    last, drop = epochs * 7393, DROPS[epochs * 7393]
+    assert (in_yaml.pop("SOLVER.MAX_ITER"), in_yaml.pop("SOLVER.STEPS")) == (last, (drop,))
+    assert (in_lazy.pop("train.max_iter"), in_lazy.pop("lr_multiplier.scheduler.milestones")) == (last, [drop, last])
+    if stem == "h_deformable_detr_swin_large_36ep":
+        # As published.
+        assert in_yaml.pop("MODEL.SWIN.DROP_PATH_RATE") == in_lazy.pop("model.backbone.bottom_up.drop_path_rate") == 0.5
+        assert in_yaml.pop("SOLVER.WEIGHT_DECAY") == in_yaml.pop("SOLVER.WEIGHT_DECAY_NORM") == 0.05
+        assert in_lazy.pop("optimizer.weight_decay") == in_lazy.pop("optimizer.params.weight_decay") == 0.05
+    assert in_yaml == in_lazy == {}
+
+
+@pytest.mark.parametrize("stem", SWIN_STEMS)
+def test_twins_with_a_swin_say_the_same_of_it_where_none_can_be_built(stem):
+    cfg, lazy = (load_config(str(CONFIGS / f"{stem}{suffix}")) for suffix in (".yaml", ".py"))
+    swin = {key.lower(): value for key, value in cfg.MODEL.SWIN.items()}
+    bottom_up = {key: value for key, value in lazy.model.backbone.bottom_up.items() if key != "_target_"}
+    node = cfg.MODEL.DEFORMABLE_DETR
+    assert bottom_up == {**swin, "out_features": node.IN_FEATURES, "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT}
+    assert lazy.model.backbone.in_features == node.IN_FEATURES
+    assert lazy.model.num_queries == node.NUM_QUERIES
+    assert lazy.train.init_checkpoint == cfg.MODEL.WEIGHTS
+    assert lazy.optimizer.weight_decay == cfg.SOLVER.WEIGHT_DECAY == cfg.SOLVER.WEIGHT_DECAY_NORM
 
 
 def test_lazy_config_survives_a_file(twins, tmp_path):

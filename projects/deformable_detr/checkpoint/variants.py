@@ -79,7 +79,8 @@ def has_multiclass_proposals(model: nn.Module) -> bool:
 def find_other_settings(source: Source, model: nn.Module) -> dict[str, tuple[float, float]]:
     """Return what the project and the model compute with otherwise: name -> (project's, model's)."""
     ours = {
-        "inverse_sigmoid_eps": getattr(model.transformer, "inverse_sigmoid_eps", 1e-5),
+        # A decoder of the user's own may know no other than the standard one.
+        "inverse_sigmoid_eps": getattr(model.transformer.decoder, "inverse_sigmoid_eps", 1e-5),
         "temperature": model.position_embedding.temperature,
         "offset": model.position_embedding.offset,
     }

@@ -19,7 +19,8 @@ class PublishedModel:
         official_file: the name under which the authors offer the file; "" where they do not say.
         ap, ap_small, ap_medium, ap_large: on COCO val2017, published by the repository for these weights; None where
             it does not say.
-        params: number of parameters with the class outputs of the authors' file, counted in their code.
+        params: number of parameters with the class outputs of the authors' file, counted in their code; with a Swin
+            of H-Deformable-DETR added up from the parts.
         gflops: published by the repository; None where it does not say.
         hub_repository: owner/name on the Hugging Face Hub, of the authors' weights in the names of transformers.
         drive_id: of the official file on Google Drive.
@@ -96,6 +97,46 @@ def _detr(**fields: Any) -> PublishedModel:
         **fields,
     )
 
+
+def _h_deformable_detr(*, title: str, epochs: int, file: str, **fields: Any) -> PublishedModel:
+    """Return the record of a model of H-Deformable-DETR.
+
+    Args:
+        file: what the name of its file begins with.
+    """
+    rest = "_dp0_mqs_lft_deformable_detr_plus_iterative_bbox_refinement_plus_plus_two_stage"
+    official_file = f"{file}{rest}_{epochs}eps.pth"
+    return PublishedModel(
+        title=title,
+        repository="HDETR/H-Deformable-DETR",
+        epochs=epochs,
+        batch=16,
+        official_file=official_file,
+        address=f"https://github.com/HDETR/H-Deformable-DETR/releases/download/v0.1/{official_file}",
+        code_licence="MIT",
+        weights_licence="MIT",
+        **fields,
+    )
+
+
+def _dino(*, official_file: str = "", **fields: Any) -> PublishedModel:
+    """Return the record of a model of DINO, all files of which are in one folder."""
+    folder = "https://drive.google.com/drive/folders/1qD5m1NmK0kjE5hh-G17XUX751WsEG-h_"
+    return PublishedModel(
+        repository="IDEA-Research/DINO", batch=16, official_file=official_file, drive_folder=folder, **fields
+    )
+
+
+_HYBRID_R_50 = {
+    "title": "H-Deformable-DETR + tricks",
+    "file": "r50_hybrid_branch_lambda1_group6_t1500",
+    "params": 47_946_073,
+}
+_HYBRID_SWIN_T = {
+    "title": "H-Deformable-DETR + tricks, Swin-T, weight decay 0.05",
+    "file": "decay0.05_swin_tiny_hybrid_branch_lambda1_group6_t1500",
+    "params": 48_489_107,
+}
 
 _PUBLISHED = (
     _detr(
@@ -211,6 +252,53 @@ _PUBLISHED = (
         params=41_181_529,
         gflops=173,
     ),
+    _h_deformable_detr(name="h_deformable_detr_R_50", epochs=12, ap=48.7, **_HYBRID_R_50),
+    _h_deformable_detr(name="h_deformable_detr_R_50_36ep", epochs=36, ap=50.0, **_HYBRID_R_50),
+    _h_deformable_detr(name="h_deformable_detr_swin_tiny", epochs=12, ap=51.2, **_HYBRID_SWIN_T),
+    _h_deformable_detr(name="h_deformable_detr_swin_tiny_36ep", epochs=36, ap=53.7, **_HYBRID_SWIN_T),
+    _h_deformable_detr(
+        name="h_deformable_detr_swin_large",
+        title="H-Deformable-DETR + tricks, Swin-L, 900 queries",
+        epochs=12,
+        file="swin_large_hybrid_branch_lambda1_group6_t1500_n900",
+        ap=56.1,
+        params=218_233_517,
+    ),
+    _h_deformable_detr(
+        name="h_deformable_detr_swin_large_36ep",
+        title="H-Deformable-DETR + tricks, Swin-L, 900 queries, weight decay 0.05",
+        epochs=36,
+        file="decay0.05_drop_path0.5_swin_large_hybrid_branch_lambda1_group6_t1500_n900",
+        ap=57.8,
+        params=218_233_517,
+    ),
+    _dino(
+        name="dino_R_50_4scale",
+        title="DINO-4scale",
+        epochs=12,
+        official_file="checkpoint0011_4scale.pth",
+        ap=49.0,
+        params=46_893_182,
+    ),
+    _dino(
+        name="dino_R_50_4scale_24ep",
+        title="DINO-4scale",
+        epochs=24,
+        official_file="checkpoint0023_4scale.pth",
+        ap=50.4,
+        params=46_893_182,
+    ),
+    _dino(name="dino_R_50_4scale_36ep", title="DINO-4scale", epochs=36, ap=50.9, params=46_893_182),
+    _dino(
+        name="dino_R_50_5scale",
+        title="DINO-5scale",
+        epochs=12,
+        official_file="checkpoint0011_5scale.pth",
+        ap=49.4,
+        params=47_255_806,
+    ),
+    _dino(name="dino_swin_large_4scale", title="DINO-4scale, Swin-L", epochs=12, ap=56.8, params=217_230_066),
+    _dino(name="dino_swin_large_4scale_36ep", title="DINO-4scale, Swin-L", epochs=36, ap=58.0, params=217_230_066),
 )
 MODELS = {model.name: model for model in _PUBLISHED}
 

@@ -15,11 +15,14 @@ this page.
 ## How to read the table
 
 * AP, AP<sub>S</sub>, AP<sub>M</sub> and AP<sub>L</sub> are those of COCO val2017 **as published for these very
-  weights** by their authors ({repositories});
-  they were not measured with this code. What is empty was not published. The training of Deformable DETR repeats to
+  weights** by their authors,
+  {repositories};
+  none was measured with this code. What is empty was not published. The training of Deformable DETR repeats to
   about ±0.4 AP.
 * epochs x batch: how the authors trained.
-* params were counted in the authors' code, with the class outputs of their files. GFLOPs are the published ones.
+* params were counted in the authors' code, with the class outputs of their files; those of H-Deformable-DETR with a
+  Swin were added up from the parts. GFLOPs are the published ones.
+* Models with a Swin need Detectron2's main branch, as version 0.6 has none ([docs/backbones.md](docs/backbones.md)).
 * Hub: the authors' weights in the names of transformers, a mirror made by Hugging Face. file, Drive: the authors' own
   file, by a direct link or on a page where a person can fetch it. All of a row load into the same parameters, so take
   whichever you can reach.
@@ -82,7 +85,7 @@ def render_page() -> str:
     best = max((model for model in MODELS.values() if model.hub_repository), key=lambda model: model.ap)
     return _PAGE.format(
         table=render_table(),
-        repositories=", ".join(repositories),
+        repositories=",\n  ".join(repositories),
         example=best.name,
         hashes=hashes,
         licence=_render_licences(),
