@@ -68,8 +68,7 @@ model = L(DeformableDETR)(
     num_queries=300,
     num_queries_test=0,
     shared_heads=False,
-    # Training alone: H-DETR's further queries, and DINO's, as
-    # L(ContrastiveDenoising)(num_pairs=100, num_classes="${..num_classes}", embed_dim="${..transformer.d_model}").
+    # In training alone: further queries of H-DETR, and of DINO as L(ContrastiveDenoising)(num_pairs=100, ...).
     num_one2many_queries=0,
     denoising=None,
     test_topk_per_image=100,

@@ -382,15 +382,19 @@ def test_every_key_changes_the_model(key):
 
 
 def test_denoising_of_a_lazy_config_is_that_of_a_yaml_with_its_default_noise():
-    opts = "TWO_STAGE True NUM_CLASSES 7 HIDDEN_DIM 32 NHEADS 4 DENOISING_PAIRS 100 NUM_ONE2MANY_QUERIES 9".split()
+    opts = "TWO_STAGE True NUM_CLASSES 7 HIDDEN_DIM 32 NHEADS 4 DENOISING_PAIRS 100 INVERSE_SIGMOID_EPS 0.001".split()
     opts[::2] = [f"MODEL.DEFORMABLE_DETR.{key}" for key in opts[::2]]
     model = build_model(load_config(BASE, ["MODEL.DEVICE", "cpu", *opts]))
     lazy = load_config(BASE.replace(".yaml", ".py")).model
     assert lazy.denoising is None and lazy.num_one2many_queries == 0
-    lazy.update(num_classes=7, num_one2many_queries=9)
-    lazy.transformer.update(two_stage=True, d_model=32, n_heads=4)
-    size = {"num_classes": "${..num_classes}", "embed_dim": "${..transformer.d_model}"}
-    lazy.denoising = LazyCall(ContrastiveDenoising)(num_pairs=100, **size)
+    lazy.num_classes = 7
+    lazy.transformer.update(two_stage=True, d_model=32, n_heads=4, inverse_sigmoid_eps=1e-3)
+    lazy.denoising = LazyCall(ContrastiveDenoising)(
+        num_pairs=100,
+        num_classes="${..num_classes}",
+        embed_dim="${..transformer.d_model}",
+        inverse_sigmoid_eps="${..transformer.inverse_sigmoid_eps}",
+    )
     assert facts(instantiate(lazy)) == facts(model)
 
 

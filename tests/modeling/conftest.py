@@ -72,7 +72,6 @@ def _make_model(*, levels=4, in_features=("res3", "res4", "res5"), d_model=32, n
         ),
         criterion=SetCriterion(HungarianMatcher(), **criterion),
         **head,
-        # Last, so that the other weights are those of a model without.
         denoising=denoising and ContrastiveDenoising(num_classes=head["num_classes"], embed_dim=d_model, **denoising),
     )
     return model

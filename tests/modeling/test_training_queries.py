@@ -9,6 +9,20 @@ TWO_STAGE = {"with_box_refine": True, "two_stage": True}
 PAIRS = 4
 BRANCHES = {"denoising": {"num_pairs": PAIRS}, "num_one2many_queries": 9}
 ALL = TWO_STAGE | BRANCHES
+# With all that changes contents, positions, boxes or proposals.
+DINO = ALL | dict.fromkeys(
+    (
+        "multiclass_proposals",
+        "mixed_query_selection",
+        "anchor_query_pos",
+        "look_forward_twice",
+        "decoder_norm",
+        "shared_heads",
+    ),
+    True,
+)
+H_DETR = ALL | dict.fromkeys(("mixed_query_selection", "look_forward_twice"), True)
+MODELS = pytest.mark.parametrize("options", [ALL, H_DETR, DINO], ids=["two_stage", "h_detr", "dino"])
 # Of random_boxes: at most two objects in an image.
 NUM_DENOISING, NUM_MATCHING = 2 * PAIRS, 11
 ROWS = {
@@ -36,8 +50,10 @@ def predict_with_others(model, images, kind):
         generator = torch.Generator().manual_seed(5)
         others = []
         for tensor, draw in ((tgt, torch.randn), (query_pos, torch.randn), (boxes, torch.rand)):
-            tensor = tensor.clone()
-            tensor[:, ROWS[kind]] = draw(tensor[:, ROWS[kind]].shape, generator=generator)
+            # DINO's decoder makes its positions itself.
+            if tensor is not None:
+                tensor = tensor.clone()
+                tensor[:, ROWS[kind]] = draw(tensor[:, ROWS[kind]].shape, generator=generator)
             others.append(tensor)
         return (*others, *rest), kwargs
 
@@ -124,15 +140,16 @@ def test_small_images_have_fewer_further_queries(make_model, make_input):
     assert all(loss.isfinite() for loss in model(image).values())
 
 
+@MODELS
 @pytest.mark.parametrize("counts", [(0, 0), (1, 0), (300, 1)])
-def test_batches_of_any_number_of_objects_train_every_parameter(make_model, make_input, counts):
+def test_batches_of_any_number_of_objects_train_every_parameter(make_model, make_input, counts, options):
     generator = torch.Generator().manual_seed(0)
     images = []
     for count in counts:
         corners = torch.rand(count, 2, 2, generator=generator).sort(dim=1).values * 50
         boxes = torch.cat((corners[:, 0], corners[:, 1] + 2), dim=1)
         images.append(make_input(64, 64, boxes.tolist(), torch.randint(5, (count,), generator=generator).tolist()))
-    model = make_model(**ALL).train()
+    model = make_model(**options).train()
     losses = model(images)
     sum(losses.values()).backward()
     assert len(losses) == 3 * (3 * 3 + 1) and all(loss.isfinite() for loss in losses.values())
@@ -186,7 +203,7 @@ def test_branches_that_do_not_fit_are_refused(make_model, options, message):
         make_model(**options)
 
 
-def test_denoising_of_other_classes_or_width_is_refused(make_model):
+def test_denoising_of_other_classes_width_or_eps_is_refused(make_model):
     model = make_model(**TWO_STAGE)
     parts = {
         "backbone": model.backbone,
@@ -194,5 +211,8 @@ def test_denoising_of_other_classes_or_width_is_refused(make_model):
         "transformer": model.transformer,
         "criterion": model.criterion,
     }
+    with pytest.raises(ValueError, match=r"eps of denoising is 0.001, that of the decoder 1e-05"):
+        denoising = ContrastiveDenoising(num_classes=5, embed_dim=32, inverse_sigmoid_eps=1e-3)
+        DeformableDETR(num_classes=5, denoising=denoising, **parts)
     with pytest.raises(ValueError, match=r"must have \(num_classes, embed_dim\) \(5, 32\), .*got \(6, 32\)"):
         DeformableDETR(num_classes=5, denoising=ContrastiveDenoising(num_classes=6, embed_dim=32), **parts)

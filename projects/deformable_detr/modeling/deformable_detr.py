@@ -259,6 +259,7 @@ def _denoising_from_config(node: CfgNode) -> ContrastiveDenoising | None:
         embed_dim=node.HIDDEN_DIM,
         label_noise=node.DENOISING_LABEL_NOISE,
         box_noise=node.DENOISING_BOX_NOISE,
+        inverse_sigmoid_eps=node.INVERSE_SIGMOID_EPS,
     )
 
 
@@ -268,6 +269,12 @@ def _check_denoising(denoising: ContrastiveDenoising, transformer: DeformableTra
     size, expected = tuple(denoising.label_enc.weight.shape), (num_classes, transformer.d_model)
     if size != expected:
         raise ValueError(f"denoising must have (num_classes, embed_dim) {expected}, as the model has, got {size}")
+    # A decoder of one's own need not have it.
+    eps = getattr(transformer.decoder, "inverse_sigmoid_eps", denoising.inverse_sigmoid_eps)
+    if denoising.inverse_sigmoid_eps != eps:
+        raise ValueError(
+            f"inverse_sigmoid_eps of denoising is {denoising.inverse_sigmoid_eps}, that of the decoder {eps}"
+        )
 
 
 def _check_num_queries_test(number: int, query_embed: nn.Embedding | None) -> None:

@@ -109,7 +109,7 @@ class ContrastiveDenoising(nn.Module):
     def _noisy_boxes(self, boxes: Tensor) -> Tensor:
         """(N, G, 2, M, 4) -> the same, at least as large as the decoder can tell from nothing."""
         sign = 2 * torch.randint_like(boxes, 2) - 1
-        size = torch.rand_like(boxes) + boxes.new_tensor([0.0, 1.0])[:, None, None]
+        size = torch.rand_like(boxes) + torch.arange(2, device=boxes.device)[:, None, None]
         half = torch.cat((boxes[..., 2:], boxes[..., 2:]), dim=-1) / 2
         corners = box_convert(boxes, "cxcywh", "xyxy") + sign * size * half * self.box_noise
         noisy = box_convert(corners.clamp(0, 1), "xyxy", "cxcywh")
