@@ -89,7 +89,13 @@ def test_on_a_canvas_of_whole_strides_an_image_has_the_cells_that_fit(make_model
     """An image 128 pixels wide beside one of 191; strides 8, 16, 32, 64."""
     model = make_model(size_divisibility=divisibility).eval()
     masks = []
-    model.position_embedding.register_forward_pre_hook(lambda _, inputs: masks.append(inputs[0]))
+
+    def collect(_, inputs):
+        flat, shapes = inputs[1].padding_mask, inputs[1].spatial_shapes
+        levels = flat.split([height * width for height, width in shapes], dim=1)
+        masks.extend(level.unflatten(1, shape) for level, shape in zip(levels, shapes, strict=True))
+
+    model.transformer.register_forward_pre_hook(collect)
     model([make_input(64, 128), make_input(64, 191)])
     assert [int((~mask[0, 0]).sum()) for mask in masks] == cells
 

@@ -6,12 +6,12 @@ from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 
 from deformable_detr import load_config
+from deformable_detr.modeling.padding import get_valid_sizes
 from deformable_detr.modeling.queries import ExtraQueries
 from deformable_detr.modeling.reference_points import (
     apply_box_deltas,
     gen_encoder_proposals,
     get_encoder_reference_points,
-    get_valid_sizes,
     inverse_sigmoid,
 )
 from deformable_detr.modeling.transformer import (
@@ -27,6 +27,11 @@ def padding(height, width, valid_height, valid_width):
     mask = torch.ones(1, height, width, dtype=torch.bool)
     mask[:, :valid_height, :valid_width] = False
     return mask
+
+
+def valid_sizes(masks):
+    sizes = [torch.stack(((~mask[:, 0]).sum(1), (~mask[:, :, 0]).sum(1)), dim=-1) for mask in masks]
+    return torch.stack(sizes, dim=1).float()
 
 
 def test_inverse_sigmoid_clamps_numerator_and_denominator_at_1e_5():
@@ -47,7 +52,7 @@ def test_reference_centres_do_not_shift_width_and_height():
 
 
 def test_valid_sizes_are_width_before_height():
-    assert get_valid_sizes([padding(4, 6, 3, 5), padding(2, 3, 2, 3)]).tolist() == [[[5, 3], [3, 2]]]
+    assert get_valid_sizes((4, 6), torch.tensor([[3, 5]]), [(4, 6), (2, 3)]).tolist() == [[[5, 3], [3, 2]]]
 
 
 def test_encoder_reference_points_are_cell_centres_of_the_padded_maps():
@@ -65,14 +70,14 @@ def test_encoder_reference_points_are_cell_centres_of_the_padded_maps():
 def test_proposals_are_squares_on_cell_centres_that_double_per_level():
     masks = [padding(4, 4, 4, 4), padding(2, 2, 2, 2)]
     flat = torch.cat([m.flatten(1) for m in masks], 1)
-    boxes = gen_encoder_proposals([(4, 4), (2, 2)], get_valid_sizes(masks), flat).sigmoid()
+    boxes = gen_encoder_proposals([(4, 4), (2, 2)], valid_sizes(masks), flat).sigmoid()
     torch.testing.assert_close(boxes[0, 5], torch.tensor([0.375, 0.375, 0.05, 0.05]))
     torch.testing.assert_close(boxes[0, 18], torch.tensor([0.25, 0.75, 0.1, 0.1]))
 
 
 def test_proposals_at_padding_or_at_the_border_are_infinite():
     mask = padding(1, 200, 1, 120)
-    proposals = gen_encoder_proposals([(1, 200)], get_valid_sizes([mask]), mask.flatten(1))
+    proposals = gen_encoder_proposals([(1, 200)], valid_sizes([mask]), mask.flatten(1))
     finite = proposals[0].isfinite().all(-1)
     # Centres (i + 0.5) / 120 are inside (0.01, 0.99) for i = 1 ... 118.
     assert finite.nonzero().flatten().tolist() == list(range(1, 119))
@@ -83,7 +88,7 @@ def test_proposals_of_the_sixth_level_are_all_invalid():
     shapes = [(1, 1)] * 6
     masks = [padding(1, 1, 1, 1)] * 6
     flat = torch.cat([m.flatten(1) for m in masks], 1)
-    proposals = gen_encoder_proposals(shapes, get_valid_sizes(masks), flat)
+    proposals = gen_encoder_proposals(shapes, valid_sizes(masks), flat)
     assert proposals[0].isfinite().all(-1).tolist() == [True] * 5 + [False]
 
 

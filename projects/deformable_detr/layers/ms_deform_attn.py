@@ -5,7 +5,6 @@ Shapes: N batch, S sum of H_l*W_l, Lq queries, M heads, D head dim, C = M*D, L l
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.init import constant_, xavier_uniform_
 
 from . import _ops, _pytorch  # noqa: F401  (importing _ops registers the op)
+from .kept import keep_per_size
 from .precision import wide
 
 SpatialShapes = Sequence[Sequence[int]] | Tensor
@@ -243,17 +243,10 @@ def _flatten_shapes(spatial_shapes: SpatialShapes) -> list[int]:
 
 def pixel_sizes(shapes: list[tuple[int, int]], like: Tensor) -> Tensor:
     """(L, 2), (1 / W, 1 / H). Kept between calls: building it copies from the host, which waits on CUDA."""
-    if torch.compiler.is_compiling() or not all(type(size) is int for shape in shapes for size in shape):
-        return _make_pixel_sizes(shapes, like.dtype, like.device)
-    return _cached_pixel_sizes(tuple(shapes), like.dtype, like.device)
+    return _pixel_sizes(tuple(map(tuple, shapes)), like.dtype, like.device)
 
 
-def _make_pixel_sizes(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> Tensor:
+@keep_per_size(1024)
+def _pixel_sizes(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     sizes = torch.tensor([(w, h) for h, w in shapes], dtype=dtype, device=device)
     return sizes.clamp(min=1).reciprocal()
-
-
-@functools.lru_cache(maxsize=1024)
-def _cached_pixel_sizes(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-        return _make_pixel_sizes(shapes, dtype, device)

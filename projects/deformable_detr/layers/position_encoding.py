@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .kept import keep_per_size
 from .precision import wide
 
 
@@ -26,9 +27,13 @@ def sine_embedding(positions: Tensor, num_feats: int, temperature: float = 10000
         ``positions / temperature**(2i/num_feats)``.
     """
     dtype = wide(positions.dtype)
-    exponent = torch.arange(0, num_feats, 2, dtype=dtype, device=positions.device) / num_feats
-    angles = positions.to(dtype)[..., None] / temperature**exponent
+    angles = positions.to(dtype)[..., None] / _wavelengths(num_feats, temperature, dtype, positions.device)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+@keep_per_size(None)
+def _wavelengths(num_feats: int, temperature: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return temperature ** (torch.arange(0, num_feats, 2, dtype=dtype, device=device) / num_feats)
 
 
 class PositionEmbeddingSine(nn.Module):
@@ -73,14 +78,22 @@ class PositionEmbeddingSine(nn.Module):
             (N, embed_dim, H, W) float32, the y channels before the x channels.
         """
         valid = (~padding_mask).float()
-        channels = [self._encode_axis(valid.cumsum(dim), dim) for dim in (1, 2)]
-        return torch.cat(channels, dim=-1).permute(0, 3, 1, 2)
+        rows, columns = valid.cumsum(1), valid.cumsum(2)
+        extent = torch.stack((rows[:, -1:].expand_as(rows), columns[:, :, -1:].expand_as(columns)), dim=-1)
+        return self.encode(torch.stack((rows, columns), dim=-1), extent).permute(0, 3, 1, 2)
 
-    def _encode_axis(self, index: Tensor, dim: int) -> Tensor:
-        """1-based cell indices (N, H, W) along ``dim`` -> (N, H, W, embed_dim / 2)."""
-        extent = index.narrow(dim, index.shape[dim] - 1, 1)
+    def encode(self, index: Tensor, extent: Tensor) -> Tensor:
+        """Encode cells.
+
+        Args:
+            index: (..., 2) of the cells as (y, x), counted from 1.
+            extent: (..., 2) number of unpadded cells along each axis.
+
+        Returns:
+            (..., embed_dim) float32, float64 for float64, the y channels before the x channels.
+        """
         angle = (index + self.offset) / (extent + 1e-6) * self.scale
-        return sine_embedding(angle, self.embed_dim // 2, self.temperature)
+        return sine_embedding(angle, self.embed_dim // 2, self.temperature).flatten(-2)
 
     def extra_repr(self) -> str:
         shape = f"temperature={self.temperature}, scale={self.scale:.4f}, offset={self.offset}"

@@ -24,7 +24,7 @@ from .criterion import SetCriterion
 from .detections import Detections, to_instances
 from .geometry import Geometry, get_geometry
 from .matcher import Target
-from .padding import padding_masks
+from .padding import get_valid_sizes
 from .step_weights import ready_weights
 from .transformer import TransformerOutput
 
@@ -250,13 +250,9 @@ class SetPredictionDetector(nn.Module):
             image_sizes: (N, 2) valid heights and widths.
             features: of the backbone, for their sizes and dtype.
         """
-        masks = padding_masks(canvas, image_sizes, [tuple(feature.shape[-2:]) for feature in features])
-        return get_geometry(
-            masks,
-            [self.position_embedding(mask) for mask in masks],
-            dtype=wide(features[0].dtype),
-            two_stage=self.transformer.two_stage,
-        )
+        spatial_shapes = [tuple(feature.shape[-2:]) for feature in features]
+        valid_sizes = get_valid_sizes(canvas, image_sizes, spatial_shapes).to(wide(features[0].dtype))
+        return get_geometry(spatial_shapes, valid_sizes, self.position_embedding, two_stage=self.transformer.two_stage)
 
 
 def wanted_sizes(images: ImageList, batched_inputs: Sequence[dict]) -> list[tuple[int, int]]:

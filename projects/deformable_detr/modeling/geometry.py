@@ -7,15 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .reference_points import (
-    SpatialShapes,
-    gen_encoder_proposals,
-    get_encoder_reference_points,
-    get_valid_ratios,
-    get_valid_sizes,
-)
+from ..layers import PositionEmbeddingSine
+from .cells import SpatialShapes, get_cells
+from .reference_points import gen_encoder_proposals, get_encoder_reference_points, get_valid_ratios
 
 
 class Geometry(NamedTuple):
@@ -43,26 +39,33 @@ class Geometry(NamedTuple):
 
 
 def get_geometry(
-    masks: Sequence[Tensor], positions: Sequence[Tensor], *, dtype: torch.dtype, two_stage: bool
+    spatial_shapes: SpatialShapes, valid_sizes: Tensor, position_embedding: nn.Module, *, two_stage: bool
 ) -> Geometry:
     """Compute a batch's geometry.
 
     Args:
-        masks: L masks (N, H_l, W_l) bool, True = padding.
-        positions: L encodings (N, C, H_l, W_l).
-        dtype: of points and proposals: float32, or float64 for a model in float64. Half precision cannot tell the
-            cells of a large map apart.
+        spatial_shapes: L pairs (H_l, W_l).
+        valid_sizes: (N, L, 2) unpadded cells as (w, h). Points and proposals have their dtype: float32, or float64 for
+            a model in float64. Half precision cannot tell the cells of a large map apart.
+        position_embedding: encodes a padding mask (N, H_l, W_l) as (N, C, H_l, W_l); of a
+            :class:`PositionEmbeddingSine` the encodings of all levels come in one piece.
         two_stage: with proposals.
     """
-    spatial_shapes = [tuple(mask.shape[-2:]) for mask in masks]
-    padding_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
-    valid_sizes = get_valid_sizes(masks).to(dtype)
+    cells = get_cells(spatial_shapes, valid_sizes)
+    index, extent = cells.centers + 0.5, valid_sizes[:, cells.level]
+    padding_mask = (index > extent).any(-1)
+    if isinstance(position_embedding, PositionEmbeddingSine):
+        positions = position_embedding.encode(index.flip(-1).float(), extent.flip(-1).float())
+    else:
+        masks = padding_mask.split([height * width for height, width in spatial_shapes], dim=1)
+        maps = [mask.unflatten(1, shape) for mask, shape in zip(masks, spatial_shapes, strict=True)]
+        positions = flatten_levels([position_embedding(mask) for mask in maps])
     return Geometry(
         spatial_shapes=spatial_shapes,
         valid_sizes=valid_sizes,
         valid_ratios=get_valid_ratios(spatial_shapes, valid_sizes),
         padding_mask=padding_mask,
-        positions=flatten_levels(positions),
+        positions=positions,
         reference_points=get_encoder_reference_points(spatial_shapes, valid_sizes),
         proposals=gen_encoder_proposals(spatial_shapes, valid_sizes, padding_mask) if two_stage else None,
     )

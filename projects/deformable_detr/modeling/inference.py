@@ -14,6 +14,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from ..layers.ms_deform_attn import pixel_sizes
+from .cells import get_cells, get_sampled_pixels
 from .cuda_graphs import GraphCache
 from .detections import to_instances
 from .detector import SetPredictionDetector
@@ -166,7 +167,9 @@ class PreparedDETR(nn.Module):
         logits = model.class_embed[len(output.hidden_states) - 1](output.hidden_states[-1])
         boxes, scores, labels, _ = model.select_detections(logits, output.boxes[-1])
         found = torch.cat((boxes, scores[..., None], labels[..., None].to(scores.dtype)), dim=-1)
-        return found, (geometry, pixel_sizes(geometry.spatial_shapes, geometry.reference_points))
+        shapes, points = geometry.spatial_shapes, geometry.reference_points
+        pixels = get_sampled_pixels(canvas, shapes, self.device)
+        return found, (geometry, pixel_sizes(shapes, points), get_cells(shapes, points), pixels)
 
     def _geometry_without_padding(self, canvas: tuple[int, int], features: Sequence[Tensor]) -> Geometry:
         """Geometry of one image that fills its canvas, which serves all images of a batch."""

@@ -5,15 +5,12 @@ Everything here is float32, also under autocast and in half precision models, wh
 apart; float64 stays float64.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers.precision import at_least_float32
-
-SpatialShapes = list[tuple[int, int]]
+from .cells import SpatialShapes, get_cells
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -37,25 +34,9 @@ def apply_box_deltas(deltas: Tensor, reference_points: Tensor, *, eps: float = 1
     return (at_least_float32(deltas) + F.pad(reference, (0, 4 - reference.shape[-1]))).sigmoid()
 
 
-def get_valid_sizes(masks: Sequence[Tensor]) -> Tensor:
-    """Return the number of unpadded cells per level: L masks (N, H_l, W_l) -> (N, L, 2) float32 as (w, h)."""
-    sizes = [torch.stack(((~m[:, 0, :]).sum(1), (~m[:, :, 0]).sum(1)), dim=-1) for m in masks]
-    return torch.stack(sizes, dim=1).float()
-
-
 def get_valid_ratios(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> Tensor:
     """Unpadded share of each level, (N, L, 2) as (w, h)."""
-    # Number by number: a tensor of the sizes would be copied to the device, which waits for it.
-    levels = zip(valid_sizes.unbind(1), spatial_shapes, strict=True)
-    ratios = [torch.stack((size[:, 0] / width, size[:, 1] / height), dim=-1) for size, (height, width) in levels]
-    return torch.stack(ratios, dim=1)
-
-
-def cell_centers(height: int, width: int, like: Tensor) -> Tensor:
-    """(H*W, 2) cell centres (x, y) in cells, row by row, of the dtype and on the device of ``like``."""
-    y = torch.arange(height, dtype=like.dtype, device=like.device) + 0.5
-    x = torch.arange(width, dtype=like.dtype, device=like.device) + 0.5
-    return torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1).flatten(0, 1)
+    return valid_sizes / get_cells(spatial_shapes, valid_sizes).sizes
 
 
 def get_encoder_reference_points(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> Tensor:
@@ -68,12 +49,14 @@ def get_encoder_reference_points(spatial_shapes: SpatialShapes, valid_sizes: Ten
     Returns:
         (N, S, L, 2), (x, y).
     """
-    centers = [
-        cell_centers(height, width, valid_sizes) / valid_sizes[:, level, None]
-        for level, (height, width) in enumerate(spatial_shapes)
-    ]
-    valid_ratios = get_valid_ratios(spatial_shapes, valid_sizes)
-    return torch.cat(centers, dim=1)[:, :, None] * valid_ratios[:, None]
+    centers = get_relative_centers(spatial_shapes, valid_sizes)
+    return centers[:, :, None] * get_valid_ratios(spatial_shapes, valid_sizes)[:, None]
+
+
+def get_relative_centers(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> Tensor:
+    """Cell centres of all levels, (N, S, 2) as (x, y), in [0, 1] of each image without its padding."""
+    cells = get_cells(spatial_shapes, valid_sizes)
+    return cells.centers / valid_sizes[:, cells.level]
 
 
 def gen_encoder_proposals(spatial_shapes: SpatialShapes, valid_sizes: Tensor, padding_mask: Tensor) -> Tensor:
@@ -90,10 +73,8 @@ def gen_encoder_proposals(spatial_shapes: SpatialShapes, valid_sizes: Tensor, pa
     Returns:
         (N, S, 4) proposals in logit space, cxcywh.
     """
-    proposals = []
-    for level, (height, width) in enumerate(spatial_shapes):
-        centers = cell_centers(height, width, valid_sizes) / valid_sizes[:, level, None]
-        proposals.append(torch.cat((centers, torch.full_like(centers, 0.05 * 2.0**level)), dim=-1))
-    boxes = torch.cat(proposals, dim=1)
+    centers = get_relative_centers(spatial_shapes, valid_sizes)
+    sides = get_cells(spatial_shapes, valid_sizes).strides * 0.05
+    boxes = torch.cat((centers, sides.expand_as(centers)), dim=-1)
     usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~padding_mask
     return torch.logit(boxes).masked_fill(~usable[..., None], float("inf"))

@@ -223,9 +223,9 @@ class DeformableTransformer(nn.Module):
 
     def add_level_embed(self, geometry: Geometry) -> Tensor:
         """Positions (N, S, C) with the embedding of each cell's level, in the weights' dtype."""
-        cells = [height * width for height, width in geometry.spatial_shapes]
-        levels = zip(geometry.positions.split(cells, dim=1), self.level_embed, strict=True)
-        return torch.cat([position + embed for position, embed in levels], dim=1).to(self.level_embed.dtype)
+        levels = zip(self.level_embed, geometry.spatial_shapes, strict=True)
+        rows = [embed.expand(height * width, -1) for embed, (height, width) in levels]
+        return (geometry.positions + torch.cat(rows)).to(self.level_embed.dtype)
 
     def _propose(
         self,
