@@ -1,4 +1,4 @@
-"""The five published variants against transformers' implementation: same random weights, same predictions."""
+"""The published variants and DETR against transformers' implementation: same random weights, same predictions."""
 
 from pathlib import Path
 
@@ -20,6 +20,8 @@ VARIANTS = {
     "deformable_detr_R_50": {},
     "deformable_detr_R_50_box_refine": {"with_box_refine": True},
     "deformable_detr_R_50_two_stage": {"with_box_refine": True, "two_stage": True},
+    "detr_R_50": {},
+    "detr_R_101_DC5": {"backbone": "resnet101", "dilation": True},
 }
 # Each image is the larger one in one direction, so that both are padded; no side is a multiple of a stride.
 SIZES = ((139, 187), (117, 209))
@@ -29,15 +31,13 @@ BOXES_TOLERANCE = 1e-5
 
 def build_oracle(name: str, *, seed: int = 0) -> nn.Module:
     """Build transformers' model of a variant with 91 outputs, in eval mode; nothing is downloaded."""
-    config = transformers.DeformableDetrConfig(
-        num_labels=91,
-        use_timm_backbone=True,
-        backbone="resnet50",
-        use_pretrained_backbone=False,
-        disable_custom_kernels=True,
-        **VARIANTS[name],
-    )
-    model = transformers.DeformableDetrForObjectDetection(config)
+    options = {"num_labels": 91, "use_timm_backbone": True, "backbone": "resnet50", "use_pretrained_backbone": False}
+    options |= VARIANTS[name]
+    if name.startswith("detr"):
+        model = transformers.DetrForObjectDetection(transformers.DetrConfig(**options))
+    else:
+        config = transformers.DeformableDetrConfig(disable_custom_kernels=True, **options)
+        model = transformers.DeformableDetrForObjectDetection(config)
     randomise(model, seed=seed)
     return model.eval()
 
@@ -84,7 +84,7 @@ def predict_with_oracle(oracle: nn.Module, images: list[Tensor]) -> dict[str, Te
         pixel_mask[i, :rows, :columns] = 1
     outputs = oracle(pixel_values=pixel_values, pixel_mask=pixel_mask)
     predictions = {"pred_logits": outputs.logits, "pred_boxes": outputs.pred_boxes}
-    if oracle.config.two_stage:
+    if getattr(oracle.config, "two_stage", False):
         predictions["enc_logits"] = outputs.enc_outputs_class
         predictions["enc_boxes"] = outputs.enc_outputs_coord_logits.sigmoid()
     return predictions
@@ -100,7 +100,8 @@ def test_predictions_equal_those_of_transformers(name, record_property):
     oracle, model, images = build_oracle(name), build_ours(name), random_images()
     state_dict, report = convert(oracle.state_dict(), model=model)
     model.load_state_dict(state_dict, strict=True)
-    assert report.source == "transformers" and not report.missing
+    assert report.source == ("transformers DETR" if name.startswith("detr") else "transformers")
+    assert not report.missing
 
     expected, actual = predict_with_oracle(oracle, images), predict_with_ours(model, images)
 

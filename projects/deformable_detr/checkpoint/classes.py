@@ -43,6 +43,7 @@ def fit_class_heads(
     file_classes: Names | None,
     model_classes: Names | None,
     multiclass_proposals: bool = False,
+    background: int = 0,
 ) -> None:
     """Put the rows of every class head of a checkpoint where the model has the class of that name.
 
@@ -55,6 +56,7 @@ def fit_class_heads(
         file_classes: names of the checkpoint's rows; None where it does not say.
         model_classes: names of the model's rows; None where they are not known.
         multiclass_proposals: whether the encoder's head has the classes of the others; else its rows keep their places.
+        background: how many of the last rows are of no class.
     """
     for key in [key for key in tensors if key.startswith(("class_embed.", LABEL_EMBEDDING)) and key in target]:
         tensor, initial = tensors[key], target[key].detach()
@@ -63,22 +65,37 @@ def fit_class_heads(
         if is_encoder_head(key, target) and not multiclass_proposals:
             _fit_encoder_head(key, tensors, initial, report)
             continue
-        theirs, ours = _resolve_names(len(tensor), len(initial), source, file_classes, model_classes)
-        report.class_names = ours or (theirs if len(tensor) == len(initial) else None)
-        if theirs is not None and ours is not None:
-            _take_rows_by_name(key, tensors, initial, theirs=theirs, ours=ours, report=report)
-        elif len(tensor) != len(initial):
-            reason = f"{len(tensor)} classes in the file, {len(initial)} in the model: which row is which is not known"
-            _drop(key, tensors, report, reason)
-            named = f" ({name_first([name for name in theirs if name])})" if theirs else ""
-            report.mismatch = (
-                f"The file has {len(tensor)} classes{named}, the configuration {len(initial)}: set "
-                "MODEL.DEFORMABLE_DETR.NUM_CLASSES (model.num_classes), or --train-json, which finds classes by name"
-            )
-        elif ours is not None:
-            report.class_note = (
-                f"The file does not name its {len(tensor)} classes; their order is taken to be the model's"
-            )
+        rows, wanted = len(tensor) - background, len(initial) - background
+        tensors[key] = tensor[:rows]
+        names = _resolve_names(rows, wanted, source, file_classes, model_classes)
+        _fit_head(key, tensors, initial[:wanted], report, *names)
+        if background and key in tensors:
+            tensors[key] = torch.cat([tensors[key], tensor[rows:]])
+
+
+def _fit_head(
+    key: str,
+    tensors: dict[str, Tensor],
+    initial: Tensor,
+    report: ConversionReport,
+    theirs: Names | None,
+    ours: Names | None,
+) -> None:
+    """Fit the rows of one head, of which all are of classes."""
+    rows, wanted = len(tensors[key]), len(initial)
+    report.class_names = ours or (theirs if rows == wanted else None)
+    if theirs is not None and ours is not None:
+        _take_rows_by_name(key, tensors, initial, theirs=theirs, ours=ours, report=report)
+    elif rows != wanted:
+        reason = f"{rows} classes in the file, {wanted} in the model: which row is which is not known"
+        _drop(key, tensors, report, reason)
+        named = f" ({name_first([name for name in theirs if name])})" if theirs else ""
+        report.mismatch = (
+            f"The file has {rows} classes{named}, the configuration {wanted}: set "
+            "MODEL.DEFORMABLE_DETR.NUM_CLASSES (model.num_classes), or --train-json, which finds classes by name"
+        )
+    elif ours is not None:
+        report.class_note = f"The file does not name its {rows} classes; their order is taken to be the model's"
 
 
 def cut_label_embeddings(tensors: dict[str, Tensor], report: ConversionReport) -> None:

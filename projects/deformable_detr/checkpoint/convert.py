@@ -12,11 +12,20 @@ from ..wording import name_first
 from .backbones import find_absent_parts, find_backbone, fit_position_tables
 from .classes import ENCODER_OUTPUT, HEAD, Names, cut_label_embeddings, fit_class_heads, is_encoder_head
 from .coverage import TRAINING_ONLY, CheckpointError, ConversionReport
-from .sources import BOTTOM_UP, SOURCES, TORCHVISION, Source, count_on, detect_source
-from .variants import LEVEL_EMBED, QUERIES, compare_variants, has_multiclass_proposals, note_differences
+from .sources import BOTTOM_UP, DENSE_ATTENTION, SOURCES, TORCHVISION, Source, count_on, detect_source
+from .variants import (
+    LEVEL_EMBED,
+    QUERIES,
+    compare_variants,
+    count_background,
+    has_multiclass_proposals,
+    note_differences,
+)
 
 _HEAD_ALIAS = re.compile(r"^transformer\.decoder\.((?:class|bbox)_embed\.)")
-_QKV = re.compile(r"^(?P<stem>.*\.self_attn)\.(?P<letter>[qkv])_proj\.(?P<rest>weight|bias)$")
+_QKV = re.compile(r"^(?P<stem>.*\.(?:self|multihead)_attn)\.(?P<letter>[qkv])_proj\.(?P<rest>weight|bias)$")
+# 250 ids and "no object".
+_PANOPTIC_OUTPUTS = 251
 _BOOKKEEPING = {
     re.compile(r"(^|\.)total_(params|ops)$"): "a counter of the profiler thop, not a weight",
     re.compile(r"\.num_batches_tracked$"): "a counter of batch norm, not used at inference",
@@ -32,9 +41,9 @@ def convert(
 ) -> tuple[dict[str, Tensor], ConversionReport]:
     """Rename a checkpoint's parameters to ours and fit its classes to the model's.
 
-    Known are the names of the official repositories of Deformable DETR, H-Deformable-DETR and DINO, of transformers 4.x
-    and 5.x, of detrex and mmdetection, of torchvision's and Detectron2's ImageNet backbones, and our own. The class
-    heads of a model with other classes are treated so:
+    Known are the names of the official repositories of DETR, Deformable DETR, H-Deformable-DETR and DINO, of
+    transformers 4.x and 5.x, of detrex and mmdetection, of torchvision's and Detectron2's ImageNet backbones, and our
+    own. The class heads of a model with other classes are treated so:
 
     - Where the classes of both are known, every class of the model takes the row of its name, whatever its position;
       the others keep the rows that the model was initialised with. 91 rows are known as raw COCO category ids, and a
@@ -43,6 +52,7 @@ def convert(
     - The encoder's head of a two-stage model scores proposals by channel 0, whatever the classes are; its rows keep
       their positions. DINO's has a row for every class, and so have the embeddings that its denoising starts from:
       they follow the names.
+    - DETR's last row, "no object", is nobody's class and stays the last.
     - Where the classes are not known, as many rows are kept in their order; of any other number, the model keeps
       its own. The report says so.
 
@@ -57,13 +67,17 @@ def convert(
 
     Raises:
         ValueError: if ``class_names`` are not as many as the model's outputs.
-        CheckpointError: if the names are of no known kind, or if the backbone or the transformer are not covered
-            completely. A pretrained backbone need not cover more than the backbone.
+        CheckpointError: if the names are of no known kind, if the file is a DETR for panoptic segmentation, or if the
+            backbone or the transformer are not covered completely. A pretrained backbone need not cover more than the
+            backbone.
     """
     target = model.state_dict(keep_vars=True)
-    if class_names is not None and len(class_names) != len(target["class_embed.0.bias"]):
-        raise ValueError(f"{len(class_names)} class_names for {len(target['class_embed.0.bias'])} class outputs")
+    background = count_background(model)
+    outputs = len(target["class_embed.0.bias"]) - background
+    if class_names is not None and len(class_names) != outputs:
+        raise ValueError(f"{len(class_names)} class_names for {outputs} class outputs")
     tensors = _as_tensors(state_dict)
+    _refuse_panoptic(tensors)
     source = detect_source(tensors) or find_backbone(tensors, target)
     if source is None and "layer1.0.conv1.weight" in tensors:
         # The backbone is none; saying what it lacks tells more than that nothing fits.
@@ -91,6 +105,7 @@ def convert(
         file_classes=file_class_names,
         model_classes=class_names,
         multiclass_proposals=has_multiclass_proposals(model),
+        background=background,
     )
     _drop_what_has_no_place(tensors, target, source, report)
     _note_what_is_missing(tensors, target, source, report)
@@ -112,6 +127,18 @@ def _as_tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         except (TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{key} is a {type(value).__name__}, not a tensor") from error
     return tensors
+
+
+def _refuse_panoptic(tensors: Mapping[str, Tensor]) -> None:
+    """Say of DETR's files for panoptic segmentation what they are: their names alone would be of no known kind."""
+    head = tensors.get("class_embed.weight", tensors.get("class_labels_classifier.weight"))
+    if any(key.startswith(("detr.", "mask_head.")) for key in tensors) or (
+        head is not None and len(head) == _PANOPTIC_OUTPUTS
+    ):
+        raise CheckpointError(
+            "This is a DETR for panoptic segmentation, with masks or with the 250 ids of things and stuff: it is no "
+            "detector of objects. Take one of the files for detection, such as detr-r50-e632da11.pth"
+        )
 
 
 def _rename(tensors: Mapping[str, Tensor], source: Source, report: ConversionReport) -> dict[str, Tensor]:
@@ -250,7 +277,8 @@ def _raise_unless_covered(
         "different in the file but one parameter in the model": _conflicts_in_shared_parameters(tensors, target),
     }
     problems = [f"{len(keys)} {what}: {name_first(keys)}" for what, keys in counts.items() if keys]
-    variant = compare_variants(tensors, target, source=source, model=model) if LEVEL_EMBED in tensors else ""
+    holds_detector = LEVEL_EMBED in tensors or DENSE_ATTENTION in tensors
+    variant = compare_variants(tensors, target, source=source, model=model) if holds_detector else ""
     if problems or variant:
         raise CheckpointError(
             f"The checkpoint ({report.source} names) does not fit the model. {variant}"

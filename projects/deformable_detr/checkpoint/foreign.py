@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .classes import COCO_CLASSES, COCO_CLASSES_BY_ID, LABEL_EMBEDDING, is_encoder_head
+from .classes import COCO_CLASSES, COCO_CLASSES_BY_ID, HEAD, LABEL_EMBEDDING, is_encoder_head
 from .coverage import TRAINING_ONLY, CheckpointError
-from .sources import DINO, OFFICIAL, Rule
-from .variants import QUERIES, describe_other_settings, describe_variant, has_multiclass_proposals
+from .sources import DENSE_ATTENTION, DETR, DINO, OFFICIAL, Rule, Source
+from .variants import QUERIES, count_background, describe_other_settings, describe_variant, has_multiclass_proposals
 
 # A class that does not exist must never be detected: sigmoid(-20) is 2e-9.
 _UNUSED_CLASS_BIAS = -20.0
@@ -24,6 +24,20 @@ _RESNET: tuple[Rule, ...] = (
     (r"^(BACKBONE\.layer.*)shortcut\.", r"\1downsample.0."),
     # What is left is no ResNet.
     (r"^backbone\.bottom_up\.", "BACKBONE."),
+)
+_TRANSFORMERS_BACKBONE: tuple[Rule, ...] = (*_RESNET, (r"^BACKBONE\.", "model.backbone.conv_encoder.model."))
+_TRANSFORMERS_LAYERS: tuple[Rule, ...] = (
+    (r"^query_embed\.", "model.query_position_embeddings."),
+    (r"^transformer\.", "model."),
+    (r"(encoder\.layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
+    (r"(encoder\.layers\.\d+)\.norm2\.", r"\1.final_layer_norm."),
+    (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.final_layer_norm."),
+    (r"\.linear([12])\.", r".fc\1."),
+)
+# One of each for all levels and layers.
+_DETR_NAMES: tuple[Rule, ...] = (
+    (r"^backbone\.input_proj\.0\.0\.", "input_proj."),
+    (r"^(class|bbox)_embed\.0\.", r"\1_embed."),
 )
 _RULES: dict[str, tuple[Rule, ...]] = {
     "official": (
@@ -40,19 +54,26 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         (r"^query_embed\.", "transformer.tgt_embed."),
         (r"^denoising\.", ""),
     ),
+    "DETR": (*_RESNET, (r"^BACKBONE\.", "backbone.0.body."), *_DETR_NAMES),
+    "transformers DETR": (
+        *_TRANSFORMERS_BACKBONE,
+        *_DETR_NAMES,
+        (r"^input_proj\.", "model.input_projection."),
+        (r"^class_embed\.", "class_labels_classifier."),
+        (r"^bbox_embed\.", "bbox_predictor."),
+        *_TRANSFORMERS_LAYERS,
+        (r"^(model\.decoder)\.norm\.", r"\1.layernorm."),
+        (r"(decoder\.layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
+        (r"(decoder\.layers\.\d+)\.norm2\.", r"\1.encoder_attn_layer_norm."),
+        (r"\.multihead_attn\.", ".encoder_attn."),
+    ),
     "transformers": (
-        *_RESNET,
-        (r"^BACKBONE\.", "model.backbone.conv_encoder.model."),
+        *_TRANSFORMERS_BACKBONE,
         (r"^backbone\.input_proj\.", "model.input_proj."),
-        (r"^query_embed\.", "model.query_position_embeddings."),
-        (r"^transformer\.", "model."),
-        (r"(encoder\.layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
-        (r"(encoder\.layers\.\d+)\.norm2\.", r"\1.final_layer_norm."),
+        *_TRANSFORMERS_LAYERS,
         (r"(decoder\.layers\.\d+)\.norm1\.", r"\1.encoder_attn_layer_norm."),
         (r"(decoder\.layers\.\d+)\.norm2\.", r"\1.self_attn_layer_norm."),
-        (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.final_layer_norm."),
         (r"\.cross_attn\.", ".encoder_attn."),
-        (r"\.linear([12])\.", r".fc\1."),
     ),
 }
 FORMATS = ("official", "transformers")
@@ -67,8 +88,8 @@ def export(model: nn.Module, *, to: str, coco_ids: bool = False) -> dict[str, Te
     What only trains and has no place there is left out: one-to-many queries, and class embeddings for denoising.
 
     Args:
-        model: a DeformableDETR with a ResNet or, for the official codes, a Swin. It is left as it is.
-        to: "official" (the value under "model" of a ``.pth`` of the official code of Deformable DETR, of
+        model: with a ResNet or, for the official codes but DETR's, a Swin. It is left as it is.
+        to: "official" (the value under "model" of a ``.pth`` of the official code of DETR, of Deformable DETR, of
             H-Deformable-DETR or of DINO, whichever the model is) or "transformers" (version 4; version 5 reads and
             writes the same files).
         coco_ids: spread the 80 COCO classes over 91 outputs, the raw category ids that these projects evaluate by. The
@@ -82,9 +103,11 @@ def export(model: nn.Module, *, to: str, coco_ids: bool = False) -> dict[str, Te
         raise ValueError(f"to must be one of {FORMATS}, got {to!r}")
     tensors = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
     names = _find_names(model, tensors, to)
-    _leave_out_what_only_trains(model, tensors, names)
+    _leave_out_what_they_lack(model, tensors, names)
     if coco_ids:
-        _spread_over_coco_ids(tensors, multiclass_proposals=has_multiclass_proposals(model))
+        _spread_over_coco_ids(
+            tensors, multiclass_proposals=has_multiclass_proposals(model), background=count_background(model)
+        )
     if names == "DINO":
         # Its table has a row more than there are classes, which nothing reads.
         tensors[LABEL_EMBEDDING] = F.pad(tensors[LABEL_EMBEDDING], (0, 0, 0, 1))
@@ -92,7 +115,7 @@ def export(model: nn.Module, *, to: str, coco_ids: bool = False) -> dict[str, Te
     exported = {_rename(key, names): tensor for key, tensor in tensors.items()}
     if names == "DINO":
         exported = _name_encoder_heads(model, exported)
-    if names == "transformers":
+    if to == "transformers":
         _split_query_key_value(exported)
     # Copies, because safetensors does not take two names of one memory.
     return exported | {name: tensors[key].clone() for name, key in second_names.items()}
@@ -106,6 +129,10 @@ def _find_names(model: nn.Module, tensors: dict[str, Tensor], to: str) -> str:
     """
     if model.transformer.two_stage and not model.transformer.with_box_refine:
         raise CheckpointError("Elsewhere two-stage models refine boxes; this one has two_stage without with_box_refine")
+    if DENSE_ATTENTION in tensors:
+        _check_settings(DETR, model)
+        _check_backbone(tensors, "transformers")
+        return "DETR" if to == "official" else "transformers DETR"
     facts = describe_variant(tensors, same=torch.equal) | {"multiclass_proposals": has_multiclass_proposals(model)}
     on = {switch for switch in _SWITCHES if facts[switch]}
     if on not in (set(), _H_DEFORMABLE_DETR, set(_SWITCHES)):
@@ -116,10 +143,14 @@ def _find_names(model: nn.Module, tensors: dict[str, Tensor], to: str) -> str:
     names, source = ("DINO", DINO) if on == set(_SWITCHES) else (to, OFFICIAL)
     if names == "DINO" and LABEL_EMBEDDING not in tensors:
         raise CheckpointError("DINO has class embeddings for denoising; this model has no denoising queries")
-    if difference := describe_other_settings(source, model):
-        raise CheckpointError(f"{difference}: with the same weights it would detect something else")
+    _check_settings(source, model)
     _check_backbone(tensors, to)
     return names
+
+
+def _check_settings(source: Source, model: nn.Module) -> None:
+    if difference := describe_other_settings(source, model):
+        raise CheckpointError(f"{difference}: with the same weights it would detect something else")
 
 
 def _check_backbone(tensors: dict[str, Tensor], to: str) -> None:
@@ -132,9 +163,12 @@ def _check_backbone(tensors: dict[str, Tensor], to: str) -> None:
         raise CheckpointError(f"Only {known} have names elsewhere; the backbone has {foreign[0]}")
 
 
-def _leave_out_what_only_trains(model: nn.Module, tensors: dict[str, Tensor], names: str) -> None:
+def _leave_out_what_they_lack(model: nn.Module, tensors: dict[str, Tensor], names: str) -> None:
     if names != "DINO":
         for key in [key for key in tensors if key.startswith(TRAINING_ONLY)]:
+            del tensors[key]
+    if names in ("DETR", "transformers DETR"):
+        for key in [key for key in tensors if (match := HEAD.match(key)) and match["index"] != "0"]:
             del tensors[key]
     # H-Deformable-DETR keeps the queries of its one-to-many branch; the official code of that name reads them.
     if QUERIES in tensors and names != "official":
@@ -166,16 +200,17 @@ def _rename(key: str, to: str) -> str:
 
 def _split_query_key_value(tensors: dict[str, Tensor]) -> None:
     """Replace nn.MultiheadAttention's ``in_proj_*`` by separate query, key and value projections."""
-    for key in [key for key in tensors if ".self_attn.in_proj_" in key]:
+    for key in [key for key in tensors if "_attn.in_proj_" in key]:
         parts = tensors.pop(key).chunk(3)
         for letter, part in zip("qkv", parts, strict=True):
             tensors[key.replace("in_proj_", f"{letter}_proj.")] = part.clone()
 
 
-def _spread_over_coco_ids(tensors: dict[str, Tensor], *, multiclass_proposals: bool) -> None:
+def _spread_over_coco_ids(tensors: dict[str, Tensor], *, multiclass_proposals: bool, background: int) -> None:
     ids = [i for i, name in enumerate(COCO_CLASSES_BY_ID) if name is not None]
     for key in [key for key in tensors if key.startswith(("class_embed.", LABEL_EMBEDDING))]:
-        tensor = tensors[key]
+        rows = len(tensors[key]) - background
+        tensor, no_object = tensors[key][:rows], tensors[key][rows:]
         if len(tensor) != len(COCO_CLASSES):
             raise ValueError(
                 f"coco_ids needs a model of the {len(COCO_CLASSES)} COCO classes, got {len(tensor)} outputs"
@@ -185,4 +220,4 @@ def _spread_over_coco_ids(tensors: dict[str, Tensor], *, multiclass_proposals: b
         # A head that scores objects keeps its channel 0, which means "object".
         keeps_places = is_encoder_head(key, tensors) and not multiclass_proposals
         spread[list(range(len(ids))) if keeps_places else ids] = tensor
-        tensors[key] = spread
+        tensors[key] = torch.cat([spread, no_object])

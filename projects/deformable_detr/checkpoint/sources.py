@@ -1,4 +1,4 @@
-"""How other projects name the parameters of Deformable DETR: one table of renames per source, nothing else.
+"""How other projects name the parameters of Deformable DETR and DETR: one table of renames per source, nothing else.
 
 Our own names are the official ones, except that the ResNet is Detectron2's (``backbone.bottom_up.*``) and
 ``input_proj`` belongs to the backbone adaptor.
@@ -9,6 +9,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 BOTTOM_UP = "backbone.bottom_up."
+# DETR alone has it.
+DENSE_ATTENTION = "transformer.decoder.layers.0.multihead_attn.in_proj_weight"
 
 Rule = tuple[str, str]
 
@@ -63,6 +65,15 @@ RESNET: tuple[Rule, ...] = (
     (r"^(backbone\.bottom_up\..*)downsample\.1\.", r"\1shortcut.norm."),
 )
 
+# The ResNet of transformers' own, below the same prefix.
+_TRANSFORMERS_RESNET: tuple[Rule, ...] = (
+    (r"^(backbone\.bottom_up\.)embedder\.embedder\.", r"\1stem.conv1."),
+    *((rf"^(backbone\.bottom_up\.)encoder\.stages\.{i}\.layers\.", rf"\1res{i + 2}.") for i in range(4)),
+    *((rf"^(backbone\.bottom_up\..*)layer\.{i}\.", rf"\1conv{i + 1}.") for i in range(3)),
+    (r"^(backbone\.bottom_up\..*)\.convolution\.", r"\1."),
+    (r"^(backbone\.bottom_up\..*)\.normalization\.", r"\1.norm."),
+)
+
 OURS = Source("deformable_detr")
 
 _STANDARD = {"inverse_sigmoid_eps": 1e-5, "temperature": 1e4, "offset": -0.5}
@@ -79,6 +90,18 @@ OFFICIAL = Source(
 
 # Two-stage models with learned queries; all other files of that project have the official names exactly.
 H_DEFORMABLE_DETR = replace(OFFICIAL, name="H-Deformable-DETR")
+
+# A head and a projection for all, where ours are numbered.
+_DETR_NAMES: tuple[Rule, ...] = (
+    (r"^input_proj\.", "backbone.input_proj.0.0."),
+    (r"^(class|bbox)_embed\.", r"\1_embed.0."),
+)
+
+DETR = Source(
+    "official DETR",
+    settings={"temperature": 1e4, "offset": 0.0},
+    rules=((r"^backbone\.0\.body\.", BOTTOM_UP), *RESNET, *_DETR_NAMES),
+)
 
 # What DINO has beyond two-stage models, there and in detrex.
 _DINO_NAMES: tuple[Rule, ...] = (
@@ -101,23 +124,51 @@ DINO = Source(
 )
 
 # Version 5 renamed a few modules in memory (the optional parts below); its saved files keep the names of version 4.
+_TRANSFORMERS_BACKBONE: tuple[Rule, ...] = (
+    (r"^model\.backbone\.(conv_encoder\.)?model\.", BOTTOM_UP),
+    *RESNET,
+    *_TRANSFORMERS_RESNET,
+)
+_TRANSFORMERS_LAYERS: tuple[Rule, ...] = (
+    (r"\.(mlp\.)?fc([12])\.", r".linear\2."),
+    (r"\.self_attn\.o_proj\.", ".self_attn.out_proj."),
+    (r"(encoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm1."),
+    (r"(encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
+    (r"(decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
+)
+
 TRANSFORMERS = Source(
     "transformers",
     settings=_STANDARD,
     rules=(
-        (r"^model\.backbone\.(conv_encoder\.)?model\.", BOTTOM_UP),
-        *RESNET,
+        *_TRANSFORMERS_BACKBONE,
         (r"^model\.input_proj\.", "backbone.input_proj."),
         (r"^model\.query_position_embeddings\.", "query_embed."),
         (r"^model\.(encoder|decoder|level_embed|reference_points|enc_output|pos_trans)", r"transformer.\1"),
-        (r"\.(mlp\.)?fc([12])\.", r".linear\2."),
-        (r"\.self_attn\.o_proj\.", ".self_attn.out_proj."),
-        (r"(encoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm1."),
-        (r"(encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
+        *_TRANSFORMERS_LAYERS,
         (r"(decoder\.layers\.\d+)\.encoder_attn_layer_norm\.", r"\1.norm1."),
         (r"(decoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm2."),
-        (r"(decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
         (r"\.encoder_attn\.", ".cross_attn."),
+    ),
+)
+
+TRANSFORMERS_DETR = Source(
+    "transformers DETR",
+    settings=DETR.settings,
+    rules=(
+        *_TRANSFORMERS_BACKBONE,
+        (r"^model\.input_projection\.", "input_proj."),
+        (r"^model\.query_position_embeddings\.", "query_embed."),
+        (r"^class_labels_classifier\.", "class_embed."),
+        (r"^bbox_predictor\.", "bbox_embed."),
+        *_DETR_NAMES,
+        (r"^model\.(encoder|decoder)\.", r"transformer.\1."),
+        (r"^(transformer\.decoder)\.layernorm\.", r"\1.norm."),
+        *_TRANSFORMERS_LAYERS,
+        (r"(decoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm1."),
+        (r"(decoder\.layers\.\d+)\.encoder_attn_layer_norm\.", r"\1.norm2."),
+        (r"\.encoder_attn\.o_proj\.", ".multihead_attn.out_proj."),
+        (r"\.encoder_attn\.", ".multihead_attn."),
     ),
 )
 
@@ -182,7 +233,19 @@ TORCHVISION = Source("torchvision ResNet", rules=((r"^", BOTTOM_UP), *RESNET), b
 # Of any architecture; find_backbone knows the prefixes.
 DETECTRON2 = Source("Detectron2 backbone", backbone_only=True)
 
-SOURCES = (OURS, OFFICIAL, H_DEFORMABLE_DETR, DINO, TRANSFORMERS, DETREX, MMDETECTION, TORCHVISION, DETECTRON2)
+SOURCES = (
+    OURS,
+    OFFICIAL,
+    H_DEFORMABLE_DETR,
+    DINO,
+    DETR,
+    TRANSFORMERS,
+    TRANSFORMERS_DETR,
+    DETREX,
+    MMDETECTION,
+    TORCHVISION,
+    DETECTRON2,
+)
 
 
 def count_on(names: Mapping[str, str]) -> dict[str, str]:
@@ -211,14 +274,17 @@ def detect_source(keys: Collection[str]) -> Source | None:
     if any(key.startswith("transformer.enc_out_class_embed.") for key in keys):
         return DINO
     if any(key.startswith("backbone.0.body.") for key in keys):
+        if "input_proj.weight" in keys:
+            return DETR
         has_learned_content = "query_embed.weight" in keys and "transformer.enc_output.weight" in keys
         return H_DEFORMABLE_DETR if has_learned_content else OFFICIAL
     if any(key.startswith("model.backbone.") for key in keys):
-        return TRANSFORMERS
+        return TRANSFORMERS_DETR if "model.input_projection.weight" in keys else TRANSFORMERS
     if any(key.startswith("bbox_head.cls_branches.") for key in keys):
         return MMDETECTION
     if any(key.startswith("neck.convs.") for key in keys):
         return DETREX
-    if "transformer.level_embed" in keys and any(key.startswith("backbone.input_proj.") for key in keys):
+    marks = ("transformer.level_embed", DENSE_ATTENTION)
+    if any(mark in keys for mark in marks) and any(key.startswith("backbone.input_proj.") for key in keys):
         return OURS
     return None

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from .classes import ENCODER_OUTPUT
-from .sources import BOTTOM_UP, Source
+from .sources import BOTTOM_UP, DENSE_ATTENTION, Source
 
 LEVEL_EMBED = "transformer.level_embed"
 QUERIES = "query_embed.weight"
 
 # (family, backbone, levels) -> what the user calls the configuration of such a model.
 _CONFIGURATIONS = {
+    ("DETR", "ResNet-50", 1): "detr_R_50, or its _DC5",
+    ("DETR", "ResNet-101", 1): "detr_R_101, or its _DC5",
     ("Deformable DETR", "ResNet-50", 1): "deformable_detr_R_50_single_scale, or its _dc5",
     ("Deformable DETR", "ResNet-50", 4): "deformable_detr_R_50",
     ("Deformable DETR with box refinement", "ResNet-50", 4): "deformable_detr_R_50_box_refine",
@@ -34,6 +36,8 @@ _SWINS = {(96, 6): "Swin-T", (96, 18): "Swin-S", (128, 18): "Swin-B", (192, 18):
 
 def family_of(facts: Mapping[str, Any]) -> str:
     """Name the kind of model that has these :func:`facts <describe_variant>`."""
+    if facts["dense_attention"]:
+        return "DETR"
     if facts["anchor_query_pos"] or facts["decoder_norm"]:
         return "DINO"
     if facts["mixed_query_selection"]:
@@ -76,6 +80,12 @@ def has_multiclass_proposals(model: nn.Module) -> bool:
     return getattr(model.transformer, "multiclass_proposals", False)
 
 
+def count_background(model: nn.Module) -> int:
+    """Return how many class outputs are of no class: DETR's last one, "no object"."""
+    classification = getattr(model, "classification", None)
+    return classification.num_outputs(0) if classification else 0
+
+
 def find_other_settings(source: Source, model: nn.Module) -> dict[str, tuple[float, float]]:
     """Return what the project and the model compute with otherwise: name -> (project's, model's)."""
     ours = {
@@ -116,6 +126,7 @@ def describe_variant(tensors: Mapping[str, Tensor], *, same: Callable[[Tensor, T
         "num_feature_levels": count(r"backbone\.input_proj\.(\d+)\."),
         "num_encoder_layers": count(r"transformer\.encoder\.layers\.(\d+)\."),
         "num_decoder_layers": count(r"transformer\.decoder\.layers\.(\d+)\."),
+        "dense_attention": DENSE_ATTENTION in tensors,
         "two_stage": two_stage,
         "mixed_query_selection": two_stage and QUERIES in tensors,
         "anchor_query_pos": count(r"transformer\.decoder\.(ref_point_head)\.") > 0,
