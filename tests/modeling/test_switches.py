@@ -262,3 +262,75 @@ def test_models_of_the_papers_have_their_number_of_parameters(values, total, tra
     if trainable is not None:
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
         assert len({id(tensor) for tensor in model.state_dict(keep_vars=True).values()}) == tensors
+
+
+# Against the model without a switch
+
+
+def first_step(model, images):
+    """Losses, and gradients by name."""
+    losses = model.train()(images)
+    sum(losses.values()).backward()
+    return losses, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"look_forward_twice": True},
+        {"multiclass_proposals": True},
+        {"inverse_sigmoid_eps": 1e-3},
+        {"num_queries_test": 5},
+        {"shared_heads": True},
+    ],
+    ids=lambda switch: next(iter(switch)),
+)
+def test_switches_without_parameters_change_no_initial_value(make_model, switch):
+    """Nor how many random numbers are drawn."""
+    plain, random = make_model(two_stage=True, with_box_refine=True), torch.rand(1)
+    model = make_model(two_stage=True, with_box_refine=True, **switch)
+    assert torch.equal(torch.rand(1), random)
+    state, expected = model.state_dict(), plain.state_dict()
+    assert list(state) == list(expected)
+    assert [name for name in state if not torch.equal(state[name], expected[name])] == []
+
+
+def test_looking_twice_changes_gradients_and_no_loss(make_model, make_input, randomize):
+    images = [make_input(64, 96, [[4, 8, 60, 36]], [2]), make_input(96, 64)]
+    options = {"two_stage": True, "with_box_refine": True}
+    losses, gradients = first_step(randomize(make_model(**options)), images)
+    same, others = first_step(randomize(make_model(**options, look_forward_twice=True)), images)
+    assert losses == same
+    # The last head has no layer after it; those before it have.
+    name = "bbox_embed.{}.layers.2.bias"
+    torch.testing.assert_close(others[name.format(2)], gradients[name.format(2)])
+    for layer in (0, 1):
+        assert (others[name.format(layer)] - gradients[name.format(layer)]).abs().max() > 1e-3
+
+
+def test_the_gradient_of_a_shared_head_is_the_sum_over_the_layers_own(make_model, make_input):
+    """Own heads start as copies of one, so that a first step predicts the same."""
+    images = [make_input(64, 96, [[4, 8, 60, 36]], [2]), make_input(96, 64)]
+    options = {"two_stage": True, "with_box_refine": True}
+    losses, gradients = first_step(make_model(**options), images)
+    shared_losses, shared = first_step(make_model(**options, shared_heads=True), images)
+    assert losses == shared_losses
+    for kind, rest in (("class_embed", "weight"), ("bbox_embed", "layers.2.weight"), ("bbox_embed", "layers.2.bias")):
+        own = sum(gradients[f"{kind}.{layer}.{rest}"] for layer in range(3))
+        torch.testing.assert_close(shared[f"{kind}.0.{rest}"], own)
+        torch.testing.assert_close(shared[f"{kind}.3.{rest}"], gradients[f"{kind}.3.{rest}"])
+
+
+def test_a_decoder_norm_that_does_nothing_changes_nothing(make_model, make_input, randomize):
+    images = [make_input(64, 96, [[4, 8, 60, 36]], [2]), make_input(96, 64)]
+    options = {"two_stage": True, "with_box_refine": True}
+    plain = randomize(make_model(**options))
+    normed = make_model(**options, decoder_norm=True)
+    assert normed.state_dict().keys() - plain.state_dict().keys() == {
+        "transformer.decoder.norm.weight",
+        "transformer.decoder.norm.bias",
+    }
+    normed.load_state_dict(plain.state_dict(), strict=False)
+    normed.transformer.decoder.norm = torch.nn.Identity()
+    expected, found = plain.predict_raw(images), normed.predict_raw(images)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

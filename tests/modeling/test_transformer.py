@@ -7,7 +7,7 @@ from detectron2.config import instantiate
 
 from deformable_detr import load_config
 from deformable_detr.modeling.padding import get_valid_sizes
-from deformable_detr.modeling.queries import ExtraQueries
+from deformable_detr.modeling.queries import AnchorPositions, ExtraQueries
 from deformable_detr.modeling.reference_points import (
     apply_box_deltas,
     gen_encoder_proposals,
@@ -211,6 +211,22 @@ def test_a_decoder_of_ones_own_tells_the_number_of_heads(make_model, make_input)
     assert len(model.class_embed) == 2 and len(model.predict_raw([make_input(64, 64)])["pred_boxes"]) == 2
     with pytest.raises(ValueError, match="with_box_refine is False and that of the decoder True"):
         make_model(decoder=decoder)
+
+
+def test_switches_of_a_decoder_of_ones_own_are_those_of_the_transformer(make_model, make_input):
+    layer = DeformableTransformerDecoderLayer(d_model=32, n_heads=4, dim_feedforward=16)
+    switches = {"with_box_refine": True, "look_forward_twice": True, "inverse_sigmoid_eps": 1e-3}
+    decoder = DeformableTransformerDecoder(
+        layer, 2, norm=torch.nn.LayerNorm(32), ref_point_head=AnchorPositions(32), **switches
+    )
+    switches |= {"decoder_norm": True, "anchor_query_pos": True, "two_stage": True}
+    model = make_model(decoder=decoder, **switches)
+    assert all(loss.isfinite() for loss in model([make_input(64, 64, [[4, 8, 30, 36]], [2])]).values())
+    for name in ("look_forward_twice", "decoder_norm", "anchor_query_pos"):
+        with pytest.raises(ValueError, match=f"{name} is False and that of the decoder True: they must be the same"):
+            make_model(decoder=decoder, **switches | {name: False})
+    with pytest.raises(ValueError, match=r"inverse_sigmoid_eps is 1e-05 and that of the decoder 0\.001"):
+        make_model(decoder=decoder, **switches | {"inverse_sigmoid_eps": 1e-5})
 
 
 def test_parameters_of_the_flat_values_have_the_official_names(make_model):

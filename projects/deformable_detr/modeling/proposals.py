@@ -44,8 +44,8 @@ def propose(
         anchors: (N, S, 4) in logit space, cxcywh, infinite where there is none.
         class_head, bbox_head: the encoder's.
         num_queries: boxes to keep; fewer where there are fewer cells.
-        multiclass: rank cells by their best class, which the head must be trained for (DINO, section 3.4); otherwise it
-            is trained on "object or not": channel 0 is the objectness, the others are negatives.
+        multiclass: rank cells by their best class, for which the head must be trained (DINO's code); otherwise it is
+            trained on "object or not": channel 0 is the objectness, the others are negatives.
         all_proposals: return the predictions of all cells; without, boxes are computed for the best alone.
     """
     logits = class_head(features)
