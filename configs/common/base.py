@@ -159,6 +159,9 @@ train = dict(
     per_layer_ap=False,
     best_metric="",
     patience=0,
+    auto_batch=False,
+    show_data=False,
+    wandb=dict(enabled=False, project="deformable_detr", name=""),
     log_period=20,
     # Besides those to the terminal, metrics.json and TensorBoard: calls of what makes an EventWriter.
     writers=[],

@@ -29,7 +29,7 @@ from torch import nn
 
 from . import solver
 from .cli import add_overrides_word
-from .config import RunConfig, find_config_file, load_config
+from .config import KEYS, RunConfig, find_config_file, load_config
 from .data.augmentation import augmentation_from_config
 from .data.datasets import get_class_names, get_test_dicts, get_train_dicts
 from .data.evaluators import build_evaluator
@@ -38,12 +38,15 @@ from .data.mapper import NamedErrorsMapper
 from .data.sampler import sampler_from_config
 from .files import replacing
 from .modeling import SetPredictionDetector, prepare_for_inference
-from .startup.checks import check_before_start, check_classes, check_unused_parameters
+from .startup.checks import check_before_start, check_classes, check_unused_parameters, largest_image
 from .startup.console import describing_environment, log_configuration, log_load, log_start, set_up_console
+from .startup.flags import add_training_flags, flags_as_overrides
 from .startup.launch import launch
 from .startup.options import check_options
 from .startup.user_data import add_user_data_arguments, apply_user_data, record_user_data
+from .training.auto_batch import AutoBatch
 from .training.checkpointer import DeformableDETRCheckpointer, last_checkpoint
+from .training.data_sheet import DataSheet
 from .training.early_stopping import ending_early
 from .training.failure import replay
 from .training.hooks import PreciseBN, build_hooks
@@ -90,6 +93,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--replay", metavar="FILE", help="repeat the step with which a training has failed, and explain it"
     )
+    add_training_flags(parser)
     add_user_data_arguments(parser)
     return parser
 
@@ -128,6 +132,10 @@ def _read_config(args: argparse.Namespace) -> CfgNode | DictConfig:
     # default_setup reads the file as well.
     args.config_file = find_config_file(folder)
     cfg = load_config(args.config_file, args.opts)
+    if flags := flags_as_overrides(args, RunConfig(cfg, args.opts)):
+        # As if they had been typed, for all who ask what the user has set. They are read once.
+        args.opts, args.show_data, args.batch_size = [*args.opts, *flags], False, None
+        cfg = load_config(args.config_file, args.opts)
     missing = [node for node in ("model", "dataloader", "train") if node not in cfg]
     if args.config_file.endswith(".py") and missing:
         raise ValueError(f"{args.config_file} has no {' and no '.join(missing)}, which a LazyConfig needs")
@@ -244,7 +252,7 @@ class Trainer(DefaultTrainer):
             self._last_eval_results = results
             return results
 
-        return build_hooks(
+        hooks = build_hooks(
             self.loop.settings,
             self.checkpointer,
             scheduler=self.scheduler,
@@ -252,10 +260,11 @@ class Trainer(DefaultTrainer):
             build_writers=self.build_writers,
             before_saving=self._build_precise_bn(),
         )
+        return [*_before_first_step(self.cfg, self.loop), *hooks]
 
     def build_writers(self) -> list[EventWriter]:
-        """Build the writers to the terminal, to ``metrics.json`` and to TensorBoard; called in the main process."""
-        return build_writers(self.cfg.OUTPUT_DIR, self.max_iter, self.loop.settings.log_period)
+        """Build the writers to the terminal, to ``metrics.json``, TensorBoard and so on, in the main process."""
+        return _build_writers(self.cfg, self.loop.settings)
 
     def _build_precise_bn(self) -> list[HookBase]:
         loop, node = self.loop, self.cfg.TEST.PRECISE_BN
@@ -391,6 +400,7 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
     loop = TrainingLoop(model, instantiate(cfg.dataloader.train), optimizer, settings)
     log_start(RunConfig(cfg), unwrap(loop.model), num_images=getattr(loop.data_loader, "num_images", None))
     checkpointer = _build_checkpointer(cfg, loop.model, trainer=loop, ema=loop.ema)
+    loop.register_hooks(_before_first_step(cfg, loop))
     loop.register_hooks(
         build_hooks(
             settings,
@@ -409,8 +419,31 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
 
 
 def _build_lazy_writers(cfg: DictConfig, settings: TrainingSettings) -> list[EventWriter]:
-    writers = build_writers(settings.output_dir, cfg.train.max_iter, settings.log_period)
-    return writers + [instantiate(writer) for writer in cfg.train.get("writers", ())]
+    return _build_writers(cfg, settings) + [instantiate(writer) for writer in cfg.train.get("writers", ())]
+
+
+def _build_writers(cfg: CfgNode | DictConfig, settings: TrainingSettings) -> list[EventWriter]:
+    run = RunConfig(cfg)
+    values = {run.key(name): run.get(name) for name in KEYS if run.key(name)}
+    wandb = {
+        "project": settings.wandb_project,
+        "name": settings.wandb_name or os.path.basename(os.path.abspath(settings.output_dir)),
+        "dir": settings.output_dir,
+        "config": {key: value for key, value in values.items() if isinstance(value, bool | int | float | str | tuple)},
+    }
+    return build_writers(
+        settings.output_dir, run.get("max_iter"), settings.log_period, wandb=wandb if settings.wandb_enabled else None
+    )
+
+
+def _before_first_step(cfg: CfgNode | DictConfig, loop: TrainingLoop) -> list[HookBase]:
+    """Hooks that are asked for and have done their work when the first step begins."""
+    run, hooks = RunConfig(cfg), []
+    if loop.settings.auto_batch:
+        hooks.append(AutoBatch(loop, largest_image(run), sizes_key=run.key("max_size_train")))
+    if loop.settings.show_data:
+        hooks.append(DataSheet(loop, get_class_names(cfg)))
+    return hooks
 
 
 def _distribute(model: nn.Module, **kwargs: Any) -> nn.Module:

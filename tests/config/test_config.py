@@ -242,6 +242,11 @@ def test_configuration_only_gains_keys():
         "INPUT.LSJ.SIZE",
         "TEST.BEST_METRIC",
         "TEST.PATIENCE",
+        "DATALOADER.SHOW_DATA",
+        "SOLVER.AUTO_BATCH",
+        "WANDB.ENABLED",
+        "WANDB.NAME",
+        "WANDB.PROJECT",
         "TEST.FIRST_EVAL",
         "TEST.PER_LAYER_AP",
     }

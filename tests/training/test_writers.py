@@ -1,12 +1,15 @@
 """What writes the numbers of a run, and the ways to add to it."""
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 
 from deformable_detr.engine import Trainer
+from deformable_detr.training.metrics import read_metrics
 from deformable_detr.training.writers import MetricsWriter, build_writers
 
 from .conftest import Runner
@@ -96,3 +99,48 @@ def test_values_are_smoothed_over_the_iterations_since_the_last_line(tmp_path, p
     for each in writers:
         each.close()
     assert lines_of(tmp_path / "metrics.json") == [{"iteration": 5, "total_loss": written}]
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> list[tuple]:
+    """Calls of a module that takes the place of Weights & Biases."""
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append(("log", step, values))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    module = ModuleType("wandb")
+    module.init = lambda **options: calls.append(("init", options)) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return calls
+
+
+def test_wandb_gets_what_metrics_json_gets(run, tmp_path, wandb):
+    run(tmp_path / "shapes", max_iter=2, eval_period=1, wandb=True)
+    (_, options), *logged, finished = wandb
+    assert (options["project"], options["name"], options["dir"]) == (
+        "deformable_detr",
+        "shapes",
+        str(tmp_path / "shapes"),
+    )
+    key = "train.max_iter" if run.is_lazy else "SOLVER.MAX_ITER"
+    assert options["config"][key] == 2 and finished == ("finish",)
+    rows = {}
+    for _, step, values in logged:
+        rows.setdefault(step, {}).update(values)
+    assert rows == {
+        iteration: pytest.approx(row, nan_ok=True) for iteration, row in read_metrics(tmp_path / "shapes").items()
+    }
+
+
+def test_without_the_package_nothing_begins(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("deformable_detr.engine.Trainer.build_model", lambda cfg: pytest.fail("a model is built"))
+    with pytest.raises(
+        ModuleNotFoundError, match=r"(WANDB\.ENABLED|train\.wandb\.enabled) needs .*: pip install wandb"
+    ):
+        run(tmp_path / "run", wandb=True)

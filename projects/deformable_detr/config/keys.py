@@ -107,6 +107,12 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     cfg.SOLVER.setdefault("MAX_SKIPPED_STEPS", 0)
     # Iterations between two lines of metrics.json; 1 writes the plain values of every iteration.
     cfg.SOLVER.setdefault("LOG_PERIOD", 20)
+    # Parts as large as fit into the GPU's memory, tried with the largest images; sets ACCUMULATION_STEPS.
+    cfg.SOLVER.setdefault("AUTO_BATCH", False)
+    # Draw the first training images, as the model takes them, into the output folder (--show-data).
+    cfg.DATALOADER.setdefault("SHOW_DATA", False)
+    # Send what metrics.json gets to Weights & Biases too; without a NAME that of the output folder.
+    cfg.setdefault("WANDB", CfgNode({"ENABLED": False, "PROJECT": "deformable_detr", "NAME": ""}))
     # A moving average of the weights, which is then what is evaluated.
     cfg.MODEL.setdefault("EMA", CfgNode({"ENABLED": False, "DECAY": 0.9997}))
     # One evaluation more, after so many iterations; 0 for none.

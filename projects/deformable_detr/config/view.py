@@ -34,6 +34,14 @@ KEYS: dict[str, tuple[str | None, str]] = {
     "first_eval": ("TEST.FIRST_EVAL", "train.first_eval"),
     "per_layer_ap": ("TEST.PER_LAYER_AP", "train.per_layer_ap"),
     "best_metric": ("TEST.BEST_METRIC", "train.best_metric"),
+    "auto_batch": ("SOLVER.AUTO_BATCH", "train.auto_batch"),
+    "show_data": ("DATALOADER.SHOW_DATA", "train.show_data"),
+    "wandb_enabled": ("WANDB.ENABLED", "train.wandb.enabled"),
+    "wandb_project": ("WANDB.PROJECT", "train.wandb.project"),
+    "wandb_name": ("WANDB.NAME", "train.wandb.name"),
+    "min_size_train": ("INPUT.MIN_SIZE_TRAIN", "dataloader.train.mapper.augmentations.min_size"),
+    "max_size_train": ("INPUT.MAX_SIZE_TRAIN", "dataloader.train.mapper.augmentations.max_size"),
+    "lsj_size": ("INPUT.LSJ.SIZE", "dataloader.train.mapper.augmentations.lsj_size"),
     "patience": ("TEST.PATIENCE", "train.patience"),
     "checkpoint_period": ("SOLVER.CHECKPOINT_PERIOD", "train.checkpointer.period"),
     # Detectron2's yaml has no such key: every checkpoint is kept.
@@ -96,6 +104,12 @@ class RunConfig:
         for parent in parents:
             node = node[parent]
         node[last] = value
+
+    def as_overrides(self, values: Mapping[str, Any]) -> list[str]:
+        """Return settings as what a user would type, for :func:`load_config`."""
+        if self._is_yaml:
+            return [word for name, value in values.items() for word in (self.key(name), str(value))]
+        return [f"+{self.key(name)}={value}" for name, value in values.items()]
 
     def evaluated_datasets(self) -> tuple[str | None, ...]:
         """Names of what is evaluated; None for an evaluator of another project that does not say."""

@@ -17,6 +17,7 @@ from ..data.classes import check_num_classes
 from ..data.datasets import check_dataset_files
 from ..data.evaluators import build_evaluator, check_evaluator
 from ..training.settings import TrainingSettings
+from ..training.writers import import_wandb
 from ..wording import name_first
 from .options import check_options
 from .processors import available_cores
@@ -66,6 +67,21 @@ def check_before_start(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> N
     check_classes(run, run.evaluated_datasets(), read=True)
 
 
+def largest_image(run: RunConfig) -> tuple[int, int]:
+    """Return (height, width) in pixels of the largest image that the training's augmentation makes.
+
+    Raises:
+        ValueError: if the configuration does not say, as with the mapper of another project.
+    """
+    if side := run.get("lsj_size", 0):
+        return side, side
+    short, long = run.get("min_size_train"), run.get("max_size_train")
+    if short is None or long is None:
+        keys = f"{run.key('min_size_train')} and {run.key('max_size_train')}"
+        raise ValueError(f"{run.key('auto_batch')} needs {keys}, the size of the largest training image")
+    return min(short if isinstance(short, int) else max(short), long), long
+
+
 def check_classes(run: RunConfig, datasets: Sequence[str | None], *, read: bool = False) -> None:
     """Refuse a model with another number of outputs than its data have classes: :func:`check_num_classes`."""
     # Models of other projects may keep the number elsewhere.
@@ -111,6 +127,9 @@ def _check_settings(run: RunConfig) -> None:
         if run.get(name, 1) < 1:
             raise ValueError(f"{run.key(name)} must be at least 1, got {run.get(name)}")
     _check_batch(run)
+    _check_auto_batch(run)
+    if run.get("wandb_enabled"):
+        import_wandb(run.key("wandb_enabled"))
     metric = TrainingSettings.from_config(run.cfg).best_metric
     # Evaluators of other projects may give anything.
     if metric and "/" not in metric and _has_own_evaluator(run):
@@ -138,6 +157,23 @@ def _check_batch(run: RunConfig) -> None:
             f"{run.key('accumulation_steps')} is {parts}, but the batch of a process has {batch // processes} images "
             f"({run.key('batch')} is {batch}): a part must have at least one"
         )
+
+
+def _check_auto_batch(run: RunConfig) -> None:
+    if not run.get("auto_batch"):
+        return
+    if not run.get("device").startswith("cuda"):
+        raise ValueError(
+            f"{run.key('auto_batch')} (--batch-size auto) asks what fits into the memory of a GPU, and "
+            f"{run.key('device')} is {run.get('device')!r}: set {run.key('batch')}, and "
+            f"{run.key('accumulation_steps')} to the number of parts in which it goes through the model"
+        )
+    if run.get("accumulation_steps", 1) > 1:
+        raise ValueError(
+            f"{run.key('auto_batch')} (--batch-size auto) finds {run.key('accumulation_steps')}, which is set to "
+            f"{run.get('accumulation_steps')}: leave out one of the two"
+        )
+    largest_image(run)
 
 
 def _has_own_evaluator(run: RunConfig) -> bool:

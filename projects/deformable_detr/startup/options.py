@@ -76,7 +76,6 @@ LAZY_OPTIONS: dict[str, tuple[Fate, str]] = {
     ),
     "model_ema": (Fate.REFUSED, "set train.ema.enabled and train.ema.decay"),
     "fast_dev_run": (Fate.REFUSED, "set train.max_iter"),
-    "wandb": (Fate.WARNED, "add a writer to train.writers"),
 }
 # What Detectron2, the loop and the hooks read there, besides the keys of the view.
 _TRAIN_KEYS = {"amp", "checkpointer", "ema", "ddp", "cudnn_benchmark", "float32_precision", "writers"} | {

@@ -53,7 +53,8 @@ def plan_schedule(
 def apply_schedule(run: RunConfig, *, reference: RunConfig, epochs: int, num_images: int, num_gpus: int) -> None:
     """Give a configuration a schedule of some epochs; what the user set on the command line stays as it is.
 
-    The batch is ``IMAGES_PER_GPU`` for every GPU, never above the configuration's, in mixed precision on GPUs.
+    The batch is ``IMAGES_PER_GPU`` for every GPU, never above the configuration's, in mixed precision on GPUs; it is
+    the configuration's where the parts that fit into a GPU are found out.
 
     Args:
         run: the configuration with the user's overrides; changed.
@@ -65,7 +66,8 @@ def apply_schedule(run: RunConfig, *, reference: RunConfig, epochs: int, num_ima
     names = [name for name in _NAMES if name != "milestones" or run.get("milestones") is not None]
     given = [name for name in names if run.overridden(name)]
     file_batch, file_lr = reference.get("batch"), reference.get("lr")
-    batch = run.get("batch") if "batch" in given else min(file_batch, IMAGES_PER_GPU * max(num_gpus, 1))
+    fitting = file_batch if run.get("auto_batch") else min(file_batch, IMAGES_PER_GPU * max(num_gpus, 1))
+    batch = run.get("batch") if "batch" in given else fitting
     plan = plan_schedule(
         num_images=num_images, epochs=epochs, batch=batch, reference_lr=file_lr, reference_batch=file_batch
     )

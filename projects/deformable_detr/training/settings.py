@@ -33,6 +33,9 @@ class TrainingSettings:
         per_layer_ap: also evaluate the predictions of every decoder layer.
         best_metric: such as "bbox/AP"; the checkpoint that is best in it is kept as ``model_best.pth``. Empty: none.
         patience: evaluations without a better one after which the run ends; 0 for never.
+        auto_batch: see :class:`AutoBatch`.
+        show_data: see :class:`DataSheet`.
+        wandb_enabled, wandb_project, wandb_name: see :class:`WandbWriter`.
         keys: of these settings in the user's configuration, for error texts; those of yaml where there is none.
     """
 
@@ -51,6 +54,11 @@ class TrainingSettings:
     max_to_keep: int | None = None
     best_metric: str = ""
     patience: int = 0
+    auto_batch: bool = False
+    show_data: bool = False
+    wandb_enabled: bool = False
+    wandb_project: str = "deformable_detr"
+    wandb_name: str = ""
     keys: Mapping[str, str] = field(
         default_factory=lambda: {name: yaml_key for name, (yaml_key, _) in KEYS.items()}, compare=False, repr=False
     )

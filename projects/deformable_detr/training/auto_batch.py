@@ -1,0 +1,123 @@
+"""Find out how many images go through the model at a time on this GPU."""
+
+import gc
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+from fvcore.nn.precise_bn import get_bn_modules
+
+from .loop import TrainingLoop
+from .step import Step, unwrap
+
+logger = logging.getLogger(__name__)
+
+# Images of COCO have up to 93 objects.
+_OBJECTS = 100
+# Of the memory: sizes vary from step to step, and what was freed in other pieces is not always of use.
+_LARGEST_SHARE = 0.9
+
+
+class AutoBatch(HookBase):
+    """Set the accumulation steps so that the parts of a batch are as large as the GPU's memory allows.
+
+    The batch of a step stays what it is, and with it the learning rate and the result. Before the first step, parts of
+    1, 2, 4, ... of the largest images go forward and backward, until memory runs out or is nearly used up. What the
+    optimiser and the exchange of gradients will take is reserved meanwhile. Weights and statistics stay as they are.
+
+    Not yet run on a GPU: tested with errors that a test raises.
+
+    Args:
+        size: (height, width) in pixels of the largest training image.
+        sizes_key: of what limits the images in the user's configuration, for the error text.
+    """
+
+    def __init__(self, loop: TrainingLoop, size: tuple[int, int], *, sizes_key: str) -> None:
+        self._loop = loop
+        self._size = size
+        self._sizes_key = sizes_key
+
+    def before_train(self) -> None:
+        loop = self._loop
+        batch = loop.data_loader.total_batch_size // comm.get_world_size()
+        # Other GPUs may have less left: all processes go by the smallest part.
+        part = min(comm.all_gather(largest_part(self._fits, batch)))
+        height, width = self._size
+        if part < 1:
+            raise RuntimeError(
+                f"not even one training image of {height}x{width} fits into the GPU's memory: lower {self._sizes_key}"
+            )
+        steps = math.ceil(batch / part)
+        loop.settings = replace(loop.settings, accumulation_steps=steps)
+        key = loop.settings.keys["accumulation_steps"]
+        logger.info(
+            f"{part} of the largest images ({height}x{width}) fit at a time: {key} is {steps}, the batch {batch}"
+        )
+
+    def _fits(self, count: int) -> bool:
+        """Whether a part of so many images can be computed."""
+        try:
+            self._try(count)
+        except torch.cuda.OutOfMemoryError:
+            return False
+        finally:
+            self._loop.optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+        return _used_share() <= _LARGEST_SHARE
+
+    def _try(self, count: int) -> None:
+        loop, model = self._loop, unwrap(self._loop.model)
+        device = next(model.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        statistics = [(buffer, buffer.clone()) for norm in get_bn_modules(model) for buffer in norm.buffers()]
+        # Two moments of the optimiser, and the buckets in which processes exchange gradients.
+        reserved = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(3)]
+        step = Step(largest_images(count, self._size), 0, 0)
+        try:
+            # Without the wrapper, in which a process that runs out of memory would leave the others waiting.
+            step.backward(model, loop.precision, loop.scaler)
+        finally:
+            for buffer, before in statistics:
+                buffer.copy_(before)
+            del reserved
+
+
+def largest_part(fits: Callable[[int], bool], limit: int) -> int:
+    """Return the last of 1, 2, 4, ..., ``limit`` before the first that does not fit; 0 where 1 does not."""
+    part, largest = 1, 0
+    while part <= limit and fits(part):
+        largest = part
+        if part == limit:
+            break
+        part = min(2 * part, limit)
+    return largest
+
+
+def largest_images(count: int, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Return inputs of noise with many objects, lying and standing in turns: they make the largest canvas together."""
+    samples = []
+    for index in range(count):
+        height, width = size if index % 2 == 0 else size[::-1]
+        corners = torch.rand(_OBJECTS, 2, 2).sort(dim=1).values * torch.tensor([width, height])
+        corners[:, 1] += 1
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(corners.flatten(1))
+        instances.gt_classes = torch.zeros(_OBJECTS, dtype=torch.long)
+        image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+        samples.append({"image": image, "instances": instances, "file_name": f"noise {index}"})
+    return samples
+
+
+def _used_share() -> float:
+    """Share of the GPU's memory that was in use at the peak."""
+    if not torch.cuda.is_available():
+        return 0.0
+    return torch.cuda.max_memory_reserved() / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
