@@ -61,7 +61,7 @@ class Ours(nn.Module):
         for image, boxes, labels in zip(batch.images, batch.boxes, batch.labels, strict=True):
             instances = Instances(tuple(image.shape[1:]), gt_boxes=Boxes(boxes), gt_classes=labels)
             inputs.append({"image": image, "instances": instances})
-        return sum(self.model(inputs).values())
+        return torch.stack(list(self.model(inputs).values())).sum()
 
 
 class Transformers(nn.Module):

@@ -195,8 +195,10 @@ class MSDeformAttn(nn.Module):
         self._check(reference_points, shapes)
         value = self.value_proj(value)
         if padding_mask is not None:
-            # After the projection, so that its bias does not leak into the padding. In place: nobody else has it.
-            value = value.masked_fill_(padding_mask[..., None], 0.0)
+            # After the projection, so that its bias does not leak into the padding. In place where no gradient is
+            # wanted: nobody else has it. With gradients that would cost three copies in the backward pass.
+            fill = value.masked_fill if torch.is_grad_enabled() else value.masked_fill_
+            value = fill(padding_mask[..., None], 0.0)
         value = value.unflatten(-1, (self.n_heads, self.d_model // self.n_heads))
         points = (self.n_heads, self.n_levels, self.n_points)
         offsets = self.sampling_offsets(query).view(N, Lq, self.n_heads, -1)

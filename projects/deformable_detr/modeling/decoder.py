@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Dropout, MSDeformAttn
+from ..layers.tuned import relu
 from .geometry import Geometry
 from .layer_stack import LayerSource, run_layer, stack_layers
 from .reference_points import SpatialShapes, apply_box_deltas
@@ -70,7 +71,7 @@ class DeformableTransformerDecoderLayer(nn.Module):
         tgt = self.norm2(tgt + self.dropout2(attended))
         sampled = self.cross_attn(tgt + query_pos, reference_points, memory, spatial_shapes, padding_mask)
         tgt = self.norm1(tgt + self.dropout1(sampled))
-        expanded = self.linear2(self.dropout3(self.linear1(tgt).relu_()))
+        expanded = self.linear2(self.dropout3(relu(self.linear1(tgt))))
         return self.norm3(tgt + self.dropout4(expanded))
 
 
@@ -154,14 +155,13 @@ class DeformableTransformerDecoder(nn.Module):
         Returns:
             Hidden states (N, Lq, C), normalised, and boxes (N, Lq, 4) of every layer.
         """
-        ratios = geometry.valid_ratios[:, None]
+        to_padded = {2: geometry.valid_ratios[:, None], 4: geometry.valid_ratios[:, None].repeat(1, 1, 1, 2)}
         fixed = [memory, geometry.spatial_shapes, geometry.padding_mask, *([] if attn_mask is None else [attn_mask])]
         hidden_states, boxes = [], []
         # What predictions of a layer are relative to: its reference points, with the gradient that they may pass on.
         origin = reference_points
         for layer, head in zip(self.layers, bbox_embed, strict=True):
-            to_padded = ratios if reference_points.shape[-1] == 2 else torch.cat((ratios, ratios), dim=-1)
-            reference_per_level = reference_points[:, :, None] * to_padded
+            reference_per_level = reference_points[:, :, None] * to_padded[reference_points.shape[-1]]
             if self.ref_point_head is not None:
                 query_pos = self.ref_point_head(reference_per_level[:, :, 0])
             tgt = run_layer(layer, tgt, query_pos, reference_per_level, *fixed, recompute=self.activation_checkpoint)

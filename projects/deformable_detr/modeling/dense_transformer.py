@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers import Dropout
 from ..layers.precision import at_least_float32
-from ..layers.tuned import in_slices
+from ..layers.tuned import in_slices, relu
 from .encoder import DeformableTransformerEncoder
 from .geometry import Geometry, flatten_levels
 from .layer_stack import LayerSource, run_layer, stack_layers
@@ -55,7 +55,7 @@ class DenseEncoderLayer(nn.Module):
 
     def _feed_forward(self, src: Tensor) -> Tensor:
         """(..., C) -> (..., C), row by row."""
-        return self.norm2(src + self.dropout2(self.linear2(self.dropout(self.linear1(src).relu_()))))
+        return self.norm2(src + self.dropout2(self.linear2(self.dropout(relu(self.linear1(src))))))
 
 
 class DenseDecoderLayer(nn.Module):
@@ -87,7 +87,7 @@ class DenseDecoderLayer(nn.Module):
             tgt + query_pos, keys, memory, key_padding_mask=padding_mask, need_weights=False
         )[0]
         tgt = self.norm2(tgt + self.dropout2(attended))
-        expanded = self.linear2(self.dropout(self.linear1(tgt).relu_()))
+        expanded = self.linear2(self.dropout(relu(self.linear1(tgt))))
         return self.norm3(tgt + self.dropout3(expanded))
 
 

@@ -15,8 +15,7 @@ from .cells import SpatialShapes, get_cells
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Logit of ``x`` clamped to [0, 1], with numerator and denominator at least ``eps`` (as the official code)."""
-    x = x.clamp(0, 1)
-    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
+    return (x.clamp(eps, 1) / (1 - x).clamp(eps, 1)).log()
 
 
 def apply_box_deltas(deltas: Tensor, reference_points: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -31,7 +30,9 @@ def apply_box_deltas(deltas: Tensor, reference_points: Tensor, *, eps: float = 1
         (N, Lq, 4) boxes in [0, 1], float32 (float64 for float64).
     """
     reference = inverse_sigmoid(at_least_float32(reference_points), eps)
-    return (at_least_float32(deltas) + F.pad(reference, (0, 4 - reference.shape[-1]))).sigmoid()
+    if reference.shape[-1] == 2:
+        reference = F.pad(reference, (0, 2))
+    return (at_least_float32(deltas) + reference).sigmoid()
 
 
 def get_valid_ratios(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> Tensor:

@@ -116,7 +116,8 @@ class _Ready(torch.autograd.Function):
 def _to(dtype: torch.dtype, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     if tensors[0].dtype is dtype:
         return tensors
-    converted = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    # Contiguous, as gradients of channels-last convolutions are not: else autograd would copy each once more.
+    converted = [torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format) for t in tensors]
     torch._foreach_copy_(converted, tensors)
     return converted
 

@@ -75,7 +75,7 @@ class Step:
                 with _no_synchronisation(model, active=not is_last):
                     with precision.autocast():
                         losses = model(part)
-                    total = sum(losses.values())
+                    total = torch.stack(list(losses.values())).sum()
                     (total if scaler is None else scaler.scale(total)).backward()
                 for name, loss in losses.items():
                     totals[name] = totals[name] + loss.detach() if name in totals else loss.detach()
