@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
-from deformable_detr.checkpoint import CheckpointError, convert, export
+from deformable_detr.checkpoint import CheckpointError, convert, export, read_checkpoint
 from deformable_detr.checkpoint.classes import COCO_CLASSES_BY_ID
+from deformable_detr.checkpoint.reading import select_weights
 from deformable_detr.checkpoint.sources import DETREX, count_on
 from deformable_detr.checkpoint.variants import _CONFIGURATIONS
 from deformable_detr.config import find_config_file
@@ -121,12 +122,45 @@ def count_distinct(state_dict):
     return len({(tuple(tensor.shape), tensor.sum().item(), tensor.std().item()) for tensor in state_dict.values()})
 
 
-def test_files_have_as_many_names_as_the_published_ones(build_h_detr, build_dino):
+def test_files_have_as_many_names_as_the_published_ones(build, build_h_detr, build_dino, detrex_dino_names):
     layers = {"ENC_LAYERS": 6, "DEC_LAYERS": 6}
     assert len(export(build_h_detr(**layers), to="official")) == 631
+    assert len(export(build(stem="dino_R_50_5scale", **layers), to="official")) == 630
+    assert len(detrex_dino_names(build_dino(SHARED_HEADS=False, **layers))) == 634
     dino = export(build_dino(**layers), to="official")
     # Each of the 8 tensors of the one class and box head has 12 names, 6 of them in the decoder: 626 - 8 * 11.
     assert len(dino) == 626 and count_distinct(dino) == 538
+
+
+class TinySwin(torch.nn.Module):
+    """Some of the names of Detectron2's Swin, which are also those of the official codes."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch_embed = torch.nn.ModuleDict({"proj": torch.nn.Conv2d(3, 192, 4)})
+        blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"norm1": torch.nn.LayerNorm(4)}) for _ in range(18))
+        self.layers = torch.nn.ModuleList(torch.nn.ModuleDict({"blocks": blocks}) for _ in range(3))
+        self.norm1 = torch.nn.LayerNorm(4)
+
+
+@pytest.mark.parametrize("kind, prefix", (("H-DETR", "backbone.0.body."), ("DINO", "backbone.0.")))
+def test_swins_have_a_body_in_one_code_and_none_in_the_other(kind, prefix, build_h_detr, build_dino):
+    theirs, ours = ((build_h_detr if kind == "H-DETR" else build_dino)() for _ in range(2))
+    for model in (theirs, ours):
+        model.backbone.bottom_up = TinySwin()
+    exported = export(theirs, to="official")
+    assert {f"{prefix}{name}" for name in TinySwin().state_dict()} <= exported.keys()
+    assert_equal(convert(exported, model=ours)[0], theirs.state_dict())
+    with pytest.raises(CheckpointError, match=rf"{kind[:2]}.*Swin-L, 4 levels: configuration \w+_swin_large"):
+        convert(exported, model=build_dino(NUM_FEATURE_LEVELS=3))
+
+
+def test_averaged_weights_of_dino_are_taken_when_asked_for(build_dino, dino_names, tmp_path):
+    trained, averaged = dino_names(build_dino()), dino_names(build_dino())
+    torch.save({"model": trained, "ema_model": averaged, "epoch": 11}, tmp_path / "checkpoint0011_4scale.pth")
+    checkpoint = read_checkpoint(str(tmp_path / "checkpoint0011_4scale.pth"))
+    assert_equal(select_weights(checkpoint, averaged=True)[0], averaged)
+    assert_equal(select_weights(checkpoint, averaged=False)[0], trained)
 
 
 @pytest.mark.parametrize("source", ("DINO", "detrex"))

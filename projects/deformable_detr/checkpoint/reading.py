@@ -71,8 +71,8 @@ for _core in ("numpy.core", "numpy._core"):
         _TORCH_GLOBALS.append(_under_name(_function, f"{_core}.multiarray", _name))
     _PICKLE_GLOBALS[f"{_core}.numeric", "_frombuffer"] = _NUMPY_FROM_BUFFER
 _STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict", "model_state")
-# Under these detrex, torchvision's and timm's trainings keep averaged weights beside the trained ones.
-_AVERAGES_KEYS = ("ema_state", "model_ema", "state_dict_ema")
+# Under these detrex, torchvision's, timm's and DINO's trainings keep averaged weights beside the trained ones.
+_AVERAGES_KEYS = ("ema_state", "model_ema", "state_dict_ema", "ema_model")
 _TRANSFORMERS_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
