@@ -68,6 +68,24 @@ def test_onnx_of_a_fixed_size_and_an_older_opset(short_model, capture, tmp_path)
     assert sizes(onnxruntime.InferenceSession(path).get_inputs())["images"] == [1, 3, 64, 96]
 
 
+DINO = """
+MIXED_QUERY_SELECTION True LOOK_FORWARD_TWICE True ANCHOR_QUERY_POS True MULTICLASS_PROPOSALS True DECODER_NORM True
+SHARED_HEADS True INVERSE_SIGMOID_EPS 0.001 POSITION_TEMPERATURE 20.0 POSITION_OFFSET 0.0 DENOISING_PAIRS 100
+"""
+
+
+@pytest.mark.slow
+def test_onnx_of_a_model_with_all_switches_of_dino(short_model, capture, tmp_path):
+    """Its layers move their references by the same numbers as their predictions, where the optimiser stumbles too."""
+    opts = DINO.split()
+    opts[::2] = [f"MODEL.DEFORMABLE_DETR.{key}" for key in opts[::2]]
+    path = tmp_path / "model.onnx"
+    differences = export_model(
+        short_model("_two_stage", *opts), path, format_name="onnx", shape=InputShape(1, (64, 96))
+    )
+    assert max(d.boxes for d in differences) < 1e-4 and max(d.scores for d in differences) < 1e-4
+
+
 def test_onnx_with_the_op_as_a_node(short_model, capture, tmp_path):
     path = tmp_path / "model.onnx"
     shape = InputShape(2, (64, 96))

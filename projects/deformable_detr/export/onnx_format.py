@@ -40,7 +40,7 @@ def write_onnx(program: ExportedProgram, path: Path, *, opset: int, metadata: di
     Args:
         metadata: stored as the file's ``metadata_props``.
     """
-    from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+    from onnx_ir.passes.common import CommonSubexpressionEliminationPass, IdentityEliminationPass
 
     with warnings.catch_warnings():
         # Deprecations inside of PyTorch and onnxscript.
@@ -55,7 +55,9 @@ def write_onnx(program: ExportedProgram, path: Path, *, opset: int, metadata: di
             optimize=False,
             verbose=False,
         )
-        # First, because onnxscript's optimiser makes an invalid graph of two equal Min(Max(x)) of one x.
+        # First, because onnxscript's optimiser makes an invalid graph of two equal Min(Max(x)) of one x, or of one x
+        # by two names.
+        IdentityEliminationPass()(result.model)
         CommonSubexpressionEliminationPass()(result.model)
         result.optimize()
     _name_dimensions(result.model.graph)
