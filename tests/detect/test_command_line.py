@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -230,6 +232,15 @@ def test_files_of_frames_are_named_after_the_video_and_the_frame(detect, pixels,
     assert len(list((out / "crops").glob("*/clip/000001_*.jpg"))) == 100
     with (out / "detections.csv").open(newline="") as file:
         assert [row["frame_index"] for row in csv.DictReader(file)] == ["0"] * 100 + ["1"] * 100
+
+
+def test_a_bar_shows_how_far_a_video_is_where_somebody_sees_it(detect, pixels, tmp_path, monkeypatch, capsys):
+    write_video(tmp_path / "clip.mp4", [pixels] * 2)
+    assert detect(tmp_path / "clip.mp4") == 0
+    assert "frame" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert detect(tmp_path / "clip.mp4") == 0
+    assert re.search(r"clip.mp4: 100%.* 2/2 \[.*frame", capsys.readouterr().err)
 
 
 class Live:

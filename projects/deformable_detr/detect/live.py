@@ -13,6 +13,7 @@ from .inputs import SCREEN
 from .video import NO_FRAME, VideoError, VideoReader, VideoWriter
 
 _SCREEN_FPS = 10.0
+_PATIENCE = 2.0  # s, for a frame that is being read when a source is left
 
 
 class LiveReader:
@@ -33,7 +34,8 @@ class LiveReader:
         self._newest: np.ndarray | None = None
         self._stopped = self._ended = False
         self._news = threading.Condition()
-        threading.Thread(target=self._keep_reading, daemon=True).start()
+        self._thread = threading.Thread(target=self._keep_reading, daemon=True)
+        self._thread.start()
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """uint8 RGB (H, W, 3), until the source ends.
@@ -49,7 +51,9 @@ class LiveReader:
             raise VideoError(NO_FRAME)
 
     def close(self) -> None:
+        """Leave the source; one that hangs is left to itself."""
         self._stopped = True
+        self._thread.join(_PATIENCE)
 
     def _wait(self) -> np.ndarray | None:
         with self._news:
