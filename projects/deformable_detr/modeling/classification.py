@@ -33,8 +33,9 @@ class FocalClassification:
     def cost(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Matching costs: logits (R, K), or (R, 1) where every object counts as class 0; labels (n,) -> (R, n)."""
         prob = (logits if logits.shape[1] == 1 else logits[:, labels]).float().sigmoid()
-        negative = (1 - self.alpha) * prob**self.gamma * -(1 - prob + 1e-8).log()
-        positive = self.alpha * (1 - prob) ** self.gamma * -(prob + 1e-8).log()
+        rest = 1 - prob
+        negative = (self.alpha - 1) * prob**self.gamma * (rest + 1e-8).log()
+        positive = -self.alpha * rest**self.gamma * (prob + 1e-8).log()
         return positive - negative
 
     def loss(self, logits: Tensor, queries: Tensor, classes: Tensor | int) -> Tensor:

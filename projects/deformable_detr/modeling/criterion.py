@@ -10,14 +10,15 @@ from contextlib import contextmanager
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from ..layers.precision import at_least_float32
+from .box_overlap import Corners, generalized_iou
 from .classification import Classification, FocalClassification
 from .denoising import fixed_matches
 from .matcher import HungarianMatcher, Match, Predictions, Target
@@ -265,8 +266,7 @@ def _box_losses(matched: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[Te
     sizes = [boxes.shape[:2] for boxes in matched]
     predicted, target = (torch.cat([boxes.flatten(0, 1) for boxes in group]) for group in (matched, wanted))
     l1 = F.l1_loss(predicted, target, reduction="none").sum(1)
-    corners = box_convert(torch.cat((predicted, target)), "cxcywh", "xyxy").chunk(2)
-    giou = generalized_box_iou_loss(*corners, eps=0.0)
+    giou = 1 - generalized_iou(Corners.of(predicted), Corners.of(target))
     by_group = torch.stack((l1, giou)).split([layers * count for layers, count in sizes], dim=1)
     sums = [losses.view(2, *size).sum(2) for losses, size in zip(by_group, sizes, strict=True)]
     return torch.cat(sums, dim=1).unbind()
@@ -311,10 +311,10 @@ def _flat_indices(
     Every layer has the same number T of matches.
     """
     starts = list(accumulate((len(t["labels"]) for t in targets), initial=0))
-    queries = [torch.cat([rows + i * num_queries for i, (rows, _) in enumerate(layer)]) for layer in matches]
-    objects = [torch.cat([columns + starts[i] for i, (_, columns) in enumerate(layer)]) for layer in matches]
-    flat = torch.stack((torch.stack(queries), torch.stack(objects)))
-    return flat.to(device, non_blocking=True).unbind()
+    pairs = [[(rows.numpy(), columns.numpy()) for rows, columns in layer] for layer in matches]
+    queries = [np.concatenate([rows + i * num_queries for i, (rows, _) in enumerate(layer)]) for layer in pairs]
+    objects = [np.concatenate([columns + starts[i] for i, (_, columns) in enumerate(layer)]) for layer in pairs]
+    return torch.from_numpy(np.stack((queries, objects))).to(device, non_blocking=True).unbind()
 
 
 def _active_storage() -> EventStorage | None:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou
 
 from ..layers.tuned import PAIRS_AT_ONCE, at_once, in_pieces
+from .box_overlap import Corners, generalized_iou
 from .classification import Classification, FocalClassification
 
 Target = dict[str, Tensor]
@@ -93,15 +93,12 @@ class HungarianMatcher(nn.Module):
         objects = [_Objects.of(target) for target in targets]
         images = len(targets)
         pairs = [(group, image) for group in predictions for image in range(images)]
-        corners = [
-            boxes[:, image] for boxes in map(_corners, (g.boxes for g in predictions)) for image in range(images)
-        ]
         shapes = [(len(g.boxes), g.boxes.shape[2], len(targets[image]["labels"])) for g, image in pairs]
         # All matrices are written into one buffer, which travels in one copy: the only wait for the device.
         sizes = [math.prod(shape) for shape in shapes]
         flat = torch.empty(sum(sizes), dtype=torch.float32, device=predictions[0].boxes.device)
-        for (g, image), part, shape, xyxy in zip(pairs, flat.split(sizes), shapes, corners, strict=True):
-            self._fill_costs(part.view(shape), g.logits[:, image], g.boxes[:, image], xyxy, objects[image])
+        for (g, image), part, shape in zip(pairs, flat.split(sizes), shapes, strict=True):
+            self._fill_costs(part.view(shape), g.logits[:, image], g.boxes[:, image], objects[image])
         costs = [part.view(shape) for part, shape in zip(flat.cpu().split(sizes), shapes, strict=True)]
         for (group, image), cost in zip(pairs, costs, strict=True):
             _check_finite(cost, group, image, targets[image])
@@ -112,46 +109,44 @@ class HungarianMatcher(nn.Module):
     def cost_matrix(self, logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
         """Cost of every pair of one image: logits (..., K), boxes (..., 4) -> (..., n) float32."""
         cost = torch.empty((*boxes.shape[:-1], len(target["labels"])), device=boxes.device)
-        self._fill_costs(cost, logits, boxes, _corners(boxes), _Objects.of(target))
+        self._fill_costs(cost, logits, boxes, _Objects.of(target))
         return cost
 
-    def _fill_costs(self, cost: Tensor, logits: Tensor, boxes: Tensor, corners: Tensor, objects: "_Objects") -> None:
+    def _fill_costs(self, cost: Tensor, logits: Tensor, boxes: Tensor, objects: "_Objects") -> None:
         """Write :meth:`cost_matrix` into ``cost`` (..., n), contiguous."""
         rows = max(1, at_once(PAIRS_AT_ONCE, cost.device) // max(1, cost.shape[-1]))
-        flat = (tensor.flatten(0, -2) for tensor in (cost, logits, boxes, corners))
-        for cost_part, *parts in in_pieces(rows, *flat):
-            cost_part.copy_(self._pair_costs(*parts, objects))
+        flat = (tensor.flatten(0, -2) for tensor in (cost, logits, boxes))
+        for cost_part, logits_part, boxes_part in in_pieces(rows, *flat):
+            self._fill_pair_costs(cost_part, logits_part, boxes_part.float(), objects)
 
-    def _pair_costs(self, logits: Tensor, boxes: Tensor, corners: Tensor, objects: "_Objects") -> Tensor:
-        """Logits (R, K), boxes (R, 4), corners (R, 4) -> (R, n)."""
-        cost = torch.cdist(boxes.float(), objects.boxes, p=1).mul_(self.cost_bbox)
-        cost += self.cost_class * self.classification.cost(logits, objects.labels)
-        return cost.sub_(generalized_box_iou(corners, objects.corners), alpha=self.cost_giou)
+    def _fill_pair_costs(self, cost: Tensor, logits: Tensor, boxes: Tensor, objects: "_Objects") -> None:
+        """Logits (R, K) and boxes (R, 4) into costs (R, n)."""
+        of_boxes = torch.cdist(boxes, objects.boxes, p=1).mul_(self.cost_bbox)
+        of_boxes.add_(self.classification.cost(logits, objects.labels), alpha=self.cost_class)
+        overlap = generalized_iou(Corners.of(boxes[:, None]), objects.corners)
+        torch.sub(of_boxes, overlap, alpha=self.cost_giou, out=cost)
 
     def extra_repr(self) -> str:
         return f"cost_class={self.cost_class}, cost_bbox={self.cost_bbox}, cost_giou={self.cost_giou}"
 
 
 class _Objects(NamedTuple):
-    """The objects of an image: labels (n,), boxes and corners (n, 4)."""
+    """The objects of an image: labels (n,), boxes (n, 4) and corners (2, 1, n)."""
 
     labels: Tensor
     boxes: Tensor
-    corners: Tensor
+    corners: Corners
 
     @classmethod
     def of(cls, target: Target) -> "_Objects":
-        return cls(target["labels"], target["boxes"].float(), _corners(target["boxes"]))
-
-
-def _corners(boxes: Tensor) -> Tensor:
-    """Boxes (..., 4) as xyxy, float32."""
-    return box_convert(boxes.float(), "cxcywh", "xyxy")
+        boxes = target["boxes"].float()
+        return cls(target["labels"], boxes, Corners.of(boxes[None]))
 
 
 def _assign(costs: Sequence[Tensor], repeat: int) -> list[list[Match]]:
     """Cheapest assignments for cost matrices (Ld, Lq, n) of the images of a group, first by layer, then by image."""
-    assignments = [[linear_sum_assignment(layer) for layer in image.repeat(1, 1, repeat).numpy()] for image in costs]
+    matrices = [np.tile(image.numpy(), repeat) for image in costs]
+    assignments = [[linear_sum_assignment(layer) for layer in image] for image in matrices]
     counts = [max(1, image.shape[-1]) for image in costs]
     return [
         [
