@@ -1,6 +1,8 @@
 """docs/options.md has a row for every key, and nothing else."""
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,38 @@ def test_links_between_pages_lead_somewhere(page):
             titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert anchor in anchors, f"{page.name} links to {target}#{anchor}, which {path.name} does not have"
+
+
+# Messages of the troubleshooting page that are not this project's.
+THEIRS = {
+    "No module named 'deformable_detr'",
+    "no kernel image is available for execution on the device",
+    "undefined symbol",
+    "libGL.so.1: cannot open shared object file",
+    "Address already in use",
+    "CUDA out of memory",
+    "DataLoader worker … is killed by signal",
+    "Bus error",
+}
+
+
+def texts(path: Path) -> Iterator[str]:
+    """All texts of a Python file, with … in place of values."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_the_troubleshooting_page_quotes_messages_as_they_are():
+    """The messages in its first column, in which … is any value or words."""
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ")]
+    quoted = {text for cell in cells for text in re.findall(r"`([^`]+)`", cell) if " " in text} - THEIRS
+    root = DOCS.parent
+    known = [text for path in [root / "setup.py", *root.glob("projects/**/*.py")] for text in texts(path)]
+    patterns = {text: re.compile(".*".join(map(re.escape, text.split("…"))), re.DOTALL) for text in quoted}
+    unknown = {text for text, pattern in patterns.items() if not any(map(pattern.search, known))}
+    assert len(quoted) > 15
+    assert not unknown, f"docs/troubleshooting.md quotes what no message says: {unknown}"
