@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from deformable_detr.layers import PositionEmbeddingSine
 from deformable_detr.modeling.decoder import DeformableTransformerDecoder
 from deformable_detr.modeling.geometry import get_geometry
 from deformable_detr.modeling.queries import AnchorPositions
@@ -56,10 +57,8 @@ def decode():
     """
 
     def run(heads, *, start=START, query_pos=None, **options):
-        masks = [torch.zeros(1, 2, width, dtype=torch.bool) for width in (4, 2)]
-        masks[0][:, :, 3] = True
-        positions = [torch.zeros(1, 4, 2, width) for width in (4, 2)]
-        geometry = get_geometry(masks, positions, dtype=torch.float32, two_stage=False)
+        valid_sizes = torch.tensor([[[3.0, 2.0], [2.0, 2.0]]])
+        geometry = get_geometry([(2, 4), (2, 2)], valid_sizes, PositionEmbeddingSine(4), two_stage=False)
         decoder = DeformableTransformerDecoder(AddOne(), len(heads), with_box_refine=True, **options)
         zeros = torch.zeros(1, 1, 4)
         reference_points = torch.tensor([[start]])
