@@ -269,6 +269,14 @@ def test_files_of_another_kind_are_named_as_what_they_are_with_the_configuration
                 convert(file, model=models[other])
 
 
+def test_combinations_of_the_users_own_are_called_by_their_switches(build):
+    told = (
+        r"holds two-stage Deformable DETR with decoder_norm \(ResNet-50, 4 levels\), the model is two-stage Deformable"
+    )
+    with pytest.raises(CheckpointError, match=told):
+        convert(build("_two_stage", DECODER_NORM=True).state_dict(), model=build("_two_stage"))
+
+
 def test_configurations_that_errors_name_are_there():
     for configuration in _CONFIGURATIONS.values():
         assert find_config_file(configuration.partition(",")[0])

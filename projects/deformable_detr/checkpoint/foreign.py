@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from .classes import COCO_CLASSES, COCO_CLASSES_BY_ID, HEAD, LABEL_EMBEDDING, is_encoder_head
 from .coverage import TRAINING_ONLY, CheckpointError
 from .sources import DENSE_ATTENTION, DETR, DINO, OFFICIAL, Rule, Source
-from .variants import QUERIES, count_background, describe_other_settings, describe_variant, has_multiclass_proposals
+from .variants import (
+    QUERIES,
+    SWITCHES,
+    count_background,
+    describe_other_settings,
+    describe_variant,
+    has_multiclass_proposals,
+)
 
 # A class that does not exist must never be detected: sigmoid(-20) is 2e-9.
 _UNUSED_CLASS_BIAS = -20.0
@@ -78,7 +85,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
 }
 FORMATS = ("official", "transformers")
 # What makes the models of the official codes: Deformable DETR has none of them, DINO has all.
-_SWITCHES = ("mixed_query_selection", "anchor_query_pos", "decoder_norm", "multiclass_proposals")
+_SWITCHES = (*SWITCHES, "multiclass_proposals")
 _H_DEFORMABLE_DETR = {"mixed_query_selection"}
 
 

@@ -29,6 +29,8 @@ _CONFIGURATIONS = {
     ("DINO", "ResNet-50", 5): "dino_R_50_5scale",
     ("DINO", "Swin-L", 4): "dino_swin_large_4scale",
 }
+# Those of which files tell.
+SWITCHES = ("mixed_query_selection", "anchor_query_pos", "decoder_norm")
 # By the number of blocks in res4; by the width of the first embedding and the number of blocks in the third stage.
 _RESNETS = {6: "ResNet-50", 23: "ResNet-101"}
 _SWINS = {(96, 6): "Swin-T", (96, 18): "Swin-S", (128, 18): "Swin-B", (192, 18): "Swin-L"}
@@ -38,13 +40,16 @@ def family_of(facts: Mapping[str, Any]) -> str:
     """Name the kind of model that has these :func:`facts <describe_variant>`."""
     if facts["dense_attention"]:
         return "DETR"
-    if facts["anchor_query_pos"] or facts["decoder_norm"]:
+    switches = {switch for switch in SWITCHES if facts[switch]}
+    if switches == set(SWITCHES):
         return "DINO"
-    if facts["mixed_query_selection"]:
+    if switches == {"mixed_query_selection"}:
         return "H-Deformable-DETR"
-    if facts["two_stage"]:
-        return "two-stage Deformable DETR"
-    return "Deformable DETR with box refinement" if facts.get("with_box_refine") else "Deformable DETR"
+    name = "two-stage Deformable DETR" if facts["two_stage"] else "Deformable DETR"
+    if switches:
+        # Of no project, such as a recipe of the user's own.
+        return f"{name} with {', '.join(sorted(switches))}"
+    return f"{name} with box refinement" if not facts["two_stage"] and facts.get("with_box_refine") else name
 
 
 def compare_variants(
