@@ -11,6 +11,14 @@ from deformable_detr.layers import tuned
 from deformable_detr.modeling.frozen_bn import FrozenBNConv2d, fold_for_good, fold_frozen_batch_norm
 
 TWO_STAGE = {"with_box_refine": True, "two_stage": True}
+DINO = TWO_STAGE | {
+    "multiclass_proposals": True,
+    "mixed_query_selection": True,
+    "anchor_query_pos": True,
+    "look_forward_twice": True,
+    "decoder_norm": True,
+    "shared_heads": True,
+}
 
 
 def train_step(model, images, *, dtype=None):
@@ -68,7 +76,7 @@ def test_checkpointing_is_an_option_of_both_kinds_of_config(world):
     assert transformer.encoder.activation_checkpoint and transformer.decoder.activation_checkpoint
 
 
-@pytest.mark.parametrize("options", [{}, TWO_STAGE], ids=["base", "two_stage"])
+@pytest.mark.parametrize("options", [{}, TWO_STAGE, DINO], ids=["base", "two_stage", "dino"])
 def test_the_transformer_compiles_to_one_graph_without_breaks(make_model, make_input, randomize, options):
     model = randomize(make_model(num_decoder_layers=2, **options)).eval()
     images = [make_input(136, 100), make_input(110, 130)]

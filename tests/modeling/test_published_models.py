@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deformable_detr import prepare_for_inference
+from deformable_detr.benchmark.launches import count_launches
 from deformable_detr.explain.recorder import record
 from deformable_detr.modeling import detector as room
 from deformable_detr.solver import ClippedAdamW, get_param_groups
@@ -127,3 +128,13 @@ def test_every_layer_is_evaluated_and_explained(build, images):
     by_layer, last = EveryLayer(model)(images), model(images)
     assert len(by_layer) == 3
     assert torch.equal(by_layer[-1][0]["instances"].scores, last[0]["instances"].scores)
+
+
+@torch.no_grad()
+def test_h_detr_detects_with_the_operations_of_two_stage(make_model, images):
+    """What it has in training alone costs nothing afterwards."""
+    models = [make_model(two_stage=True, with_box_refine=True).eval(), make_model(**H_DETR).eval()]
+    for model in models:
+        model(images)  # The first time it computes what is kept for sizes.
+    two_stage, h_detr = (count_launches(lambda model=model: model(images), model) for model in models)
+    assert h_detr == two_stage
