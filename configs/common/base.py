@@ -73,6 +73,7 @@ model = L(DeformableDETR)(
     denoising=None,
     test_topk_per_image=100,
     size_divisibility=0,
+    padding_invariant=False,
     pixel_mean=[123.675, 116.280, 103.530],
     pixel_std=[58.395, 57.120, 57.375],
     input_format="RGB",

@@ -37,6 +37,7 @@ model = L(DETR)(
     num_queries=100,
     test_topk_per_image=model.test_topk_per_image,
     size_divisibility=model.size_divisibility,
+    padding_invariant=model.padding_invariant,
     pixel_mean=model.pixel_mean,
     pixel_std=model.pixel_std,
     input_format=model.input_format,

@@ -9,6 +9,7 @@ from PIL import Image
 
 from deformable_detr.config import load_config
 from deformable_detr.detect import Predictor
+from deformable_detr.loading import load_model
 
 
 def as_rows(instances: Instances) -> torch.Tensor:
@@ -38,6 +39,18 @@ def test_results_keep_the_order_of_the_images_and_do_not_depend_on_the_batch_siz
     for image, single, batched in zip(images, [one(image) for image in images], many(images), strict=True):
         assert single.image_size == batched.image_size == image.shape[:2]
         torch.testing.assert_close(batched.scores, single.scores, atol=1e-6, rtol=0)
+
+
+def test_images_of_any_sizes_share_a_batch_of_a_padding_invariant_model(tiny_yaml, monkeypatch):
+    _, path, *opts = tiny_yaml("_two_stage")
+    model = load_model(path, "", opts=[*opts, "MODEL.DEFORMABLE_DETR.PADDING_INVARIANT", "True"])
+    images = [np.full((*shape, 3), 90, np.uint8) for shape in [(40, 60), (60, 40), (80, 120), (300, 30)]]
+    one, many = (Predictor(model, score_threshold=0.0, batch_size=size) for size in (1, 3))
+    sizes, forward = [], many.detector.forward
+    monkeypatch.setattr(many.detector, "forward", lambda batch: sizes.append(len(batch)) or forward(batch))
+    for single, batched in zip(one(images), many(images), strict=True):
+        torch.testing.assert_close(batched.scores, single.scores, atol=1e-6, rtol=0)
+    assert sizes == [3, 1]
 
 
 def test_images_of_equal_size_share_a_batch(tiny_model, monkeypatch):

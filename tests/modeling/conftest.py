@@ -49,6 +49,7 @@ def _make_model(*, levels=4, in_features=("res3", "res4", "res5"), d_model=32, n
         "shared_heads",
         "num_classes",
         "size_divisibility",
+        "padding_invariant",
     )
     head = {"num_classes": 5, "num_queries": 11} | {name: options.pop(name) for name in names if name in options}
     denoising = options.pop("denoising", None)

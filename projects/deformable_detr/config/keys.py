@@ -53,6 +53,8 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
 
     # Pad batches to multiples of so many pixels; 0 for the official canvas, the largest sides of the batch.
     node.SIZE_DIVISIBILITY = 0
+    # Compute the same for an image whatever the canvas around it and the images beside it.
+    node.PADDING_INVARIANT = False
 
     # Width C, heads M, layers, hidden width of the feed-forward networks, dropout probability.
     node.HIDDEN_DIM = 256

@@ -27,7 +27,8 @@ class Predictor:
 
     Only images that have the same size after resizing share a batch, so results do not depend on ``batch_size``.
     Padding to a common size would move predictions: convolutions and GroupNorm see the border of the canvas, and masks
-    of small images are rounded to whole cells (measured: scores by up to 0.66, on a model of 128 pixel images).
+    of small images are rounded to whole cells (measured: scores by up to 0.66, on a model of 128 pixel images). Images
+    of any sizes share a batch of a model that is ``padding_invariant``.
 
     Args:
         model: a name of the model zoo, a config file, the output folder of a training, or a model of
@@ -40,7 +41,7 @@ class Predictor:
             for models that were trained briefly. None keeps all.
         classes: names of the only classes that are returned; None returns all. They are taken out of the best
             detections of all classes, of which an image has as many as the evaluation takes (100).
-        batch_size: images of equal size that go through the model together.
+        batch_size: images that go through the model together.
         dtype: of the computation; a copy of the model has its weights in it, see
             :func:`deformable_detr.prepare_for_inference`.
         channels_last: keep the backbone's weights in this memory layout, as a ResNet's are anyway.
@@ -141,10 +142,10 @@ class Predictor:
         return prepare_image(self.loaded, read_image(image, input_format=self.input_format))
 
     def predict(self, inputs: Sequence[dict]) -> list[Instances]:
-        """Detect in prepared images, up to ``batch_size`` of equal size at a time; results in the given order."""
+        """Detect in prepared images, up to ``batch_size`` at a time; results in the given order."""
         by_size = defaultdict(list)
         for index, x in enumerate(inputs):
-            by_size[x["image"].shape].append(index)
+            by_size[None if self.loaded.model.padding_invariant else x["image"].shape].append(index)
         results: dict[int, Instances] = {}
         for indices in by_size.values():
             for start in range(0, len(indices), self.batch_size):

@@ -47,6 +47,8 @@ class DeformableDETR(SetPredictionDetector):
         test_topk_per_image: detections returned per image, 100 in the official evaluation.
         size_divisibility: pad batches to multiples of so many pixels, beyond what the backbone needs; 0 for the
             official canvas. Where all strides divide the canvas, an image's padding masks do not depend on it.
+        padding_invariant: compute the same for an image whatever the canvas around it and the images beside it, see
+            :class:`MaskedPadding`; batches are then padded to multiples of the coarsest stride.
         pixel_mean, pixel_std: per channel, in the range and channel order of the input images.
         input_format: channel order the model expects, "RGB" or "BGR"; for Detectron2's predictors and visualisers.
 
@@ -73,6 +75,7 @@ class DeformableDETR(SetPredictionDetector):
         # Inference and input:
         test_topk_per_image: int = 100,
         size_divisibility: int = 0,
+        padding_invariant: bool = False,
         pixel_mean: tuple[float, ...] = (123.675, 116.28, 103.53),
         pixel_std: tuple[float, ...] = (58.395, 57.12, 57.375),
         input_format: str = "RGB",
@@ -86,11 +89,14 @@ class DeformableDETR(SetPredictionDetector):
             num_queries=num_queries,
             test_topk_per_image=test_topk_per_image,
             size_divisibility=size_divisibility,
+            padding_invariant=padding_invariant,
             pixel_mean=pixel_mean,
             pixel_std=pixel_std,
             input_format=input_format,
         )
         check_levels(backbone, width=transformer.d_model, levels=len(transformer.level_embed))
+        if padding_invariant and transformer.anchor_query_pos:
+            raise ValueError("padding_invariant needs anchor_query_pos to be False: its positions are of the canvas")
         if num_one2many_queries < 0:
             raise ValueError(f"num_one2many_queries must be at least 0, got {num_one2many_queries}")
         if denoising is not None:

@@ -3,6 +3,7 @@
 Shapes: Ld decoder layers, N images, Lq queries, K classes, S encoder cells, C hidden width.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,8 @@ from .detections import Detections, to_instances
 from .geometry import Geometry, get_geometry
 from .matcher import Target
 from .padding import get_valid_sizes
+from .padding_invariance import MaskedPadding, check_invariance
+from .proposals import silence
 from .step_weights import ready_weights
 from .transformer import TransformerOutput
 
@@ -45,6 +48,8 @@ class SetPredictionDetector(nn.Module):
         test_topk_per_image: detections returned per image, 100 in the official evaluation.
         size_divisibility: pad batches to multiples of so many pixels, beyond what the backbone needs; 0 for the
             official canvas. Where all strides divide the canvas, an image's padding masks do not depend on it.
+        padding_invariant: compute the same for an image whatever the canvas around it and the images beside it, see
+            :class:`MaskedPadding`; batches are then padded to multiples of the coarsest stride.
         pixel_mean, pixel_std: per channel, in the range and channel order of the input images.
         input_format: channel order the model expects, "RGB" or "BGR"; for Detectron2's predictors and visualisers.
     """
@@ -65,6 +70,7 @@ class SetPredictionDetector(nn.Module):
         num_queries: int,
         test_topk_per_image: int,
         size_divisibility: int,
+        padding_invariant: bool,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         input_format: str,
@@ -86,6 +92,11 @@ class SetPredictionDetector(nn.Module):
         self.num_queries = num_queries
         self.test_topk_per_image = test_topk_per_image
         self.size_divisibility = _common_multiple(size_divisibility, canvas_divisibility(backbone))
+        self.padding_invariant = padding_invariant
+        if padding_invariant:
+            check_invariance(backbone)
+            coarsest = max(shape.stride for shape in backbone.output_shape().values())
+            self.size_divisibility = _common_multiple(self.size_divisibility, coarsest)
         self.input_format = input_format
         self.register_buffer("pixel_mean", torch.tensor(list(pixel_mean)).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(list(pixel_std)).view(-1, 1, 1), persistent=False)
@@ -103,6 +114,7 @@ class SetPredictionDetector(nn.Module):
             "num_queries": node.NUM_QUERIES,
             "test_topk_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "size_divisibility": node.SIZE_DIVISIBILITY,
+            "padding_invariant": node.PADDING_INVARIANT,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
@@ -223,18 +235,32 @@ class SetPredictionDetector(nn.Module):
         Returns:
             What :meth:`predict_raw` documents.
         """
-        features = list(self.backbone(images.to(self.dtype)).values())
+        features = self.extract_features(images.to(self.dtype), image_sizes)
         geometry = self.get_geometry(images.shape[-2:], image_sizes, features)
         output = self.transform(features, geometry, all_proposals=all_proposals, **further)
         heads = list(self.class_embed)[: len(output.hidden_states)]
         logits = [head(hidden) for head, hidden in zip(heads, output.hidden_states, strict=True)]
         # Stacked even where only the last layer is used, so that no head is ever without a gradient (DDP).
-        predictions = {"pred_logits": torch.stack(logits), "pred_boxes": torch.stack(output.boxes)}
+        logits = torch.stack(logits)
+        if output.of_padding is not None and not self.training:
+            logits = silence(logits, output.of_padding)
+        predictions = {"pred_logits": logits, "pred_boxes": torch.stack(output.boxes)}
         if output.enc_logits is not None:
             predictions |= {"enc_logits": output.enc_logits, "enc_boxes": output.enc_boxes}
         if output.enc_chosen is not None:
             predictions["enc_chosen"] = output.enc_chosen
         return predictions
+
+    def extract_features(self, images: Tensor, image_sizes: Tensor | None) -> list[Tensor]:
+        """Maps (N, C, H_l, W_l) of the backbone, finest first.
+
+        Args:
+            images: (N, 3, H, W) normalised, zero at the padding.
+            image_sizes: (N, 2); None if all images fill the canvas.
+        """
+        masked = self.padding_invariant and image_sizes is not None
+        with MaskedPadding(images.shape[-2:], image_sizes) if masked else contextlib.nullcontext():
+            return list(self.backbone(images).values())
 
     def transform(
         self, features: Sequence[Tensor], geometry: Geometry, *, all_proposals: bool = True
@@ -252,7 +278,13 @@ class SetPredictionDetector(nn.Module):
         """
         spatial_shapes = [tuple(feature.shape[-2:]) for feature in features]
         valid_sizes = get_valid_sizes(canvas, image_sizes, spatial_shapes).to(wide(features[0].dtype))
-        return get_geometry(spatial_shapes, valid_sizes, self.position_embedding, two_stage=self.transformer.two_stage)
+        return get_geometry(
+            spatial_shapes,
+            valid_sizes,
+            self.position_embedding,
+            two_stage=self.transformer.two_stage,
+            hide_padding=self.padding_invariant,
+        )
 
 
 def wanted_sizes(images: ImageList, batched_inputs: Sequence[dict]) -> list[tuple[int, int]]:

@@ -33,7 +33,8 @@ class DETR(SetPredictionDetector):
         num_classes: K. Predictions have K + 1 logits, of which the last one is "no object".
         num_queries: Lq, detections per image before selection.
         test_topk_per_image: detections returned per image; all 100 queries in the official evaluation, each once.
-        size_divisibility, pixel_mean, pixel_std, input_format: as of :class:`SetPredictionDetector`.
+        size_divisibility, padding_invariant, pixel_mean, pixel_std, input_format: as of
+            :class:`SetPredictionDetector`.
 
     Raises:
         ValueError: if numbers are out of their range, or parts do not fit each other.
@@ -56,6 +57,7 @@ class DETR(SetPredictionDetector):
         # Inference and input:
         test_topk_per_image: int = 100,
         size_divisibility: int = 0,
+        padding_invariant: bool = False,
         pixel_mean: tuple[float, ...] = (123.675, 116.28, 103.53),
         pixel_std: tuple[float, ...] = (58.395, 57.12, 57.375),
         input_format: str = "RGB",
@@ -69,6 +71,7 @@ class DETR(SetPredictionDetector):
             num_queries=num_queries,
             test_topk_per_image=test_topk_per_image,
             size_divisibility=size_divisibility,
+            padding_invariant=padding_invariant,
             pixel_mean=pixel_mean,
             pixel_std=pixel_std,
             input_format=input_format,

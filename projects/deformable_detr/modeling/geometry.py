@@ -25,6 +25,7 @@ class Geometry(NamedTuple):
         positions: (N, S, C) encodings.
         reference_points: (N, S, L, 2) cell centres in [0, 1] of each level's padded map.
         proposals: (N, S, 4) in logit space, cxcywh, infinite where there is none; None without two stages.
+        hidden_cells: (N, S) bool, cells whose proposals rank last and are seen by no other query; None for none.
         has_level_embed: whether ``positions`` hold the transformer's ``level_embed`` too.
     """
 
@@ -35,11 +36,17 @@ class Geometry(NamedTuple):
     positions: Tensor
     reference_points: Tensor
     proposals: Tensor | None
+    hidden_cells: Tensor | None = None
     has_level_embed: bool = False
 
 
 def get_geometry(
-    spatial_shapes: SpatialShapes, valid_sizes: Tensor, position_embedding: nn.Module, *, two_stage: bool
+    spatial_shapes: SpatialShapes,
+    valid_sizes: Tensor,
+    position_embedding: nn.Module,
+    *,
+    two_stage: bool,
+    hide_padding: bool = False,
 ) -> Geometry:
     """Compute a batch's geometry.
 
@@ -50,6 +57,7 @@ def get_geometry(
         position_embedding: encodes a padding mask (N, H_l, W_l) as (N, C, H_l, W_l); of a
             :class:`PositionEmbeddingSine` the encodings of all levels come in one piece.
         two_stage: with proposals.
+        hide_padding: padding is ``hidden_cells``.
     """
     cells = get_cells(spatial_shapes, valid_sizes)
     index, extent = cells.centers + 0.5, valid_sizes[:, cells.level]
@@ -68,6 +76,7 @@ def get_geometry(
         positions=positions,
         reference_points=get_encoder_reference_points(spatial_shapes, valid_sizes),
         proposals=gen_encoder_proposals(spatial_shapes, valid_sizes, padding_mask) if two_stage else None,
+        hidden_cells=padding_mask if hide_padding else None,
     )
 
 

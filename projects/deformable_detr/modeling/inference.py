@@ -21,6 +21,7 @@ from .detector import SetPredictionDetector
 from .frozen_bn import fold_for_good
 from .geometry import Geometry
 from .padding import padding_mask
+from .proposals import silence
 
 # Canvases whose geometry is kept: 12 MB each in bfloat16, 24 in float32, at 800 x 1333.
 MAX_GEOMETRIES = 8
@@ -158,13 +159,15 @@ class PreparedDETR(nn.Module):
         if image_sizes is not None:
             images = images.masked_fill(padding_mask(canvas, image_sizes)[:, None], 0.0)
         layout = torch.channels_last if self._channels_last else torch.contiguous_format
-        features = list(model.backbone(images.to(self.dtype, memory_format=layout)).values())
+        features = model.extract_features(images.to(self.dtype, memory_format=layout), image_sizes)
         if image_sizes is None:
             geometry = self._geometry_without_padding(canvas, features)
         else:
             geometry = self._with_level_embed(model.get_geometry(canvas, image_sizes, features))
         output = model.transform(features, geometry, all_proposals=False)
         logits = model.class_embed[len(output.hidden_states) - 1](output.hidden_states[-1])
+        if output.of_padding is not None:
+            logits = silence(logits, output.of_padding)
         boxes, scores, labels, _ = model.select_detections(logits, output.boxes[-1])
         found = torch.cat((boxes, scores[..., None], labels[..., None].to(scores.dtype)), dim=-1)
         shapes, points = geometry.spatial_shapes, geometry.reference_points
@@ -176,7 +179,7 @@ class PreparedDETR(nn.Module):
         if canvas not in self._geometries:
             size = torch.tensor([canvas], device=self.device)
             geometry = self.model.get_geometry(canvas, size, [feature[:1] for feature in features])
-            self._geometries[canvas] = self._with_level_embed(geometry)._replace(padding_mask=None)
+            self._geometries[canvas] = self._with_level_embed(geometry)._replace(padding_mask=None, hidden_cells=None)
             if len(self._geometries) > MAX_GEOMETRIES:
                 self._geometries.popitem(last=False)
         self._geometries.move_to_end(canvas)

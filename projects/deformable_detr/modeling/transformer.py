@@ -17,7 +17,7 @@ from ..layers.precision import at_least_float32
 from .decoder import DeformableTransformerDecoder, DeformableTransformerDecoderLayer
 from .encoder import DeformableTransformerEncoder, DeformableTransformerEncoderLayer
 from .geometry import Geometry, flatten_levels
-from .proposals import Proposals, propose
+from .proposals import Proposals, block_padding, propose
 from .queries import AnchorPositions, ExtraQueries, Queries, encode_boxes
 
 
@@ -30,6 +30,7 @@ class TransformerOutput(NamedTuple):
         enc_logits: (N, S, K), two-stage with ``all_proposals`` only.
         enc_boxes: (N, S, 4) in [0, 1], as enc_logits.
         enc_chosen: (N, Lq), the cells of the proposals, where enc_logits are scores of classes.
+        of_padding: (N, Lq) bool, queries that stand for nothing; None where there are none, or nobody minds.
     """
 
     hidden_states: list[Tensor]
@@ -37,6 +38,7 @@ class TransformerOutput(NamedTuple):
     enc_logits: Tensor | None = None
     enc_boxes: Tensor | None = None
     enc_chosen: Tensor | None = None
+    of_padding: Tensor | None = None
 
 
 class DeformableTransformer(nn.Module):
@@ -133,6 +135,7 @@ class DeformableTransformer(nn.Module):
         )
         _check_decoder(self.decoder, switches)
         self.d_model = d_model
+        self.n_heads = n_heads
         self.num_decoder_layers = len(self.decoder.layers)
         self.with_box_refine = with_box_refine
         self.two_stage = two_stage
@@ -200,10 +203,13 @@ class DeformableTransformer(nn.Module):
         pos = geometry.positions if geometry.has_level_embed else self.add_level_embed(geometry)
         memory = self.encoder(src, pos, geometry)
 
-        proposals = None
+        proposals = of_padding = None
         if self.two_stage:
             proposals = self._propose(memory, geometry, class_embed[-1], bbox_embed[-1], num_queries, all_proposals)
             queries = self._queries_at(proposals.boxes, query_embed, extra_queries)
+            if geometry.hidden_cells is not None:
+                of_padding = geometry.hidden_cells.gather(1, proposals.chosen)
+                attn_mask = block_padding(attn_mask, of_padding, num_heads=self.n_heads)
         elif extra_queries is not None:
             raise ValueError("extra_queries have boxes as reference points, which needs two_stage; it is False")
         else:
@@ -219,7 +225,7 @@ class DeformableTransformer(nn.Module):
         if proposals is None:
             return TransformerOutput(hidden_states, boxes)
         chosen = proposals.chosen if self.multiclass_proposals and all_proposals else None
-        return TransformerOutput(hidden_states, boxes, proposals.all_logits, proposals.all_boxes, chosen)
+        return TransformerOutput(hidden_states, boxes, proposals.all_logits, proposals.all_boxes, chosen, of_padding)
 
     def add_level_embed(self, geometry: Geometry) -> Tensor:
         """Positions (N, S, C) with the embedding of each cell's level, in the weights' dtype."""
@@ -248,6 +254,7 @@ class DeformableTransformer(nn.Module):
             num_queries=num_queries,
             multiclass=self.multiclass_proposals,
             all_proposals=all_proposals,
+            last=geometry.hidden_cells,
         )
 
     def _queries_at(self, boxes: Tensor, query_embed: Tensor | None, extra: ExtraQueries | None) -> Queries:
