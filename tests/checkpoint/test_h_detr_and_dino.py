@@ -74,6 +74,14 @@ def test_dino_weights_are_taken_over_completely(build_dino, dino_names):
     assert report.mapped == {"denoising.label_enc.weight": "without its last 1 of 81 rows, which are of no class"}
 
 
+@pytest.mark.parametrize("kind", ("H-DETR", "DINO"))
+def test_own_files_hold_the_very_model_so_that_runs_resume(kind, build_h_detr, build_dino):
+    model = (build_h_detr if kind == "H-DETR" else build_dino)(NUM_CLASSES=2)
+    converted, report = convert(model.state_dict(), model=model, class_names=["a", "b"], file_class_names=["a", "b"])
+    assert_equal(converted, model.state_dict())
+    assert report.exact and report.source == "deformable_detr"
+
+
 def test_dino_weights_of_a_shared_head_fit_a_model_with_a_head_per_layer(build_dino, dino_names):
     theirs, ours = build_dino(), build_dino(SHARED_HEADS=False)
     assert_equal(convert(dino_names(theirs), model=ours)[0], theirs.state_dict())
