@@ -128,6 +128,11 @@ def write_coco(tmp_path: Path) -> Callable[..., CocoFiles]:
     return write
 
 
+def stem_of(variant: str) -> str:
+    """The name of a configuration: of DETR, or of what follows in the names of Deformable DETR's."""
+    return variant if variant.startswith("detr") else f"deformable_detr_R_50{variant}"
+
+
 TINY_YAML = {
     "MODEL.DEVICE": "cpu",
     "MODEL.WEIGHTS": "",
@@ -162,7 +167,7 @@ def tiny_yaml(tmp_path: Path) -> Callable[..., list[str]]:
     def arguments(variant: str = "") -> list[str]:
         values = {**TINY_YAML, "OUTPUT_DIR": tmp_path / "output"}
         opts = [str(part) for pair in values.items() for part in pair]
-        return ["--config-file", str(CONFIGS / f"deformable_detr_R_50{variant}.yaml"), *opts]
+        return ["--config-file", str(CONFIGS / f"{stem_of(variant)}.yaml"), *opts]
 
     return arguments
 
@@ -195,9 +200,7 @@ def tiny_lazy(tmp_path: Path) -> Callable[..., list[str]]:
     """As ``tiny_yaml``, with a LazyConfig file of the same values."""
 
     def arguments(variant: str = "") -> list[str]:
-        source = TINY_LAZY.format(
-            path=str(CONFIGS / f"deformable_detr_R_50{variant}.py"), output=str(tmp_path / "output")
-        )
+        source = TINY_LAZY.format(path=str(CONFIGS / f"{stem_of(variant)}.py"), output=str(tmp_path / "output"))
         path = tmp_path / "tiny.py"
         path.write_text(source, encoding="utf-8")
         return ["--config-file", str(path)]

@@ -67,7 +67,7 @@ def short_model(tiny_model):
     """As ``tiny_model``, with half of the backbone and levels: the time of an export is that of its operations."""
 
     def load(variant, *opts):
-        levels = "1" if "single_scale" in variant else "2"
+        levels = "1" if "single_scale" in variant or variant.startswith("detr") else "2"
         res3 = "MODEL.RESNETS.OUT_FEATURES", "['res3']", "MODEL.DEFORMABLE_DETR.IN_FEATURES", "['res3']"
         return tiny_model(variant, *res3, "MODEL.DEFORMABLE_DETR.NUM_FEATURE_LEVELS", levels, *opts)
 

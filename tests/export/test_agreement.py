@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deformable_detr.export.agreement import compare_detections, draw_pictures, pad_images, prepare_images
+from deformable_detr.modeling import SoftmaxClassification
 
 # One image, three queries, two classes.
 SCORES = torch.tensor([[[0.9, 0.1], [0.5, 0.2], [0.3, 0.5]]])
@@ -42,6 +43,17 @@ def test_a_detection_that_is_given_twice_is_no_agreement():
 def test_a_wrong_class_is_no_agreement():
     boxes, scores, labels = detections((0, 0), (1, 0))
     assert compare_detections((boxes, scores, 1 - labels), (SCORES, BOXES)).boxes == math.inf
+
+
+def test_of_a_softmax_only_the_best_class_of_a_query_is_agreed_with():
+    softmax = SoftmaxClassification()
+    logits = torch.tensor([[[2.0, 0.0, 1.0], [1.0, 0.5, 3.0], [0.0, 0.1, 0.0]]])
+    found = softmax.select(logits, BOXES, 2)
+    expected = softmax.selectable_scores(logits), BOXES
+    found = (BOXES[:, found.queries[0]], found.scores, found.labels)
+    assert compare_detections(found, expected).boxes == 0
+    assert compare_detections((*found[:2], torch.zeros_like(found[2])), expected).boxes == math.inf
+    assert expected[0].amin() == -1 and torch.equal(expected[0].amax(-1), softmax.scores(logits).amax(-1))
 
 
 @pytest.mark.parametrize("part", [0, 1])

@@ -59,6 +59,13 @@ def test_onnx_has_dynamic_sizes_and_detects_without_torch_what_the_model_detects
     assert Image.open(tmp_path / "found.png").size == (400, 600)
 
 
+def test_onnx_of_a_detr_has_dynamic_sizes_too(short_model, capture, tmp_path):
+    path = tmp_path / "model.onnx"
+    differences = export_model(short_model("detr_R_50"), path, format_name="onnx")
+    assert len(differences) == 3 and max(d.boxes for d in differences) < 1e-4
+    assert sizes(onnxruntime.InferenceSession(path).get_inputs())["images"] == ["batch", 3, "height", "width"]
+
+
 def test_onnx_of_a_fixed_size_and_an_older_opset(short_model, capture, tmp_path):
     path = tmp_path / "model.onnx"
     export_model(short_model("_two_stage"), path, format_name="onnx", shape=InputShape(1, (64, 96)), opset=18)

@@ -6,7 +6,7 @@ import torch
 from deformable_detr.export import DetectionProgram, InputShape
 from deformable_detr.export.agreement import pad_images
 
-VARIANTS = ("", "_box_refine", "_two_stage", "_single_scale", "_single_scale_dc5")
+VARIANTS = ("", "_box_refine", "_two_stage", "_single_scale", "_single_scale_dc5", "detr_R_50")
 SIZES = ((70, 93), (96, 64))
 
 

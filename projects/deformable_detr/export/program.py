@@ -45,7 +45,8 @@ class DetectionProgram(nn.Module):
         Returns:
             Boxes (N, k, 4) float32, xyxy in [0, 1] of each image without its padding (times its original width and
             height they are pixels of the original); scores (N, k) float32, best first; labels (N, k) int64. A query
-            may appear with several classes; k is ``test_topk_per_image``, less for very small images.
+            may appear with several classes, of DETR with its best one; k is ``test_topk_per_image``, less for very
+            small images and few queries.
         """
         outputs = self.predict(images, image_sizes)
         found = self.model.select_detections(outputs["pred_logits"][-1], outputs["pred_boxes"][-1])
@@ -59,9 +60,11 @@ class DetectionProgram(nn.Module):
         return self.model.predict_padded(self.model.normalise(images) * inside, image_sizes, all_proposals=False)
 
     def scores_and_boxes(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (N, Lq, K) of all classes and boxes (N, Lq, 4) xyxy in [0, 1] of all queries."""
+        """Scores (N, Lq, K), -1 of what is never selected, and boxes (N, Lq, 4) xyxy in [0, 1] of all queries."""
         outputs = self.predict(images, image_sizes)
-        return outputs["pred_logits"][-1].float().sigmoid(), box_convert(outputs["pred_boxes"][-1], "cxcywh", "xyxy")
+        return self.model.classification.selectable_scores(outputs["pred_logits"][-1]), box_convert(
+            outputs["pred_boxes"][-1], "cxcywh", "xyxy"
+        )
 
 
 @dataclass(frozen=True)

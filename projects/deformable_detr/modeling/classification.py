@@ -60,6 +60,10 @@ class FocalClassification:
         """Probabilities (..., K) of the classes."""
         return logits.float().sigmoid()
 
+    def selectable_scores(self, logits: Tensor) -> Tensor:
+        """Return :meth:`scores`: any pair of query and class may be selected."""
+        return self.scores(logits)
+
     def is_detection(self, logits: Tensor) -> Tensor:
         """Whether the best class is more likely than not: (..., K) -> (...)."""
         return logits.amax(-1) > 0
@@ -118,6 +122,12 @@ class SoftmaxClassification:
     def scores(self, logits: Tensor) -> Tensor:
         """Probabilities (..., K) of the classes; what they lack to 1 is that of "no object"."""
         return logits.float().softmax(-1)[..., :-1]
+
+    def selectable_scores(self, logits: Tensor) -> Tensor:
+        """Return :meth:`scores`, -1 where :meth:`select` does not look: each query has its best class alone."""
+        scores = self.scores(logits)
+        best, labels = scores.max(-1, keepdim=True)
+        return torch.full_like(scores, -1.0).scatter(-1, labels, best)
 
     def is_detection(self, logits: Tensor) -> Tensor:
         """Whether "no object" is not the most likely: (..., K + 1) -> (...)."""
