@@ -191,6 +191,8 @@ setup(
     ],
     extras_require={
         "onnx": ["onnx", "onnxruntime", "onnxscript"],
+        # YOLO's and Pascal VOC's folders; 110 MB with its video library.
+        "yolo": ["supervision"],
         "test": [
             "pytest",
             "pytest-timeout",

@@ -372,7 +372,7 @@ def test_command_line_is_detectron2s_own_and_the_flags_for_own_data():
         return {option for action in parser._actions for option in action.option_strings}
 
     ours, theirs = options(argument_parser()), options(default_argument_parser())
-    files = {"--train-json", "--train-images", "--val-json", "--val-images"}
+    files = {"--train-json", "--train-images", "--val-json", "--val-images", "--data"}
     inference = {"--precision", "--cuda-graphs"}
     other_names = {"--model", "--opts", "--show-data", "--batch-size"}
     assert ours - theirs == files | inference | other_names | {"--repair", "--weights", "--epochs", "--replay"}

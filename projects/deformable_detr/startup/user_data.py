@@ -4,7 +4,7 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -19,6 +19,7 @@ from ..data.coco_format import DatasetError, has_byte_order_mark, read_coco_json
 from ..data.datasets import register_coco_data
 from ..data.mapper import NamedErrorsMapper
 from ..files import write_json
+from .folders import Folder, convert_folders, find_folder, find_folders
 from .schedule import FINETUNE_EPOCHS, apply_schedule
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,13 @@ def add_user_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that :func:`apply_user_data` reads."""
     group = parser.add_argument_group("your own data, in COCO's format (sets the datasets and the number of classes)")
     for split, use in SPLITS.items():
-        group.add_argument(f"--{split}-json", metavar="FILE", help=f"annotations {use}")
+        group.add_argument(f"--{split}-json", metavar="FILE", help=f"annotations {use}; or a folder, as for --data")
         group.add_argument(f"--{split}-images", metavar="FOLDER", help=f"images {use}")
+    group.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="in place of those: a data.yaml of YOLO's format, its folder, or one of Pascal VOC's format",
+    )
     group.add_argument("--repair", action="store_true", help="leave out what is wrong with the data, or correct it")
     group.add_argument(
         "--weights",
@@ -59,6 +65,7 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> dict
         Split -> annotation file and image folder.
 
     Raises:
+        FileNotFoundError, ModuleNotFoundError: what :func:`find_folders` and :func:`convert_folders` do.
         ValueError: if flags do not go together, or an override says something else than they; if the two splits differ
             in their classes.
         DatasetError: if something is wrong with the data, unless ``--repair`` was given.
@@ -66,7 +73,11 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> dict
     run = RunConfig(cfg, args.opts)
     if args.weights is not None:
         _set(run, "weights", args.weights, flag="--weights")
-    files = _named_files(args) or _recorded_files(run, args)
+    folders = _named_folders(args)
+    files = _named_files(args, without=folders)
+    if folders:
+        files |= _in_main_process(convert_folders, folders, run.get("output_dir"))
+    files = files or _recorded_files(run, args)
     if args.epochs is not None and "train" not in files:
         raise ValueError("--epochs needs --train-json: an epoch is as long as its images are many")
     if args.repair and not files:
@@ -82,8 +93,13 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> dict
     if len({tuple(names) for names in classes.values()}) > 1:
         raise ValueError(f"train and val must have the same categories, got {classes['train']} and {classes['val']}")
     _set_datasets(run, files, num_classes=len(next(iter(classes.values()))))
-    checked, num_images = _check_once(
-        files, contents, repair=args.repair, output_dir=run.get("output_dir"), boxes_only=boxes_only
+    checked, num_images = _in_main_process(
+        check_user_data,
+        files,
+        contents,
+        repair=args.repair,
+        output_dir=run.get("output_dir"),
+        boxes_only=boxes_only,
     )
     for split, paths in checked.items():
         # The repaired file.
@@ -134,10 +150,32 @@ def _needs_boxes_only(run: RunConfig) -> bool:
     return is_ours and not (mapper.get("use_instance_mask") or mapper.get("use_keypoint"))
 
 
-def _named_files(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
-    """Return the annotation file and the image folder of every split that the command line names."""
+def _named_folders(args: argparse.Namespace) -> dict[str, Folder]:
+    """Return the splits that the command line names and that are in YOLO's or Pascal VOC's format."""
+    named = {split: getattr(args, f"{split}_json") for split in SPLITS}
+    if args.data is None:
+        found = {
+            split: find_folder(split, path, getattr(args, f"{split}_images")) for split, path in named.items() if path
+        }
+        return {split: folder for split, folder in found.items() if folder is not None}
+    if given := [f"--{split}-json" for split, path in named.items() if path]:
+        raise ValueError(f"--data has the place of {' and '.join(given)}: leave out one of the two")
+    folders = find_folders(args.data)
+    if args.eval_only:
+        folders.pop("train", None)
+    return folders
+
+
+def _named_files(args: argparse.Namespace, *, without: Container[str] = ()) -> dict[str, tuple[str, str]]:
+    """Return the annotation file and the image folder of every split that the command line names.
+
+    Args:
+        without: splits that are in folders.
+    """
     files = {}
     for split in SPLITS:
+        if split in without:
+            continue
         json_file, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
         if (json_file is None) != (images is None):
             raise ValueError(f"--{split}-json and --{split}-images must be given together")
@@ -160,14 +198,12 @@ def _recorded_files(run: RunConfig, args: argparse.Namespace) -> dict[str, tuple
     return files
 
 
-def _check_once(
-    files: dict[str, tuple[str, str]], contents: dict[str, dict], **options: Any
-) -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
-    """Check the data in one process; every process gets the result, or raises an error."""
+def _in_main_process(work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Prepare the data in one process; every process gets the result, or raises an error."""
     outcome = error = None
     if comm.is_main_process():
         try:
-            outcome = check_user_data(files, contents, **options)
+            outcome = work(*args, **options)
         # Of any kind, a full disk as well: the others wait for the outcome, without one until they are killed.
         except Exception as caught:
             error = caught

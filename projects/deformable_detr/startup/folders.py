@@ -1,0 +1,191 @@
+"""Folders of YOLO's and Pascal VOC's kind, made into COCO's format by the library ``supervision``."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ..data.coco_format import DatasetError, read_coco_json
+from ..files import replacing_file, write_json
+
+# Where a folder's splits are, by the names that are in use.
+_SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
+
+
+class Folder(NamedTuple):
+    """A split of a dataset in folders.
+
+    Attributes:
+        labels: folder of the texts or XML files.
+        images: folder of the images.
+        data_yaml: with the classes of YOLO's texts; None for Pascal VOC.
+    """
+
+    labels: Path
+    images: Path
+    data_yaml: Path | None = None
+
+
+def find_folders(data: str) -> dict[str, Folder]:
+    """Return the splits of ``--data``: a ``data.yaml``, its folder, or a folder with Pascal VOC's files.
+
+    Raises:
+        FileNotFoundError: if it is neither, or a folder that it names is missing.
+        DatasetError: on a ``data.yaml`` that names no folders.
+    """
+    path = Path(data)
+    if (path / "data.yaml").is_file():
+        path /= "data.yaml"
+    found = _yolo_splits(path) if path.suffix in (".yaml", ".yml") else _voc_splits(path)
+    if not found:
+        raise FileNotFoundError(
+            f"--data must be a data.yaml of YOLO's format, its folder, or a folder with train and val folders (or "
+            f"Annotations, JPEGImages and ImageSets) of Pascal VOC's format; {data} is none of them"
+        )
+    return found
+
+
+def find_folder(split: str, annotations: str, images: str | None) -> Folder | None:
+    """Return what ``--train-json`` and ``--train-images`` (or those of "val") mean; None for a file in COCO format."""
+    path = Path(annotations)
+    if path.suffix in (".yaml", ".yml") or (path / "data.yaml").is_file():
+        found = find_folders(annotations)
+        if split not in found:
+            raise DatasetError(f"{annotations} names no images for --{split}-json")
+        return found[split] if images is None else found[split]._replace(images=Path(images))
+    return Folder(path, Path(images or path)) if path.is_dir() else None
+
+
+def convert_folders(folders: dict[str, Folder], output_dir: str) -> dict[str, tuple[str, str]]:
+    """Write the annotations of every split in COCO's format into the output folder.
+
+    The categories of all splits are the same: those of ``data.yaml``, or all that occur in Pascal VOC's files.
+
+    Returns:
+        Split -> annotation file and image folder.
+
+    Raises:
+        ModuleNotFoundError: without the package supervision.
+        DatasetError: on files that it cannot read; repairs come after that.
+    """
+    os.makedirs(output_dir, exist_ok=True)
+    files = {split: os.path.join(output_dir, f"{split}_coco.json") for split in folders}
+    for split, folder in folders.items():
+        _convert(folder, files[split])
+    contents = {split: read_coco_json(path) for split, path in files.items()}
+    share_categories(list(contents.values()))
+    for split, folder in folders.items():
+        if wanted := _names_in_list(folder.labels.parent, split):
+            _keep_images(contents[split], wanted)
+        write_json(files[split], contents[split])
+    return {split: (files[split], os.fspath(folder.images)) for split, folder in folders.items()}
+
+
+def share_categories(contents: list[dict[str, Any]]) -> None:
+    """Give files in COCO's format, whose categories may differ, all of these, in the order in which they appear."""
+    names = list(dict.fromkeys(c["name"] for content in contents for c in _by_id(content["categories"])))
+    ids = {name: index + 1 for index, name in enumerate(names)}
+    for content in contents:
+        own = {category["id"]: category["name"] for category in content["categories"]}
+        for annotation in content["annotations"]:
+            annotation["category_id"] = ids[own[annotation["category_id"]]]
+        content["categories"] = [{"id": ids[name], "name": name} for name in names]
+
+
+def _by_id(categories: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(categories, key=lambda category: category["id"])
+
+
+def _convert(folder: Folder, path: str) -> None:
+    dataset = _import_supervision().DetectionDataset
+    for part in folder[:2]:
+        if not part.is_dir():
+            raise FileNotFoundError(f"there is no folder {part}")
+    options = {"images_directory_path": str(folder.images), "annotations_directory_path": str(folder.labels)}
+    read: Callable = dataset.from_pascal_voc
+    if folder.data_yaml is not None:
+        read, options["data_yaml_path"] = dataset.from_yolo, str(folder.data_yaml)
+    try:
+        data = read(**options)
+        if not len(data):
+            raise DatasetError(f"{folder.images} has no image")
+        with replacing_file(path) as unfinished:
+            data.as_coco(annotations_path=str(unfinished))
+    # SyntaxError is that of XML.
+    except (ValueError, SyntaxError, KeyError, IndexError) as error:
+        raise DatasetError(f"supervision cannot read {folder.labels}: {error}") from error
+
+
+def _import_supervision() -> Any:
+    try:
+        import supervision
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "YOLO's and Pascal VOC's folders need the package supervision: pip install supervision"
+        ) from error
+    return supervision
+
+
+def _yolo_splits(data_yaml: Path) -> dict[str, Folder]:
+    """Return the folders that a ``data.yaml`` names; labels are where images are, with "labels" for "images"."""
+    if not data_yaml.is_file():
+        raise FileNotFoundError(f"there is no {data_yaml}")
+    try:
+        content = yaml.safe_load(data_yaml.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise DatasetError(f"{data_yaml} must be YAML: {error}") from error
+    entries = {split: content.get(split) for split in _SPLITS} if isinstance(content, dict) else {}
+    found = {}
+    for split, entry in entries.items():
+        if entry is None:
+            continue
+        if not isinstance(entry, str) or entry.endswith(".txt"):
+            raise DatasetError(f"{data_yaml}: {split} must be one folder of images, got {entry!r}")
+        images = _find(data_yaml, content.get("path") or "", entry)
+        found[split] = Folder(_labels_of(images), images, data_yaml)
+    if not found:
+        raise DatasetError(f"{data_yaml} must name folders of images under train and val")
+    return found
+
+
+def _find(data_yaml: Path, root: str, entry: str) -> Path:
+    """Return the folder that is meant: below ``path``, or below the file, where Roboflow's "../train" is, too."""
+    below = data_yaml.parent
+    candidates = [below / root / entry, below / entry, below / entry.removeprefix("../")]
+    return next((path for path in candidates if path.is_dir()), candidates[0])
+
+
+def _labels_of(images: Path) -> Path:
+    """Return where labels are: "labels" in place of the last "images" of the path, or beside the images."""
+    parts = images.parts
+    if "images" not in parts:
+        return images
+    last = len(parts) - 1 - parts[::-1].index("images")
+    return Path(*parts[:last], "labels", *parts[last + 1 :])
+
+
+def _voc_splits(folder: Path) -> dict[str, Folder]:
+    """Return a devkit's folders (one for all splits, which ``ImageSets`` lists), or those of an export by splits."""
+    if (folder / "Annotations").is_dir():
+        whole = Folder(folder / "Annotations", folder / "JPEGImages")
+        return {split: whole for split in _SPLITS if _names_in_list(folder, split)}
+    found = {}
+    for split, names in _SPLITS.items():
+        if path := next((folder / name for name in names if any((folder / name).glob("*.xml"))), None):
+            found[split] = Folder(path, path)
+    return found
+
+
+def _names_in_list(folder: Path, split: str) -> list[str]:
+    """Return the images that a Pascal VOC devkit lists for a split, without suffix; none where there is no list."""
+    path = folder / "ImageSets" / "Main" / f"{split}.txt"
+    return path.read_text(encoding="utf-8").split() if path.is_file() else []
+
+
+def _keep_images(content: dict[str, Any], names: list[str]) -> None:
+    wanted = set(names)
+    content["images"] = [image for image in content["images"] if Path(image["file_name"]).stem in wanted]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
