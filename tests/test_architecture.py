@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "cli": {"wording"},
     "checkpoint": {"wording"},
     "config": {"wording"},
-    "data": {"config", "wording"},
+    "data": {"config", "files", "wording"},
     "solver": set(),
     "modeling": {"data", "layers"},
     "training": {"checkpoint", "config", "data", "files", "wording"},

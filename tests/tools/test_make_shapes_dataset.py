@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -10,12 +9,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from deformable_detr import load_config
+from deformable_detr.data import shapes
 from deformable_detr.data.augmentation import augmentation_from_config
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_shapes_dataset.py"
-_spec = importlib.util.spec_from_file_location("make_shapes_dataset", TOOL)
-shapes = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(shapes)
 
 NUM_TRAIN, NUM_VAL = 40, 10
 
