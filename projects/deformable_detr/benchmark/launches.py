@@ -15,7 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_EMPTY = ("empty", "new_empty")  # Prefixes: an allocation runs nothing on the device.
+# Prefixes of what runs nothing on the device: allocations, and a view that is declared as none.
+_FREE = ("empty", "new_empty", "_unsafe_view")
 _MODULE = "deformable_detr.module"  # A key of the metadata of autograd's nodes.
 PHASES = ("forward", "backward", "optimizer")
 
@@ -112,7 +113,7 @@ class _Counter(TorchDispatchMode):
 def _is_free(func: torch._ops.OpOverload) -> bool:
     """Whether a result shares memory with an argument that is not written to, or is memory not written to."""
     aliases = (result.alias_info for result in func._schema.returns)
-    return func._schema.name.removeprefix("aten::").startswith(_EMPTY) or any(
+    return func._schema.name.removeprefix("aten::").startswith(_FREE) or any(
         alias is not None and not alias.is_write for alias in aliases
     )
 

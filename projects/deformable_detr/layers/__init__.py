@@ -1,5 +1,6 @@
 """Layers that need torch alone: deformable attention, position encoding, and what is tuned for a device."""
 
+from .attention import MultiheadAttention
 from .ms_deform_attn import (
     MSDeformAttn,
     MSDeformAttnFunction,
@@ -14,6 +15,7 @@ __all__ = [
     "Dropout",
     "MSDeformAttn",
     "MSDeformAttnFunction",
+    "MultiheadAttention",
     "PositionEmbeddingSine",
     "decompose_ms_deform_attn",
     "ms_deform_attn",

@@ -15,7 +15,7 @@ from torch.nn.init import constant_, xavier_uniform_
 
 from . import _ops, _pytorch  # noqa: F401  (importing _ops registers the op)
 from .kept import keep_per_size
-from .precision import wide
+from .precision import as_autocast, wide
 
 SpatialShapes = Sequence[Sequence[int]] | Tensor
 
@@ -193,7 +193,7 @@ class MSDeformAttn(nn.Module):
         N, Lq, _ = query.shape
         shapes = _pytorch.level_sizes(_flatten_shapes(spatial_shapes))
         self._check(reference_points, shapes)
-        value = self.value_proj(value)
+        query, value = as_autocast(query), self.value_proj(value)
         if padding_mask is not None:
             # After the projection, so that its bias does not leak into the padding. In place where no gradient is
             # wanted: nobody else has it. With gradients that would cost three copies in the backward pass.
@@ -211,13 +211,14 @@ class MSDeformAttn(nn.Module):
 
     def _sampling_locations(self, reference_points: Tensor, offsets: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         """Locations (N, Lq, M, L*P*2) from reference points (N, Lq, L, 2 or 4) and offsets (N, Lq, M, L*P*2)."""
-        centre = reference_points[..., :2]
-        if reference_points.shape[-1] == 2:  # offsets in pixels of each level
-            scale = pixel_sizes(shapes, centre)
-        else:  # offsets in units of half a box per point
-            scale = reference_points[..., 2:] * (0.5 / self.n_points)
+        offsets = offsets.to(reference_points.dtype)
         # In one pass over rows of L*P*2 numbers: broadcasting the last dimension of 2 took five times as long on CPU.
-        return torch.addcmul(self._per_point(centre), offsets.to(centre.dtype), self._per_point(scale))
+        if reference_points.shape[-1] == 2:  # offsets in pixels of each level
+            scale = self._per_point(pixel_sizes(shapes, reference_points))
+            return torch.addcmul(self._per_point(reference_points), offsets, scale)
+        # Offsets in units of half a box per point; centres and sizes of boxes are repeated in one copy.
+        centre, size = self._per_point(reference_points.unflatten(-1, (2, 2)).movedim(-2, 0)).unbind()
+        return torch.addcmul(centre, offsets, size, value=0.5 / self.n_points)
 
     def _per_point(self, per_level: Tensor) -> Tensor:
         """(..., L, 2) -> (..., 1, L*P*2), the same for every head and point."""

@@ -13,3 +13,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     """float32 for types of half precision, otherwise the type itself."""
     # In place of torch.promote_types, which goes through the dispatcher.
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """Convert what several layers read as autocast would for each of them; outside of it do nothing."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype is torch.float32:
+        return x.to(torch.get_autocast_dtype(device))
+    return x

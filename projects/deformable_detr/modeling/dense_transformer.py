@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..layers import Dropout
+from ..layers import Dropout, MultiheadAttention
 from ..layers.precision import at_least_float32
 from ..layers.tuned import in_slices, relu
 from .encoder import DeformableTransformerEncoder
@@ -30,7 +30,7 @@ class DenseEncoderLayer(nn.Module):
         self, *, d_model: int = 256, dim_feedforward: int = 2048, dropout: float = 0.1, n_heads: int = 8
     ) -> None:
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout, batch_first=True)
+        self.self_attn = MultiheadAttention(d_model, n_heads, dropout=dropout)
         self.dropout1 = Dropout(dropout)
         self.norm1 = nn.LayerNorm(d_model)
         self.linear1 = nn.Linear(d_model, dim_feedforward)
@@ -65,10 +65,10 @@ class DenseDecoderLayer(nn.Module):
         self, *, d_model: int = 256, dim_feedforward: int = 2048, dropout: float = 0.1, n_heads: int = 8
     ) -> None:
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout, batch_first=True)
+        self.self_attn = MultiheadAttention(d_model, n_heads, dropout=dropout)
         self.dropout1 = Dropout(dropout)
         self.norm1 = nn.LayerNorm(d_model)
-        self.multihead_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout, batch_first=True)
+        self.multihead_attn = MultiheadAttention(d_model, n_heads, dropout=dropout)
         self.dropout2 = Dropout(dropout)
         self.norm2 = nn.LayerNorm(d_model)
         self.linear1 = nn.Linear(d_model, dim_feedforward)

@@ -8,12 +8,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import Backbone, build_backbone
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 
 from ..data.dataset_dict import describe_image
 from ..data.images import check_format
@@ -189,12 +189,13 @@ class SetPredictionDetector(nn.Module):
             if "instances" not in x:
                 raise ValueError(f'training needs "instances" for every image; {describe_image(x)} has none')
             instances = x["instances"]
-            boxes, labels = instances.gt_boxes.tensor, instances.gt_classes
+            # On the host, where a loader leaves them: no launches, and no waiting for the device.
+            boxes, labels = instances.gt_boxes.tensor.numpy(force=True), instances.gt_classes.numpy(force=True)
             _check_ground_truth(boxes, labels, self.num_classes, x)
             height, width = instances.image_size
-            scale = boxes.new_tensor([width, height, width, height])
-            boxes = box_convert(boxes / scale, "xyxy", "cxcywh")
-            targets.append({"labels": labels.to(self.device), "boxes": boxes.to(self.device)})
+            low, high = np.split(boxes / np.array([width, height, width, height], dtype=boxes.dtype), 2, axis=1)
+            boxes = torch.from_numpy(np.concatenate(((low + high) / 2, high - low), axis=1))
+            targets.append({"labels": torch.from_numpy(labels).to(self.device), "boxes": boxes.to(self.device)})
         return targets
 
     def inference(
@@ -295,15 +296,15 @@ def wanted_sizes(images: ImageList, batched_inputs: Sequence[dict]) -> list[tupl
     ]
 
 
-def _check_ground_truth(boxes: Tensor, labels: Tensor, num_classes: int, x: dict) -> None:
+def _check_ground_truth(boxes: np.ndarray, labels: np.ndarray, num_classes: int, x: dict) -> None:
     """Refuse what would otherwise become a NaN loss or an index error on the device."""
     bad = (labels < 0) | (labels >= num_classes)
     if bad.any():
         raise ValueError(f"gt_classes must be in [0, {num_classes}), got {labels[bad].tolist()} in {describe_image(x)}")
-    if not boxes.isfinite().all():
-        rows = boxes[~boxes.isfinite().all(dim=1)].tolist()
+    if not np.isfinite(boxes).all():
+        rows = boxes[~np.isfinite(boxes).all(axis=1)].tolist()
         raise ValueError(f"gt_boxes must be finite, got {rows} in {describe_image(x)}")
-    empty = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
+    empty = (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
     if empty.any():
         raise ValueError(f"gt_boxes (xyxy) must have an area, got {boxes[empty].tolist()} in {describe_image(x)}")
 

@@ -13,6 +13,7 @@ from detectron2.modeling import ResNet
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..layers import MultiheadAttention
 from .backbone import MultiScaleBackbone
 from .frozen_bn import FrozenBNConv2d
 
@@ -94,7 +95,7 @@ def _convert(layer: nn.Module, stack: ExitStack) -> None:
 
 
 # Linear is what nn.MultiheadAttention calls its output projection, by a name of its own.
-_CONVERTED = (nn.Linear, nn.Conv2d, nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
+_CONVERTED = (nn.Linear, nn.Conv2d, MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 class _Ready(torch.autograd.Function):
