@@ -1,4 +1,4 @@
-"""The picture of an explanation: a row per query with its sampling points, its boxes, and the encoder under it."""
+"""The picture of an explanation: a row per query with what it looks at, its boxes, and the encoder under it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from ..detect.drawing import as_text, matplotlib_letters
 from ..detect.images import shrink
 from ..files import replacing_file
 from .explanation import Explanation
-from .recorder import Sampling
+from .recorder import AttentionMap, Sampling
 from .selection import Detection
 
 # Blue for low weights and red for high ones, as in the paper's figures; the darkest ends are hard to tell apart.
@@ -31,6 +31,10 @@ _LEGEND = (
     "points: attention weight from blue (low) to red (highest of the panel), also as size; "
     "cross: reference point; black dashes: matched ground truth"
 )
+_DENSE_LEGEND = (
+    "cells: attention weight, mean of the heads, from blue (low) to red (highest of the panel); "
+    "black dashes: matched ground truth"
+)
 _OUTLINE = [patheffects.withStroke(linewidth=3, foreground="white")]
 
 
@@ -40,8 +44,9 @@ def draw_explanation(
     """Draw the chosen detections, one row each.
 
     On the left the sampling points of all heads and levels in one decoder layer, coloured and sized by attention
-    weight, with the reference point as a cross (the paper's figure of the decoder); then the boxes of all decoder
-    layers; on the right what the encoder cells over the chosen pixel, or the box's centre, sample.
+    weight, with the reference point as a cross (the paper's figure of the decoder), or DETR's attention map, the mean
+    of its heads; then the boxes of all decoder layers; on the right what the encoder cells over the chosen pixel, or
+    the box's centre, look at.
 
     Args:
         path: the picture to write, in a format of matplotlib's.
@@ -77,7 +82,7 @@ def _draw_figure(explanation: Explanation, layer: int, encoder_layer: int | None
         _draw_path(row[1], explanation, detection)
         if recording.encoder:
             _draw_pixel(row[2], explanation, detection, encoder_layer)
-    figure.supxlabel(_LEGEND, fontsize=9)
+    figure.supxlabel(_DENSE_LEGEND if recording.is_dense else _LEGEND, fontsize=9)
     return figure
 
 
@@ -91,12 +96,12 @@ def check_layer(layer: int | None, count: int, stack: str) -> int:
 
 
 def _draw_query(panel: Axes, explanation: Explanation, detection: Detection, layer: int) -> None:
-    sampling = explanation.recording.decoder[layer - 1]
+    attention = explanation.recording.decoder[layer - 1]
     _draw_image(panel, explanation)
+    words = _draw_attention(panel, attention, [detection.query], explanation)
     _draw_box(panel, explanation.recording.boxes[layer - 1, detection.query].tolist(), BOX_COLOUR)
     _draw_truth(panel, explanation, detection)
-    outside = _draw_points(panel, sampling, [detection.query], explanation)
-    panel.set_title(f"{as_text(explanation.label_of(detection))}\ndecoder layer {layer}{outside}", fontsize=9)
+    panel.set_title(f"{as_text(explanation.label_of(detection))}\ndecoder layer {layer}{words}", fontsize=9)
 
 
 def _draw_path(panel: Axes, explanation: Explanation, detection: Detection) -> None:
@@ -104,19 +109,20 @@ def _draw_path(panel: Axes, explanation: Explanation, detection: Detection) -> N
     recording, query = explanation.recording, detection.query
     _draw_image(panel, explanation)
     shades = colormaps["viridis"](np.linspace(0.95, 0.0, len(recording.decoder) + 1))
-    start = recording.decoder[0].reference[query].tolist()
-    if len(start) == 4:
-        x, y, width, height = start
+    references = [] if recording.is_dense else [layer.reference[query] for layer in recording.decoder]
+    if references and len(references[0]) == 4:
+        x, y, width, height = references[0].tolist()
         _draw_box(panel, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), shades[0], linestyle=":")
     boxes = recording.boxes[:, query].tolist()
     for number, (box, shade) in enumerate(zip(boxes, shades[1:], strict=True), start=1):
         _draw_box(panel, box, shade, label=f"layer {number}")
     _draw_truth(panel, explanation, detection)
-    for sampling, shade in zip(recording.decoder, shades, strict=False):
-        _draw_cross(panel, sampling.reference[query], shade)
+    for reference, shade in zip(references, shades, strict=False):
+        _draw_cross(panel, reference, shade)
     truth = explanation.truth_of(detection)
     matched = f"matched {as_text(explanation.class_names[truth.label])}, IoU {truth.iou:.2f}" if truth else ""
-    panel.set_title(f"reference (cross) and box, light to dark\n{matched}", fontsize=9)
+    what = "box" if recording.is_dense else "reference (cross) and box"
+    panel.set_title(f"{what}, light to dark\n{matched}", fontsize=9)
 
 
 def _draw_pixel(panel: Axes, explanation: Explanation, detection: Detection, layer: int) -> None:
@@ -126,8 +132,11 @@ def _draw_pixel(panel: Axes, explanation: Explanation, detection: Detection, lay
     # A box may reach beyond the image, whose border cells are then the nearest.
     x, y = min(max(x, 0), recording.width - 1), min(max(y, 0), recording.height - 1)
     _draw_image(panel, explanation)
-    outside = _draw_points(panel, recording.encoder[layer - 1], recording.cells_at(x, y), explanation)
-    panel.set_title(f"encoder cells of all levels at ({x:.0f}, {y:.0f})\nencoder layer {layer}{outside}", fontsize=9)
+    words = _draw_attention(panel, recording.encoder[layer - 1], recording.cells_at(x, y), explanation)
+    if recording.is_dense:
+        _draw_cross(panel, Tensor([x, y]), BOX_COLOUR)
+    cells = "encoder cell" if recording.is_dense else "encoder cells of all levels"
+    panel.set_title(f"{cells} at ({x:.0f}, {y:.0f})\nencoder layer {layer}{words}", fontsize=9)
 
 
 def _draw_image(panel: Axes, explanation: Explanation) -> None:
@@ -136,6 +145,21 @@ def _draw_image(panel: Axes, explanation: Explanation) -> None:
     panel.imshow(explanation.image, extent=(0, width, height, 0), alpha=0.6)
     panel.set(xlim=(0, width), ylim=(height, 0))
     panel.axis("off")
+
+
+def _draw_attention(
+    panel: Axes, attention: Sampling | AttentionMap, queries: Sequence[int], explanation: Explanation
+) -> str:
+    """Draw what the queries look at; returns words about it."""
+    if isinstance(attention, Sampling):
+        return _draw_points(panel, attention, queries, explanation)
+    weights = attention.weights[queries].mean((0, 1)).numpy()
+    share = weights / weights.max()
+    extent = (0, explanation.recording.width, explanation.recording.height, 0)
+    # Cells of no weight leave the image to be seen.
+    panel.imshow(WEIGHT_COLOURS[(share * 255).astype(int)], extent=extent, alpha=0.1 + 0.7 * share)
+    rows, columns = weights.shape
+    return f", {columns} x {rows} cells, highest weight {weights.max():.3f}"
 
 
 def _draw_points(panel: Axes, sampling: Sampling, queries: Sequence[int], explanation: Explanation) -> str:

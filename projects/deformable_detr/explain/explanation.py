@@ -114,7 +114,7 @@ def explain(
 def _missed(recording: Recording, found: Sequence[Detection], truths: Sequence[Truth]) -> list[Detection]:
     """Return matched queries that are no detection, read as the class they should have had."""
     queries = {detection.query for detection in found}
-    scores = recording.pred_logits[-1].sigmoid()
+    scores = recording.classification.scores(recording.pred_logits[-1])
     return [
         make_detection(recording, truth.query, truth.label, scores[truth.query, truth.label].item())
         for truth in truths

@@ -14,7 +14,9 @@ from PIL import Image
 from ..files import write_text
 from .drawing import WEIGHT_COLOURS, check_layer
 from .explanation import Explanation
-from .recorder import Recording, Sampling
+from .recorder import AttentionMap, Recording, Sampling
+
+Layers = list[Sampling] | list[AttentionMap]
 
 # Together the parts stay below 3 MB, a mail attachment: the image, the queries, and the grid of encoder pixels.
 IMAGE_BYTES = 500_000
@@ -62,6 +64,7 @@ def page_data(explanation: Explanation) -> dict[str, Any]:
     matched = {explanation.detections[index].query: number for number, index in enumerate(shown)}
     return {
         "name": explanation.name,
+        "is_dense": recording.is_dense,
         "image": _encode_image(explanation.image),
         "width": recording.width,
         "height": recording.height,
@@ -120,8 +123,9 @@ def _say_why(explanation: Explanation) -> str:
     return f"{', '.join([asked, *reasons])}." if reasons else ""
 
 
-def _bytes_per_query(layers: list[Sampling]) -> int:
-    return math.ceil(sum(layer.weights[0].numel() for layer in layers) * 3 * 2 * 4 / 3)
+def _bytes_per_query(layers: Layers) -> int:
+    bytes_per_weight = 1 if isinstance(layers[0], AttentionMap) else 3 * 2
+    return math.ceil(sum(layer.weights[0].numel() for layer in layers) * bytes_per_weight * 4 / 3)
 
 
 def _describe(explanation: Explanation, index: int) -> dict[str, Any]:
@@ -131,7 +135,10 @@ def _describe(explanation: Explanation, index: int) -> dict[str, Any]:
         "score": round(detection.score, 4),
         "query": detection.query,
         "boxes": [_rounded(box) for box in recording.boxes[:, detection.query].tolist()],
-        "references": [_rounded(layer.reference[detection.query].tolist()) for layer in recording.decoder],
+        "references": [
+            None if recording.is_dense else _rounded(layer.reference[detection.query].tolist())
+            for layer in recording.decoder
+        ],
     }
 
 
@@ -141,10 +148,14 @@ def _encoder(explanation: Explanation) -> dict[str, Any]:
     if explanation.pixel is not None:
         pixels = [explanation.pixel, *pixels]
     cells = [recording.cells_at(x, y) for x, y in pixels]
-    centres = recording.encoder[0].reference
+    if recording.is_dense:
+        references = [[_rounded(pixel)] for pixel in pixels]
+    else:
+        centres = recording.encoder[0].reference
+        references = [[_rounded(centres[cell].tolist()) for cell in row] for row in cells]
     return {
         "pixels": [_rounded(pixel) for pixel in pixels],
-        "references": [[_rounded(centres[cell].tolist()) for cell in row] for row in cells],
+        "references": references,
         **_pack_layers(recording.encoder, cells, recording),
     }
 
@@ -163,9 +174,22 @@ def _pixel_grid(recording: Recording) -> list[tuple[float, float]]:
     ]
 
 
-def _pack_layers(layers: list[Sampling], queries: list[list[int]], recording: Recording) -> dict[str, Any]:
-    """Return samples of groups of queries in all layers, (groups, queries, layers, M, L, P, 3) as base64."""
+def _pack_layers(layers: Layers, queries: list[list[int]], recording: Recording) -> dict[str, Any]:
+    """Return what groups of queries look at in all layers, as base64.
+
+    These are samples (groups, queries, layers, M, L, P, 3) or, of dense attention, weights (groups, queries, layers,
+    M, H, W) as bytes of the highest of a group's query and layer, which "highest" (groups, queries, layers) has.
+    """
     index = np.array(queries)
+    if recording.is_dense:
+        weights = np.stack([layer.weights.numpy()[index] for layer in layers], axis=2)
+        highest = weights.max(axis=(3, 4, 5))
+        shares = np.rint(weights / highest[..., None, None, None] * 255).astype(np.uint8)
+        return {
+            "shape": shares.shape,
+            "highest": highest.astype(float).round(6).tolist(),
+            "samples": base64.b64encode(shares.tobytes()).decode(),
+        }
     locations = np.stack([layer.locations.numpy()[index] for layer in layers], axis=2)
     weights = np.stack([layer.weights.numpy()[index] for layer in layers], axis=2)
     samples = pack(locations, weights, (recording.width, recording.height))

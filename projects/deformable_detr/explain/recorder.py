@@ -1,4 +1,4 @@
-"""What every deformable attention of a model samples, recorded while the model runs.
+"""What every attention of a model to the image looks at, recorded while the model runs.
 
 Shapes: N images, Q queries of one attention (encoder cells S or decoder queries Lq), M heads, L levels, P points,
 Ld decoder layers, K classes. Pixels are those of the original image, (0, 0) at the outer corner of its first pixel.
@@ -7,6 +7,7 @@ Ld decoder layers, K classes. Pixels are those of the original image, (0, 0) at 
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_convert
 
 from ..layers import MSDeformAttn
-from ..modeling import DeformableDETR
+from ..modeling import FocalClassification, SetPredictionDetector
+from ..modeling.classification import Classification
 from ..modeling.geometry import Geometry
 
 
@@ -33,27 +35,44 @@ class Sampling(NamedTuple):
     reference: Tensor
 
 
+class AttentionMap(NamedTuple):
+    """One dense attention layer on one image.
+
+    Attributes:
+        weights: (Q, M, H, W), summing to 1 over the unpadded cells; of the encoder the mean of the heads, M = 1.
+    """
+
+    weights: Tensor
+
+
 @dataclass(frozen=True)
 class Recording:
     """One image's way through a model; all tensors float32 on the CPU.
 
     Attributes:
         height, width: of the original image in pixels.
-        encoder, decoder: per layer what it sampled.
+        encoder, decoder: per layer what it sampled or, of DETR, how it attended to all cells.
         valid_sizes: (L, 2) unpadded cells per level as (w, h).
         spatial_shapes: (H, W) of every level's padded map.
         pred_logits: (Ld, Lq, K).
         pred_boxes: (Ld, Lq, 4) cxcywh in [0, 1] of the image.
+        classification: how the logits are read.
     """
 
     height: int
     width: int
-    encoder: list[Sampling]
-    decoder: list[Sampling]
+    encoder: list[Sampling] | list[AttentionMap]
+    decoder: list[Sampling] | list[AttentionMap]
     valid_sizes: Tensor
     spatial_shapes: list[tuple[int, int]]
     pred_logits: Tensor
     pred_boxes: Tensor
+    classification: Classification = FocalClassification()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every layer attends to all cells of one map, as in DETR."""
+        return isinstance(self.decoder[0], AttentionMap)
 
     @property
     def boxes(self) -> Tensor:
@@ -75,21 +94,27 @@ class Recording:
         return torch.tensor([self.width, self.height], dtype=torch.float32)
 
 
-def record(model: DeformableDETR, batched_inputs: Sequence[dict[str, Any]]) -> list[Recording]:
+def record(model: SetPredictionDetector, batched_inputs: Sequence[dict[str, Any]]) -> list[Recording]:
     """Run a model in evaluation mode and record its attention; the predictions are those of ``model.predict_raw``.
 
-    The encoder dominates the memory: 34 MB per layer for a 800x1333 image at the sizes of the paper.
+    The encoder dominates the memory: 34 MB per layer for a 800x1333 image at the sizes of the paper; for DETR 4 MB,
+    and 71 MB where it is dilated.
 
     Args:
-        model: any of the five variants.
+        model: a Deformable DETR of any kind, or a DETR.
         batched_inputs: as for the model, each with "image" and optionally the original "height" and "width".
 
     Returns:
         A recording per image.
     """
     transformer = model.transformer
+    encoder, decoder = _attentions(transformer)
+    is_dense = isinstance(decoder[0], nn.MultiheadAttention)
     recorder = _Recorder()
-    hooks = [recorder.watch(module) for module in transformer.modules() if isinstance(module, MSDeformAttn)]
+    if is_dense:
+        hooks = [recorder.weigh(module, by_head=module in decoder) for module in (*encoder, *decoder)]
+    else:
+        hooks = [recorder.watch(module) for module in transformer.modules() if isinstance(module, MSDeformAttn)]
     hooks.append(transformer.register_forward_pre_hook(recorder.keep_geometry, with_kwargs=True))
     try:
         with recorder:
@@ -97,26 +122,36 @@ def record(model: DeformableDETR, batched_inputs: Sequence[dict[str, Any]]) -> l
     finally:
         for hook in hooks:
             hook.remove()
-    encoder = [recorder.calls[layer.self_attn] for layer in transformer.encoder.layers]
-    decoder = [recorder.calls[layer.cross_attn] for layer in transformer.decoder.layers]
     valid_sizes, spatial_shapes = recorder.geometry.valid_sizes.cpu(), recorder.geometry.spatial_shapes
     recordings = []
     for index, x in enumerate(batched_inputs):
         height, width = x.get("height", x["image"].shape[-2]), x.get("width", x["image"].shape[-1])
         to_pixels = _pixels_per_padded_map(spatial_shapes, valid_sizes[index], (height, width))
+        if is_dense:
+            read = partial(recorder.attention_map, index=index, shape=spatial_shapes[0], valid=valid_sizes[index, 0])
+        else:
+            read = partial(recorder.sampling, index=index, to_pixels=to_pixels)
         recordings.append(
             Recording(
                 height=height,
                 width=width,
-                encoder=[_in_pixels(call, index, to_pixels) for call in encoder],
-                decoder=[_in_pixels(call, index, to_pixels) for call in decoder],
+                encoder=[read(module) for module in encoder],
+                decoder=[read(module) for module in decoder],
                 valid_sizes=valid_sizes[index],
                 spatial_shapes=spatial_shapes,
                 pred_logits=outputs["pred_logits"][:, index].float().cpu(),
                 pred_boxes=outputs["pred_boxes"][:, index].float().cpu(),
+                classification=model.classification,
             )
         )
     return recordings
+
+
+def _attentions(transformer: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return the modules by which every encoder and decoder layer attends to the image."""
+    encoder = [layer.self_attn for layer in transformer.encoder.layers]
+    decoder = [getattr(layer, "cross_attn", None) or layer.multihead_attn for layer in transformer.decoder.layers]
+    return encoder, decoder
 
 
 class _Call(NamedTuple):
@@ -128,16 +163,39 @@ class _Call(NamedTuple):
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees every call of the operator with its real arguments, and from hooks which module it serves."""
+    """Sees every call of the operator with its real arguments, and from hooks which module it serves.
+
+    Dense attention is seen by hooks alone.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[nn.Module, _Call] = {}
+        self.weights: dict[nn.Module, Tensor] = {}
         self.geometry: Geometry | None = None
         self._running: tuple[nn.Module, Tensor] | None = None
 
     def watch(self, module: MSDeformAttn) -> torch.utils.hooks.RemovableHandle:
         return module.register_forward_pre_hook(self._start, with_kwargs=True)
+
+    def weigh(self, module: nn.MultiheadAttention, *, by_head: bool) -> torch.utils.hooks.RemovableHandle:
+        """Keep the weights (N, M, Q, S) of a dense attention, or (N, 1, Q, S) of the mean of its heads."""
+
+        def attend(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            # Beside the model's own call, which computes no weights and, without them, not quite the same.
+            wanted = {"need_weights": True, "average_attn_weights": not by_head}
+            weights = module.forward(*args, **{**kwargs, **wanted})[1]
+            self.weights[module] = (weights if by_head else weights[:, None]).float().cpu()
+
+        return module.register_forward_pre_hook(attend, with_kwargs=True)
+
+    def attention_map(self, module: nn.Module, *, index: int, shape: tuple[int, int], valid: Tensor) -> AttentionMap:
+        columns, rows = valid.int().tolist()
+        weights = self.weights[module][index].unflatten(-1, shape)[..., :rows, :columns]
+        return AttentionMap(weights.transpose(0, 1))
+
+    def sampling(self, module: nn.Module, *, index: int, to_pixels: Tensor) -> Sampling:
+        return _in_pixels(self.calls[module], index, to_pixels)
 
     def keep_geometry(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.geometry = _arguments(module, args, kwargs)["geometry"]

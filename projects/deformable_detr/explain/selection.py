@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..modeling.detections import select_detections
 from .recorder import Recording
 
 
@@ -35,7 +34,7 @@ def rank_detections(recording: Recording, limit: int) -> list[Detection]:
     Args:
         limit: how many, ``model.test_topk_per_image``.
     """
-    found = select_detections(recording.pred_logits[-1:], recording.pred_boxes[-1:], limit)
+    found = recording.classification.select(recording.pred_logits[-1:], recording.pred_boxes[-1:], limit)
     columns = (column[0].tolist() for column in (found.queries, found.labels, found.scores))
     return [make_detection(recording, *row) for row in zip(*columns, strict=True)]
 
