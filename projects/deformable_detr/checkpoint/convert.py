@@ -73,7 +73,8 @@ def convert(
     """
     target = model.state_dict(keep_vars=True)
     background = count_background(model)
-    outputs = len(target["class_embed.0.bias"]) - background
+    # A backbone alone has none.
+    outputs = len(target.get("class_embed.0.bias", ())) - background
     if class_names is not None and len(class_names) != outputs:
         raise ValueError(f"{len(class_names)} class_names for {outputs} class outputs")
     tensors = _as_tensors(state_dict)

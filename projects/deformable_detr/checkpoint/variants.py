@@ -82,7 +82,7 @@ def compare_variants(
 
 def has_multiclass_proposals(model: nn.Module) -> bool:
     """Whether the encoder's class head scores real classes; otherwise its channel 0 means "object"."""
-    return getattr(model.transformer, "multiclass_proposals", False)
+    return getattr(getattr(model, "transformer", None), "multiclass_proposals", False)
 
 
 def count_background(model: nn.Module) -> int:
@@ -93,6 +93,8 @@ def count_background(model: nn.Module) -> int:
 
 def find_other_settings(source: Source, model: nn.Module) -> dict[str, tuple[float, float]]:
     """Return what the project and the model compute with otherwise: name -> (project's, model's)."""
+    if not source.settings:  # As of a pretrained backbone, whose model need not have more than one itself.
+        return {}
     ours = {
         # A decoder of the user's own may know no other than the standard one.
         "inverse_sigmoid_eps": getattr(model.transformer.decoder, "inverse_sigmoid_eps", 1e-5),
