@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY as REGISTRY
 from detectron2.utils import logger as detectron2_logger
 from omegaconf import OmegaConf
 from yacs.config import CfgNode as YacsNode
@@ -12,7 +13,7 @@ from yacs.config import CfgNode as YacsNode
 from deformable_detr import engine, load_config
 from deformable_detr.config import RunConfig
 from deformable_detr.data.datasets import register_coco_data
-from deformable_detr.startup.options import LAZY_OPTIONS, YAML_OPTIONS, Fate, check_options, option_of
+from deformable_detr.startup.options import _UNREAD_KEYS, LAZY_OPTIONS, YAML_OPTIONS, Fate, check_options, option_of
 
 REFUSED = {
     "MODEL.MASK_ON": "True",
@@ -45,6 +46,41 @@ def keys_of(node: CfgNode, prefix: str = "") -> Iterator[str]:
             yield from keys_of(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
+
+
+# Keys of the other model
+
+
+def test_detr_refuses_what_it_has_no_part_for():
+    check_options(RunConfig(load_config("detr_R_50")))
+    opts = ["MODEL.DEFORMABLE_DETR.TWO_STAGE", "True", "MODEL.DEFORMABLE_DETR.ENC_N_POINTS", "8"]
+    message = r"MODEL\.DEFORMABLE_DETR: TWO_STAGE True, ENC_N_POINTS 8 \(DETR has no such part\)"
+    with pytest.raises(ValueError, match=message):
+        check_options(RunConfig(load_config("detr_R_50", opts)))
+
+
+def test_deformable_detr_refuses_what_is_detrs():
+    with pytest.raises(ValueError, match=r"EOS_COEF 0\.2 \(DeformableDETR has no such part\)"):
+        check_yaml("MODEL.DEFORMABLE_DETR.EOS_COEF", "0.2")
+
+
+@pytest.mark.parametrize("model", ["detr_R_50", "deformable_detr_R_50"])
+def test_a_key_is_refused_exactly_where_it_changes_nothing(model):
+    """The model is built with keys that note when they are read."""
+    cfg = load_config(
+        model,
+        [
+            "MODEL.DEVICE",
+            "cpu",
+        ],
+    )
+    node, read = cfg.MODEL.DEFORMABLE_DETR, set()
+    noted = type("Noted", (), {"__getattr__": lambda _, key: read.add(key) or node[key]})()
+    dict.__setitem__(cfg.MODEL, "DEFORMABLE_DETR", noted)
+    REGISTRY.get(cfg.MODEL.META_ARCHITECTURE).from_config(cfg)
+    # Of queries that are off.
+    off = {"DENOISING_LABEL_NOISE", "DENOISING_BOX_NOISE"} if model.startswith("deformable") else set()
+    assert node.keys() - read - off == _UNREAD_KEYS[cfg.MODEL.META_ARCHITECTURE]
 
 
 # The whole of Detectron2's keys

@@ -9,10 +9,18 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.logger import log_first_n
 from omegaconf import DictConfig, OmegaConf
 
-from ..config import KEYS, RunConfig
+from ..config import KEYS, RunConfig, add_deformable_detr_config
 
-# The models of this project; others may read what these do not.
-_MODELS = ("DeformableDETR",)
+# The models of this project, and which of its keys they have no part for; others may read what these do not.
+_UNREAD_KEYS = {
+    "DeformableDETR": {"EOS_COEF"},
+    "DETR": set(
+        "WITH_BOX_REFINE TWO_STAGE NUM_QUERIES_TEST MIXED_QUERY_SELECTION LOOK_FORWARD_TWICE ANCHOR_QUERY_POS "
+        "MULTICLASS_PROPOSALS DECODER_NORM SHARED_HEADS INVERSE_SIGMOID_EPS NUM_ONE2MANY_QUERIES ONE2MANY_REPEAT "
+        "ONE2MANY_WEIGHT DENOISING_PAIRS DENOISING_LABEL_NOISE DENOISING_BOX_NOISE ENC_N_POINTS DEC_N_POINTS "
+        "FOCAL_ALPHA".split()
+    ),
+}
 
 
 class Fate(Enum):
@@ -108,9 +116,15 @@ def option_of(key: str) -> str | None:
 
 def _yaml_options(cfg: CfgNode) -> Iterator[tuple[Fate, str]]:
     """Yield what is set to another value than Detectron2's, by the reason why it is not read."""
-    if cfg.MODEL.META_ARCHITECTURE not in _MODELS:
+    model = cfg.MODEL.META_ARCHITECTURE
+    if model not in _UNREAD_KEYS:
         return
     node = cfg.MODEL.DEFORMABLE_DETR
+    plain = get_cfg()
+    add_deformable_detr_config(plain)
+    differences = _differences(node, plain.MODEL.DEFORMABLE_DETR)
+    if unread := [f"{key} {value!r}" for key, value in differences if key in _UNREAD_KEYS[model]]:
+        yield Fate.REFUSED, f"MODEL.DEFORMABLE_DETR: {', '.join(unread)} ({model} has no such part)"
     by_entry: dict[tuple[Fate, str], list[str]] = {}
     for key, value in _differences(cfg, get_cfg()):
         option = option_of(key)
