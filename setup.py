@@ -191,6 +191,7 @@ setup(
     ],
     extras_require={
         "onnx": ["onnx", "onnxruntime", "onnxscript"],
+        "timm": ["timm"],
         # YOLO's and Pascal VOC's folders; 110 MB with its video library.
         "yolo": ["supervision"],
         "test": [

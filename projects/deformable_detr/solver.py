@@ -30,7 +30,8 @@ def lr_factor(name: str, *, backbone_multiplier: float, location_multiplier: flo
 def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
     """Learning-rate factors of a backbone's parameters by depth: ``decay`` for each block from here to the last.
 
-    The rule of Detectron2's ViTDet, for every backbone with "blocks" (ViT, MViT) and with "layers" of "blocks" (Swin).
+    The rule of Detectron2's ViTDet, for every backbone with "blocks" (ViT, MViT) and with "layers" or "stages" of
+    "blocks" (Swin, ConvNeXt).
     The last block has ``decay``; the embeddings before the first of n blocks have ``decay ** (n + 1)``. What follows
     the blocks has no factor, nor have the residual convolutions inside of a ViT's blocks, which are not pre-trained.
 
@@ -49,19 +50,21 @@ def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
     for name in names:
         match = _BLOCK.search(name)
         if match and ".residual." not in name:
-            # What merges patches between two stages goes with the last block of the first.
+            # What halves the resolution between two stages goes with the last block of the first.
             factors[name] = decay ** (len(blocks) - bisect.bisect_right(blocks, _block_of(match)) + 1)
-        elif "patch_embed." in name or "pos_embed" in name:
+        elif "patch_embed." in name or "pos_embed" in name or ".stem." in name:
             factors[name] = decay ** (len(blocks) + 1)
     return factors
 
 
-# Of a block, or of a Swin's merging of patches: its stage, if it is in one, and its number.
-_BLOCK = re.compile(r"\.(?:layers\.(?P<stage>\d+)\.)?(?:blocks\.(?P<block>\d+)|downsample)\.")
+# Of a block, or of what halves the resolution: its stage, if it is in one, and its number.
+_BLOCK = re.compile(r"\.(?:(?P<kind>layers|stages)\.(?P<stage>\d+)\.)?(?:blocks\.(?P<block>\d+)|downsample)\.")
 
 
 def _block_of(match: re.Match) -> tuple[int, float]:
-    return int(match["stage"] or 0), int(match["block"]) if match["block"] else math.inf
+    # It is the end of a stage in a Swin, and the beginning of the next one in a ConvNeXt.
+    between = -1 if match["kind"] == "stages" else math.inf
+    return int(match["stage"] or 0), int(match["block"]) if match["block"] else between
 
 
 def _check_overrides(model: nn.Module, overrides: Mapping[str, Mapping[str, Any]]) -> None:

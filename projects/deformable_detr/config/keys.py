@@ -8,8 +8,8 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     cfg.MODEL.DEFORMABLE_DETR = CfgNode()
     node = cfg.MODEL.DEFORMABLE_DETR
 
-    # Registered backbone under MultiScaleBackbone, its outputs (finest first; names or strides), and the number of
-    # levels L.
+    # Registered backbone, or timm/NAME, under MultiScaleBackbone, its outputs (finest first; names or strides), and the
+    # number of levels L.
     node.BOTTOM_UP = "build_resnet_backbone"
     node.IN_FEATURES = ["res3", "res4", "res5"]
     node.NUM_FEATURE_LEVELS = 4
@@ -136,6 +136,8 @@ def _add_backbones(model: CfgNode) -> None:
     nodes = {
         "SWIN": {**swin, "DROP_PATH_RATE": 0.2},
         "REGNET": {**regnet, "STEM_WIDTH": 32, "NORM": "FrozenBN"},
+        # OPTIONS: whatever timm.create_model takes for the model that BOTTOM_UP names.
+        "TIMM": {"FROZEN_BN": True, "OPTIONS": CfgNode(new_allowed=True)},
     }
     for name, keys in nodes.items():
         node = model.setdefault(name, CfgNode())

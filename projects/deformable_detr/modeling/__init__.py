@@ -10,6 +10,7 @@ from .detector import SetPredictionDetector
 from .detr import DETR
 from .inference import prepare_for_inference
 from .matcher import HungarianMatcher
+from .timm_backbone import TimmBackbone
 from .transformer import DeformableTransformer
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "SetCriterion",
     "SetPredictionDetector",
     "SoftmaxClassification",
+    "TimmBackbone",
     "build_multi_scale_backbone",
     "build_regnet_backbone",
     "build_swin",

@@ -14,6 +14,7 @@ from ..layers.tuned import in_convolution_layout
 from .deform_conv import use_torchvision_deform_conv
 from .features import find_features
 from .frozen_bn import fold_frozen_batch_norm
+from .timm_backbone import build_timm_backbone
 
 # Pixels: enough for a stride of 64.
 _PROBE_SIDE = 128
@@ -175,9 +176,12 @@ def project_node(cfg: CfgNode) -> CfgNode:
 
 @BACKBONE_REGISTRY.register()
 def build_multi_scale_backbone(cfg, input_shape: ShapeSpec) -> MultiScaleBackbone:
-    """Build :class:`MultiScaleBackbone` on the registered backbone ``MODEL.DEFORMABLE_DETR.BOTTOM_UP``."""
+    """Build :class:`MultiScaleBackbone` on ``MODEL.DEFORMABLE_DETR.BOTTOM_UP``: a registered backbone, or timm/NAME."""
     node = project_node(cfg)
-    bottom_up = BACKBONE_REGISTRY.get(node.BOTTOM_UP)(cfg, input_shape)
+    if node.BOTTOM_UP.startswith("timm/"):
+        bottom_up = build_timm_backbone(cfg, node.BOTTOM_UP.removeprefix("timm/"), node.IN_FEATURES)
+    else:
+        bottom_up = BACKBONE_REGISTRY.get(node.BOTTOM_UP)(cfg, input_shape)
     if isinstance(bottom_up, ResNet) and cfg.MODEL.RESNETS.RES5_DILATION == 2:
         bottom_up = dilate_res5(bottom_up)
     return MultiScaleBackbone(
