@@ -10,11 +10,11 @@ model.transformer.update(mixed_query_selection=True, look_forward_twice=True, an
 model.transformer.update(multiclass_proposals=True, inverse_sigmoid_eps=0.001, dim_feedforward=2048, dropout=0.0)
 model.criterion.class_weight = 1.0
 model.denoising = L(ContrastiveDenoising)(
-    num_pairs=100,
+    dn_number=100,
     num_classes="${..num_classes}",
     embed_dim="${..transformer.d_model}",
-    label_noise=0.5,
-    box_noise=1.0,
+    label_noise_ratio=0.5,
+    box_noise_scale=1.0,
     inverse_sigmoid_eps="${..transformer.inverse_sigmoid_eps}",
 )
 model.update(num_queries=900, shared_heads=True, test_topk_per_image=300)

@@ -243,7 +243,7 @@ def test_contents_of_another_split_are_refused(build_h_detr, h_detr_names):
 
 
 def test_class_embeddings_are_not_missed_by_detection_nor_in_models_that_do_not_denoise(build_dino):
-    theirs, ours = build_dino(), build_dino(DENOISING_PAIRS=0)
+    theirs, ours = build_dino(), build_dino(DN_NUMBER=0)
     file = theirs.state_dict()
     converted, report = convert(file, model=ours)
     assert (
@@ -315,11 +315,11 @@ def test_combinations_that_no_other_project_has_are_not_exported(build_dino, bui
     with pytest.raises(CheckpointError, match="No other project has models with .* and without decoder_norm"):
         export(build_dino(DECODER_NORM=False), to="official")
     with pytest.raises(CheckpointError, match="DINO has class embeddings for denoising"):
-        export(build_dino(DENOISING_PAIRS=0), to="official")
+        export(build_dino(DN_NUMBER=0), to="official")
 
 
 def test_what_only_trains_is_left_out_where_it_has_no_place(build):
-    model = build("_two_stage", DENOISING_PAIRS=3)
+    model = build("_two_stage", DN_NUMBER=3)
     exported = export(model, to="official")
     assert exported.keys() == export(build("_two_stage"), to="official").keys()
     assert convert(exported, model=model)[1].undetermined == []

@@ -319,9 +319,9 @@ OTHER_VALUES = {
     "NUM_ONE2MANY_QUERIES": 7,
     "ONE2MANY_REPEAT": 5,
     "ONE2MANY_WEIGHT": 0.5,
-    "DENOISING_PAIRS": 10,
-    "DENOISING_LABEL_NOISE": 0.2,
-    "DENOISING_BOX_NOISE": 0.4,
+    "DN_NUMBER": 10,
+    "DN_LABEL_NOISE_RATIO": 0.2,
+    "DN_BOX_NOISE_SCALE": 0.4,
     "HIDDEN_DIM": 32,
     "NHEADS": 2,
     "ENC_LAYERS": 2,
@@ -352,11 +352,11 @@ def small_cfg(architecture: str = "DeformableDETR") -> CfgNode:
 
 
 # What a key needs of others to have an effect.
-DENOISING = {"TWO_STAGE": True, "DENOISING_PAIRS": 100}
+DENOISING = {"TWO_STAGE": True, "DN_NUMBER": 100}
 NEEDS = {
-    "DENOISING_PAIRS": {"TWO_STAGE": True},
-    "DENOISING_LABEL_NOISE": DENOISING,
-    "DENOISING_BOX_NOISE": DENOISING,
+    "DN_NUMBER": {"TWO_STAGE": True},
+    "DN_LABEL_NOISE_RATIO": DENOISING,
+    "DN_BOX_NOISE_SCALE": DENOISING,
     "MIXED_QUERY_SELECTION": {"TWO_STAGE": True},
     "MULTICLASS_PROPOSALS": {"TWO_STAGE": True},
     "ANCHOR_QUERY_POS": {"TWO_STAGE": True, "WITH_BOX_REFINE": True},
@@ -389,7 +389,7 @@ def test_every_key_changes_the_model(key):
 
 
 def test_denoising_of_a_lazy_config_is_that_of_a_yaml_with_its_default_noise():
-    opts = "TWO_STAGE True NUM_CLASSES 7 HIDDEN_DIM 32 NHEADS 4 DENOISING_PAIRS 100 INVERSE_SIGMOID_EPS 0.001".split()
+    opts = "TWO_STAGE True NUM_CLASSES 7 HIDDEN_DIM 32 NHEADS 4 DN_NUMBER 100 INVERSE_SIGMOID_EPS 0.001".split()
     opts[::2] = [f"MODEL.DEFORMABLE_DETR.{key}" for key in opts[::2]]
     model = build_model(load_config(BASE, ["MODEL.DEVICE", "cpu", *opts]))
     lazy = load_config(BASE.replace(".yaml", ".py")).model
@@ -397,7 +397,7 @@ def test_denoising_of_a_lazy_config_is_that_of_a_yaml_with_its_default_noise():
     lazy.num_classes = 7
     lazy.transformer.update(two_stage=True, d_model=32, n_heads=4, inverse_sigmoid_eps=1e-3)
     lazy.denoising = LazyCall(ContrastiveDenoising)(
-        num_pairs=100,
+        dn_number=100,
         num_classes="${..num_classes}",
         embed_dim="${..transformer.d_model}",
         inverse_sigmoid_eps="${..transformer.inverse_sigmoid_eps}",

@@ -47,7 +47,7 @@ DATASET = "distributed"
 OBJECTS = (2, 1, 0, 0, 0, 0)
 # In every process the image with most objects has one: groups of denoising queries are made of it.
 OBJECTS_OF_PAIRS = (1, 0, 1, 0, 1, 1)
-NO_NOISE = ("DENOISING_PAIRS 2", "DENOISING_LABEL_NOISE 0.0", "DENOISING_BOX_NOISE 0.0", "NUM_ONE2MANY_QUERIES 14")
+NO_NOISE = ("DN_NUMBER 2", "DN_LABEL_NOISE_RATIO 0.0", "DN_BOX_NOISE_SCALE 0.0", "NUM_ONE2MANY_QUERIES 14")
 # In two parts, losses of a part divided by its own objects would add up to others.
 OBJECTS_OF_PARTS = (2, 2, 0, 1, 0, 1)
 

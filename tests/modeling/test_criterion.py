@@ -358,7 +358,7 @@ def test_further_queries_wait_for_the_device_no_second_time(monkeypatch):
     copies = []
     cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.numel()) or cpu(self))
-    denoising = ContrastiveDenoising(num_classes=4, embed_dim=8, num_pairs=4)
+    denoising = ContrastiveDenoising(num_classes=4, embed_dim=8, dn_number=4)
     many = {f"one2many_{kind}": random_outputs(queries=20)[f"pred_{kind}"] for kind in ("logits", "boxes")}
     with _Operators() as operators:
         assert denoising(TARGETS).num_groups == 2

@@ -40,7 +40,7 @@ def test_there_are_as_many_groups_as_the_pairs_of_the_fullest_image_allow(counts
 
 
 def test_without_noise_objects_stand_in_order_in_both_halves_of_every_group():
-    denoising, targets, queries = make((2, 1), num_pairs=4, label_noise=0.0, box_noise=0.0)
+    denoising, targets, queries = make((2, 1), dn_number=4, label_noise_ratio=0.0, box_noise_scale=0.0)
     assert queries.num_groups == 2
     # Positives and negatives of group 0, then of group 1.
     objects = [[0, 1, 0, 1, 0, 1, 0, 1], [0, None, 0, None, 0, None, 0, None]]
@@ -55,7 +55,7 @@ def test_without_noise_objects_stand_in_order_in_both_halves_of_every_group():
 
 
 def test_positives_are_matched_with_their_objects_and_nothing_else_is():
-    _, targets, queries = make((2, 0, 1), num_pairs=4)
+    _, targets, queries = make((2, 0, 1), dn_number=4)
     matches, num_groups = fixed_matches(queries.boxes.shape[1], targets)
     assert num_groups == 2
     rows = [(queries.tolist(), objects.tolist()) for queries, objects in matches]
@@ -64,7 +64,7 @@ def test_positives_are_matched_with_their_objects_and_nothing_else_is():
 
 
 def test_sides_move_by_up_to_half_of_the_size_for_positives_and_from_half_to_once_for_negatives():
-    _, targets, queries = make((5,), num_pairs=5000)
+    _, targets, queries = make((5,), dn_number=5000)
     boxes = queries.boxes.view(1000, 2, 5, 4)
     truth = targets[0]["boxes"]
     moved = (box_convert(boxes, "cxcywh", "xyxy") - box_convert(truth, "cxcywh", "xyxy")).abs()
@@ -94,10 +94,10 @@ def test_boxes_stay_in_the_image_and_have_the_least_size():
     assert corners.min() >= -least and corners.max() <= 1 + least
 
 
-@pytest.mark.parametrize(("label_noise", "share"), [(0.5, 0.25), (1.0, 0.5), (0.0, 0.0)])
-def test_half_of_the_share_of_labels_is_drawn_anew_from_all_classes(label_noise, share):
+@pytest.mark.parametrize(("label_noise_ratio", "share"), [(0.5, 0.25), (1.0, 0.5), (0.0, 0.0)])
+def test_half_of_the_share_of_labels_is_drawn_anew_from_all_classes(label_noise_ratio, share):
     classes = 4
-    denoising, targets, queries = make((10,), classes=classes, num_pairs=20_000, label_noise=label_noise)
+    denoising, targets, queries = make((10,), classes=classes, dn_number=20_000, label_noise_ratio=label_noise_ratio)
     labels = torch.cdist(queries.content[0].detach(), denoising.label_enc.weight.detach()).argmin(1).view(-1, 10)
     changed = labels != targets[0]["labels"]
     # A quarter of the drawn ones are what they were.
@@ -138,10 +138,10 @@ def test_without_further_queries_there_is_no_mask():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_pairs": 0}, "num_pairs of denoising must be at least 1, got 0"),
-        ({"label_noise": 1.5}, r"label_noise must be in \[0, 1\], got 1.5"),
-        ({"box_noise": -0.1}, "box_noise must be finite and at least 0, got -0.1"),
-        ({"box_noise": float("nan")}, "box_noise must be finite and at least 0, got nan"),
+        ({"dn_number": 0}, "dn_number of denoising must be at least 1, got 0"),
+        ({"label_noise_ratio": 1.5}, r"label_noise_ratio must be in \[0, 1\], got 1.5"),
+        ({"box_noise_scale": -0.1}, "box_noise_scale must be finite and at least 0, got -0.1"),
+        ({"box_noise_scale": float("nan")}, "box_noise_scale must be finite and at least 0, got nan"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options, message):

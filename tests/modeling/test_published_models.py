@@ -28,7 +28,7 @@ DINO = H_DETR | {
     "shared_heads": True,
     "inverse_sigmoid_eps": 1e-3,
     "num_one2many_queries": 0,
-    "denoising": {"num_pairs": 6, "inverse_sigmoid_eps": 1e-3},
+    "denoising": {"dn_number": 6, "inverse_sigmoid_eps": 1e-3},
 }
 VARIANTS = {
     "h_detr": H_DETR,

@@ -237,7 +237,7 @@ DINO = H_DETR | {
     "MULTICLASS_PROPOSALS": True,
     "SHARED_HEADS": True,
     "NUM_QUERIES": 900,
-    "DENOISING_PAIRS": 100,
+    "DN_NUMBER": 100,
 }
 FIVE_SCALES = {"IN_FEATURES": ["res2", "res3", "res4", "res5"], "NUM_FEATURE_LEVELS": 5}
 

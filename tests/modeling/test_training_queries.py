@@ -7,7 +7,7 @@ from deformable_detr.modeling import ContrastiveDenoising, DeformableDETR
 
 TWO_STAGE = {"with_box_refine": True, "two_stage": True}
 PAIRS = 4
-BRANCHES = {"denoising": {"num_pairs": PAIRS}, "num_one2many_queries": 9}
+BRANCHES = {"denoising": {"dn_number": PAIRS}, "num_one2many_queries": 9}
 ALL = TWO_STAGE | BRANCHES
 # With all that changes contents, positions, boxes or proposals.
 DINO = ALL | dict.fromkeys(

@@ -79,7 +79,7 @@ def test_a_key_is_refused_exactly_where_it_changes_nothing(model):
     dict.__setitem__(cfg.MODEL, "DEFORMABLE_DETR", noted)
     REGISTRY.get(cfg.MODEL.META_ARCHITECTURE).from_config(cfg)
     # Of queries that are off.
-    off = {"DENOISING_LABEL_NOISE", "DENOISING_BOX_NOISE"} if model.startswith("deformable") else set()
+    off = {"DN_LABEL_NOISE_RATIO", "DN_BOX_NOISE_SCALE"} if model.startswith("deformable") else set()
     assert node.keys() - read - off == _UNREAD_KEYS[cfg.MODEL.META_ARCHITECTURE]
 
 

@@ -91,7 +91,7 @@ def test_run_without_a_seed_goes_on_as_it_would_have(run_yaml, tmp_path, monkeyp
     monkeypatch.setattr("deformable_detr.engine.Trainer.test", lambda *_: {})
     arguments = run_yaml.arguments
     statistics = ["MODEL.RESNETS.NORM", "BN", "TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2"]
-    queries = ["MODEL.DEFORMABLE_DETR.DENOISING_PAIRS", "3", "MODEL.DEFORMABLE_DETR.NUM_ONE2MANY_QUERIES", "10"]
+    queries = ["MODEL.DEFORMABLE_DETR.DN_NUMBER", "3", "MODEL.DEFORMABLE_DETR.NUM_ONE2MANY_QUERIES", "10"]
     run_yaml.arguments = lambda: [*arguments("_two_stage"), *statistics, *queries]
     whole, again = tmp_path / "whole", tmp_path / "again"
     options = {"seed": -1, "max_iter": 2, "checkpoint_period": 1, "eval_period": 1, "ema": True}

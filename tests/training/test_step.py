@@ -13,7 +13,7 @@ FLOAT32 = Precision("cpu")
 
 
 # Denoising of a batch depends on its random numbers, and on the image with most objects.
-DENOISING = {"DENOISING_PAIRS": 6, "DENOISING_LABEL_NOISE": 0.0, "DENOISING_BOX_NOISE": 0.0}
+DENOISING = {"DN_NUMBER": 6, "DN_LABEL_NOISE_RATIO": 0.0, "DN_BOX_NOISE_SCALE": 0.0}
 FURTHER_QUERIES = [f"MODEL.DEFORMABLE_DETR.{key} {value}" for key, value in DENOISING.items()]
 FURTHER_QUERIES += ["MODEL.DEFORMABLE_DETR.NUM_ONE2MANY_QUERIES 30"]
 

@@ -47,9 +47,9 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     node.ONE2MANY_WEIGHT = 1.0
     # Denoising queries in training: pairs of a positive and a negative (about, per image), noise of labels and of boxes
     # (DINO). 0 pairs for none; needs TWO_STAGE.
-    node.DENOISING_PAIRS = 0
-    node.DENOISING_LABEL_NOISE = 0.5
-    node.DENOISING_BOX_NOISE = 1.0
+    node.DN_NUMBER = 0
+    node.DN_LABEL_NOISE_RATIO = 0.5
+    node.DN_BOX_NOISE_SCALE = 1.0
 
     # Pad batches to multiples of so many pixels; 0 for the official canvas, the largest sides of the batch.
     node.SIZE_DIVISIBILITY = 0

@@ -257,14 +257,14 @@ class DeformableDETR(SetPredictionDetector):
 
 
 def _denoising_from_config(node: CfgNode) -> ContrastiveDenoising | None:
-    if node.DENOISING_PAIRS == 0:
+    if node.DN_NUMBER == 0:
         return None
     return ContrastiveDenoising(
-        num_pairs=node.DENOISING_PAIRS,
+        dn_number=node.DN_NUMBER,
         num_classes=node.NUM_CLASSES,
         embed_dim=node.HIDDEN_DIM,
-        label_noise=node.DENOISING_LABEL_NOISE,
-        box_noise=node.DENOISING_BOX_NOISE,
+        label_noise_ratio=node.DN_LABEL_NOISE_RATIO,
+        box_noise_scale=node.DN_BOX_NOISE_SCALE,
         inverse_sigmoid_eps=node.INVERSE_SIGMOID_EPS,
     )
 

@@ -43,16 +43,16 @@ class DenoisingQueries(NamedTuple):
 class ContrastiveDenoising(nn.Module):
     """Makes denoising queries of ground truth, with PyTorch's global random numbers.
 
-    The number of groups is ``num_pairs // M``, and at least one: about ``2 * num_pairs`` queries, more where an image
-    has more than ``num_pairs`` objects, none where no image has any.
+    The number of groups is ``dn_number // M``, and at least one: about ``2 * dn_number`` queries, more where an image
+    has more than ``dn_number`` objects, none where no image has any.
 
     Args:
-        num_pairs: positives and negatives that an image should have of each (100 of DINO's ``dn_number``).
+        dn_number: positives that an image should have, and as many negatives (DINO's code has 100).
         num_classes: K.
         embed_dim: C.
-        label_noise: half of this share of the labels is drawn anew, from all classes.
-        box_noise: scale of the shifts. Each side of a box moves by up to half of the width or height for positives, and
-            by half to once of it for negatives, times this.
+        label_noise_ratio: half of this share of the labels is drawn anew, from all classes.
+        box_noise_scale: scale of the shifts. Each side of a box moves by up to half of the width or height for
+            positives, and by half to once of it for negatives, times this.
         inverse_sigmoid_eps: as the transformer's; the least width and height of a box.
 
     Raises:
@@ -62,23 +62,23 @@ class ContrastiveDenoising(nn.Module):
     def __init__(
         self,
         *,
-        num_pairs: int = 100,
+        dn_number: int = 100,
         num_classes: int,
         embed_dim: int,
-        label_noise: float = 0.5,
-        box_noise: float = 1.0,
+        label_noise_ratio: float = 0.5,
+        box_noise_scale: float = 1.0,
         inverse_sigmoid_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        if num_pairs < 1:
-            raise ValueError(f"num_pairs of denoising must be at least 1, got {num_pairs}")
-        if not 0 <= label_noise <= 1:
-            raise ValueError(f"label_noise must be in [0, 1], got {label_noise}")
-        if not 0 <= box_noise < float("inf"):
-            raise ValueError(f"box_noise must be finite and at least 0, got {box_noise}")
-        self.num_pairs = num_pairs
-        self.label_noise = label_noise
-        self.box_noise = box_noise
+        if dn_number < 1:
+            raise ValueError(f"dn_number of denoising must be at least 1, got {dn_number}")
+        if not 0 <= label_noise_ratio <= 1:
+            raise ValueError(f"label_noise_ratio must be in [0, 1], got {label_noise_ratio}")
+        if not 0 <= box_noise_scale < float("inf"):
+            raise ValueError(f"box_noise_scale must be finite and at least 0, got {box_noise_scale}")
+        self.dn_number = dn_number
+        self.label_noise_ratio = label_noise_ratio
+        self.box_noise_scale = box_noise_scale
         self.inverse_sigmoid_eps = inverse_sigmoid_eps
         self.label_enc = nn.Embedding(num_classes, embed_dim)
 
@@ -89,7 +89,7 @@ class ContrastiveDenoising(nn.Module):
             targets: per image "labels" (n,) int64 in [0, K) and "boxes" (n, 4).
         """
         counts = [len(target["labels"]) for target in targets]
-        num_groups = max(1, self.num_pairs // max(1, *counts))
+        num_groups = max(1, self.dn_number // max(1, *counts))
         labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
         boxes = pad_sequence([at_least_float32(target["boxes"]) for target in targets], batch_first=True)
         numbers = torch.arange(labels.shape[1], device=labels.device)
@@ -103,7 +103,7 @@ class ContrastiveDenoising(nn.Module):
 
     def _noisy_labels(self, labels: Tensor) -> Tensor:
         drawn = torch.randint_like(labels, self.label_enc.num_embeddings)
-        is_drawn = torch.rand(labels.shape, device=labels.device) < 0.5 * self.label_noise
+        is_drawn = torch.rand(labels.shape, device=labels.device) < 0.5 * self.label_noise_ratio
         return torch.where(is_drawn, drawn, labels)
 
     def _noisy_boxes(self, boxes: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class ContrastiveDenoising(nn.Module):
         sign = 2 * torch.randint_like(boxes, 2) - 1
         size = torch.rand_like(boxes) + torch.arange(2, device=boxes.device)[:, None, None]
         half = torch.cat((boxes[..., 2:], boxes[..., 2:]), dim=-1) / 2
-        corners = box_convert(boxes, "cxcywh", "xyxy") + sign * size * half * self.box_noise
+        corners = box_convert(boxes, "cxcywh", "xyxy") + sign * size * half * self.box_noise_scale
         noisy = box_convert(corners.clamp(0, 1), "xyxy", "cxcywh")
         # A negative whose sides have passed each other has no width: it gets the least that there is.
         return inverse_sigmoid(noisy, self.inverse_sigmoid_eps).sigmoid()
