@@ -15,7 +15,8 @@ from .cells import SpatialShapes, get_cells
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Logit of ``x`` clamped to [0, 1], with numerator and denominator at least ``eps`` (as the official code)."""
-    return (x.clamp(eps, 1) / (1 - x).clamp(eps, 1)).log()
+    # 1.0 and not 1, for which the translation to ONNX would put a tensor, which is no limit beside a number.
+    return (x.clamp(eps, 1.0) / (1 - x).clamp(eps, 1.0)).log()
 
 
 def apply_box_deltas(deltas: Tensor, reference_points: Tensor, *, eps: float = 1e-5) -> Tensor:
