@@ -246,6 +246,7 @@ def test_importing_registers_one_model_and_the_backbones_that_detectron2_has_no_
         "build_multi_scale_backbone",
         "build_regnet_backbone",
         "build_swin_backbone",
+        "build_vit_pyramid_backbone",
     }
 
 

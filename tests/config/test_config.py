@@ -55,7 +55,7 @@ BACKBONE_STEMS = sorted(path.stem for path in BACKBONES.glob("*.yaml"))
 # What they need that a test environment may be without: version 0.6 of Detectron2 has no Swin and no ViT.
 SWIN_STEMS = [stem for stem in STEMS if "swin" in stem]
 NEEDED = dict.fromkeys(["deformable_detr_swin_tiny", *SWIN_STEMS], "detectron2.modeling.backbone.swin")
-NEEDED["deformable_detr_convnext_tiny"] = "timm"
+NEEDED |= {"deformable_detr_convnext_tiny": "timm", "deformable_detr_vit_base": "detectron2.modeling.backbone.vit"}
 # In both systems: a second less for each model that is built.
 ONE_LAYER = {"ENC_LAYERS": "num_encoder_layers", "DEC_LAYERS": "num_decoder_layers"}
 BASE = str(CONFIGS / "deformable_detr_R_50.yaml")
@@ -222,7 +222,7 @@ def test_configuration_only_gains_keys():
     after = flatten(cfg)
     assert {key: after[key] for key in before} == before
     added = {key for key in after.keys() - before.keys() if not key.startswith("MODEL.DEFORMABLE_DETR.")}
-    backbones = {key for key in added if key.startswith(("MODEL.SWIN.", "MODEL.REGNET.", "MODEL.TIMM."))}
+    backbones = {key for key in added if key.startswith(("MODEL.SWIN.", "MODEL.REGNET.", "MODEL.TIMM.", "MODEL.VIT."))}
     assert added - backbones == {
         "MODEL.EMA.DECAY",
         "MODEL.EMA.ENABLED",

@@ -29,8 +29,11 @@ CHANNELS = {
     "regnetx_4gf": [240, 560, 1360],
     "swin_tiny": [192, 384, 768],
     "convnext_tiny": [192, 384, 768],
+    "vit_base": [256, 256, 256],
 }
 STRIDES = [8, 16, 32, 64]
+# Canvases of 1024 pixels would be of no use here.
+SMALL_VIT = "EMBED_DIM 32 DEPTH 8 NUM_HEADS 2 IMG_SIZE 128 SQUARE_PAD 128".split()
 SMALL = "ENC_LAYERS 1 DEC_LAYERS 1 DIM_FEEDFORWARD 16 HIDDEN_DIM 32 NHEADS 2 NUM_QUERIES 5".split()
 
 
@@ -87,10 +90,74 @@ class FakeSwin(Backbone):
         return outputs
 
 
+class FakeViT(Backbone):
+    """Takes the arguments of Detectron2's ViT and has its names, with one linear layer for each of its blocks."""
+
+    def __init__(
+        self,
+        img_size=1024,
+        patch_size=16,
+        in_chans=3,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        drop_path_rate=0.0,
+        norm_layer=nn.LayerNorm,
+        use_rel_pos=False,
+        window_size=0,
+        window_block_indexes=(),
+        out_feature="last_feat",
+    ):
+        super().__init__()
+        self.options = {"img_size": img_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+        self.options |= {"drop_path_rate": drop_path_rate, "window_size": window_size, "use_rel_pos": use_rel_pos}
+        self.options |= {"window_block_indexes": window_block_indexes, "eps": norm_layer(1).eps}
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, embed_dim, 1, 1))
+        self.blocks = nn.ModuleList(nn.Conv2d(embed_dim, embed_dim, 1) for _ in range(depth))
+        self._out_features, self._out_feature_strides = [out_feature], {out_feature: patch_size}
+        self._out_feature_channels = {out_feature: embed_dim}
+
+    def forward(self, x):
+        x = self.patch_embed.proj(x) + self.pos_embed
+        for block in self.blocks:
+            x = x + block(x)
+        return {self._out_features[0]: x}
+
+
+class FakePyramid(Backbone):
+    """As Detectron2's SimpleFeaturePyramid, with one layer on every level."""
+
+    def __init__(self, net, in_feature, out_channels, scale_factors, top_block=None, norm="LN", square_pad=0):
+        super().__init__()
+        self.net, self.in_feature, self.square_pad = net, in_feature, square_pad
+        shape = net.output_shape()[in_feature]
+        strides = [int(shape.stride / scale) for scale in scale_factors]
+        for stride, scale in zip(strides, scale_factors, strict=True):
+            resize = nn.Upsample(scale_factor=scale) if scale > 1 else nn.MaxPool2d(int(1 / scale))
+            layers = nn.Sequential(resize, nn.Conv2d(shape.channels, out_channels, 1))
+            self.add_module(f"simfp_{stride.bit_length() - 1}", layers)
+        self._out_features = [f"p{stride.bit_length() - 1}" for stride in strides]
+        self._out_feature_strides = dict(zip(self._out_features, strides, strict=True))
+        self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
+
+    @property
+    def padding_constraints(self):
+        return {"size_divisiblity": 32, "square_size": self.square_pad}  # As it is written there.
+
+    def forward(self, x):
+        x = self.net(x)[self.in_feature]
+        return {name: getattr(self, f"simfp_{name[1:]}")(x) for name in self._out_features}
+
+
+FAKES = {"swin": {"SwinTransformer": FakeSwin}, "vit": {"ViT": FakeViT, "SimpleFeaturePyramid": FakePyramid}}
+
+
 @pytest.fixture
 def main_branch(monkeypatch):
     """What Detectron2's main branch has and version 0.6 has not: stand-ins, where it is not installed."""
-    for module, fakes in {"swin": {"SwinTransformer": FakeSwin}}.items():
+    for module, fakes in FAKES.items():
         name = f"detectron2.modeling.backbone.{module}"
         if importlib.util.find_spec(name) is None:
             monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**fakes))
@@ -100,6 +167,9 @@ def small_cfg(stem: str, *opts: str) -> CfgNode:
     """The yaml file of a backbone under a tiny transformer."""
     pairs = zip(SMALL[::2], SMALL[1::2], strict=True)
     small = [word for key, value in pairs for word in (f"MODEL.DEFORMABLE_DETR.{key}", value)]
+    if stem == "vit_base":
+        pairs = zip(SMALL_VIT[::2], SMALL_VIT[1::2], strict=True)
+        small += [word for key, value in pairs for word in (f"MODEL.VIT.{key}", value)]
     return load_config(str(CONFIGS / f"deformable_detr_{stem}.yaml"), ["MODEL.DEVICE", "cpu", *small, *opts])
 
 
@@ -137,6 +207,20 @@ def test_every_backbone_detects_learns_and_has_parameter_groups(stem, make_input
         assert (id(parameter) in groups) == parameter.requires_grad
         if parameter.requires_grad:
             assert groups[id(parameter)]["lr"] == pytest.approx(cfg.SOLVER.BASE_LR * factor), name
+
+
+def test_layers_of_outputs_that_no_level_comes_from_are_named():
+    fpn = build_model(small_cfg("R_50_fpn", "MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']")).backbone
+    fpn.in_features = ("p4", "p5", "p6")
+    assert fpn.unused_parameters() == [
+        f"bottom_up.{layer}.{name}" for layer in ("fpn_lateral3", "fpn_output3") for name in ("weight", "bias")
+    ]
+
+
+def test_a_norm_of_a_swin_whose_output_is_not_taken_is_named(main_branch):
+    swin = instantiate(load_config(str(CONFIGS / "deformable_detr_swin_tiny.py")).model.backbone.bottom_up)
+    backbone = MultiScaleBackbone(swin, in_features=[16, 32])
+    assert backbone.unused_parameters() == ["bottom_up.norm1.weight", "bottom_up.norm1.bias"]
 
 
 def test_the_first_stages_of_a_swin_are_frozen_as_in_detectron2(main_branch):
@@ -190,9 +274,55 @@ def test_twins_build_the_same_swin(main_branch):
         assert lazy.options == swin.options
 
 
-@pytest.mark.parametrize("stem, name", [("swin_tiny", "SwinTransformer")])
-def test_a_backbone_that_the_installed_detectron2_lacks_is_named_with_the_version_that_has_it(stem, name):
-    module = {"SwinTransformer": "swin"}[name]
+def test_the_keys_of_a_vit_reach_it(main_branch):
+    cfg = small_cfg("vit_base", "MODEL.VIT.OUT_CHANNELS", "16", "MODEL.DEFORMABLE_DETR.IN_FEATURES", "['p3', 16]")
+    pyramid = BACKBONE_REGISTRY.get("build_vit_pyramid_backbone")(cfg, ShapeSpec(channels=3))
+    assert pyramid.output_shape() == {"p3": ShapeSpec(channels=16, stride=8), "p4": ShapeSpec(channels=16, stride=16)}
+    if isinstance(pyramid, FakePyramid):
+        assert pyramid.net.options == {
+            "img_size": 128,
+            "embed_dim": 32,
+            "depth": 8,
+            "num_heads": 2,
+            "drop_path_rate": 0.1,
+            "window_size": 14,
+            "use_rel_pos": True,
+            # Blocks 2, 4, 6 and 8 see the whole image.
+            "window_block_indexes": [0, 2, 4, 6],
+            "eps": 1e-6,
+        }
+
+
+def test_images_of_a_vit_are_padded_to_its_square(main_branch, make_input):
+    for square, canvas in (("128", (128, 128)), ("0", (96, 64))):
+        model = build_model(small_cfg("vit_base", "MODEL.VIT.SQUARE_PAD", square))
+        assert model.preprocess_image([make_input(70, 50)]).tensor.shape[-2:] == canvas
+
+
+def test_the_first_blocks_of_a_vit_are_frozen(main_branch):
+    def frozen(freeze_at: int) -> set[str]:
+        cfg = small_cfg("vit_base", "MODEL.BACKBONE.FREEZE_AT", str(freeze_at))
+        net = BACKBONE_REGISTRY.get("build_vit_pyramid_backbone")(cfg, ShapeSpec(channels=3)).net
+        names = [name for name, p in net.named_parameters() if not p.requires_grad]
+        return {".".join(name.split(".")[: 2 if "blocks" in name else 1]) for name in names}
+
+    embeddings = {"patch_embed", "pos_embed"}
+    assert [frozen(n) for n in (0, 1, 3)] == [set(), embeddings, embeddings | {"blocks.0", "blocks.1"}]
+
+
+def test_twins_build_the_same_vit(main_branch):
+    lazy = instantiate(load_config(str(CONFIGS / "deformable_detr_vit_base.py")).model.backbone.bottom_up)
+    cfg = load_config(str(CONFIGS / "deformable_detr_vit_base.yaml"))
+    pyramid = BACKBONE_REGISTRY.get("build_vit_pyramid_backbone")(cfg, ShapeSpec(channels=3))
+    assert lazy.output_shape() == pyramid.output_shape()
+    assert lazy.padding_constraints == pyramid.padding_constraints
+    assert [n for n, _ in lazy.named_parameters()] == [n for n, _ in pyramid.named_parameters()]
+    if isinstance(pyramid, FakePyramid):
+        assert lazy.net.options == pyramid.net.options
+
+
+@pytest.mark.parametrize("stem, module, name", [("swin_tiny", "swin", "SwinTransformer"), ("vit_base", "vit", "ViT")])
+def test_a_backbone_that_the_installed_detectron2_lacks_is_named_with_the_version_that_has_it(stem, module, name):
     if importlib.util.find_spec(f"detectron2.modeling.backbone.{module}") is not None:
         pytest.skip("this Detectron2 has it")
     with pytest.raises(ImportError, match=rf"Detectron2 \(0\.6\) has no {name}: .* on its main branch since June 2022"):

@@ -1,11 +1,16 @@
 """Models of timm as backbones."""
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
 from torch import nn
 
+from deformable_detr import load_config
 from deformable_detr.checkpoint import convert
 from deformable_detr.modeling import MultiScaleBackbone, TimmBackbone
 from deformable_detr.modeling.padding_invariance import check_invariance
@@ -13,6 +18,7 @@ from deformable_detr.solver import layer_factors
 
 timm = pytest.importorskip("timm")
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "backbones"
 SWIN = {"strict_img_size": False, "embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
 
 
@@ -35,6 +41,17 @@ def test_outputs_are_what_the_shapes_say_and_all_that_is_built_is_used(name, out
     assert backbone.size_divisibility == max(shape.stride for shape in shapes.values())
     adaptor = MultiScaleBackbone(backbone, in_features=list(shapes), num_feature_levels=len(shapes), hidden_dim=32)
     assert adaptor.unused_parameters() == []
+
+
+def test_options_of_a_yaml_file_reach_timm(tmp_path):
+    path = tmp_path / "swin.yaml"
+    path.write_text(
+        f"_BASE_: {CONFIGS / 'deformable_detr_convnext_tiny.yaml'}\n"
+        "MODEL: {DEFORMABLE_DETR: {BOTTOM_UP: timm/swin_tiny_patch4_window7_224, IN_FEATURES: [4, 8]}, "
+        f"TIMM: {{OPTIONS: {json.dumps(SWIN)}}}}}\n"
+    )
+    backbone = BACKBONE_REGISTRY.get("build_multi_scale_backbone")(load_config(str(path)), ShapeSpec(channels=3))
+    assert [project[0].in_channels for project in backbone.input_proj[:2]] == [12, 24]
 
 
 def test_timms_files_load_by_their_names():

@@ -131,11 +131,15 @@ def _add_backbones(model: CfgNode) -> None:
     """Add the keys of backbones for which Detectron2 has none; those of another project are kept."""
     # Swin-T, under the names that Mask2Former has for these keys.
     swin = {"EMBED_DIM": 96, "DEPTHS": [2, 2, 6, 2], "NUM_HEADS": [3, 6, 12, 24], "WINDOW_SIZE": 7}
+    # ViT-B; IMG_SIZE is that of its global position tables.
+    vit = {"IMG_SIZE": 1024, "EMBED_DIM": 768, "DEPTH": 12, "NUM_HEADS": 12, "WINDOW_SIZE": 14, "DROP_PATH_RATE": 0.1}
     # RegNetX-4GF.
     regnet = {"DEPTH": 23, "W_A": 38.65, "W_0": 96, "W_M": 2.43, "GROUP_WIDTH": 40, "SE_RATIO": 0.0}
     nodes = {
         "SWIN": {**swin, "DROP_PATH_RATE": 0.2},
         "REGNET": {**regnet, "STEM_WIDTH": 32, "NORM": "FrozenBN"},
+        # Of the pyramid on it: its width, and the side to which images are padded; 0 for any canvas.
+        "VIT": {**vit, "OUT_CHANNELS": 256, "SQUARE_PAD": 1024},
         # OPTIONS: whatever timm.create_model takes for the model that BOTTOM_UP names.
         "TIMM": {"FROZEN_BN": True, "OPTIONS": CfgNode(new_allowed=True)},
     }

@@ -1,5 +1,11 @@
 from .backbone import MultiScaleBackbone, build_multi_scale_backbone, dilate_res5
-from .bottom_ups import build_regnet_backbone, build_swin, build_swin_backbone
+from .bottom_ups import (
+    build_regnet_backbone,
+    build_swin,
+    build_swin_backbone,
+    build_vit_pyramid,
+    build_vit_pyramid_backbone,
+)
 from .classification import FocalClassification, SoftmaxClassification
 from .criterion import SetCriterion
 from .deform_conv import deformable_stages
@@ -30,6 +36,8 @@ __all__ = [
     "build_regnet_backbone",
     "build_swin",
     "build_swin_backbone",
+    "build_vit_pyramid",
+    "build_vit_pyramid_backbone",
     "deformable_stages",
     "dilate_res5",
     "prepare_for_inference",

@@ -97,7 +97,7 @@ class MultiScaleBackbone(Backbone):
         """
         parameters = {name: p for name, p in self.bottom_up.named_parameters() if p.requires_grad}
         device = next(self.bottom_up.parameters()).device
-        multiple = self.size_divisibility or 1
+        multiple = _cell_divisibility(self.bottom_up) or 1
         side = math.ceil(_PROBE_SIDE / multiple) * multiple
         buffers = {name: buffer.clone() for name, buffer in self.bottom_up.named_buffers()}
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
@@ -116,7 +116,15 @@ def canvas_divisibility(backbone: Backbone) -> int:
     smaller than they.
     """
     wishes = getattr(backbone, "padding_constraints", None) or {}
-    return wishes.get("square_size") or wishes.get("size_divisibility") or getattr(backbone, "size_divisibility", 0)
+    return wishes.get("square_size") or _cell_divisibility(backbone)
+
+
+def _cell_divisibility(backbone: Backbone) -> int:
+    """Return the multiple that a backbone's own arithmetic needs, whatever canvas it was trained on."""
+    wishes = getattr(backbone, "padding_constraints", None) or {}
+    # The second is how Detectron2's SimpleFeaturePyramid spells it.
+    multiple = wishes.get("size_divisibility") or wishes.get("size_divisiblity")
+    return multiple or getattr(backbone, "size_divisibility", 0)
 
 
 def _projection(in_channels: int, hidden_dim: int, *, kernel_size: int, norm: str) -> nn.Sequential:
