@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..cli import add_model, add_overrides, default_device
 from ..loading import DTYPES
-from ..modeling import DeformableDETR, prepare_for_inference
+from ..modeling import SetPredictionDetector, prepare_for_inference
 from .launches import count_launches, format_launches, sum_by_phase
 from .peers import OURS, TORCHVISION, TRANSFORMERS, Batch, Ours, build, find_peers, make_batch
 from .timing import CLOCKS, Call, peak_memory, print_and_save, summarise, time_in_turns
@@ -213,7 +213,7 @@ def tf32(dtype: str) -> Iterator[None]:
         products.allow_tf32, convolutions.allow_tf32 = before
 
 
-def count_flops(model: DeformableDETR, batch: Batch) -> float:
+def count_flops(model: SetPredictionDetector, batch: Batch) -> float:
     """Billions of multiply-adds of our model for one image."""
     pixels = model.preprocess_image([{"image": batch.images[0]}]).tensor
     analysis = FlopCountAnalysis(_Predict(model), pixels)
@@ -226,7 +226,7 @@ def count_flops(model: DeformableDETR, batch: Batch) -> float:
 class _Predict(nn.Module):
     """Pixels to predictions: the tracer that counts takes tensors alone."""
 
-    def __init__(self, model: DeformableDETR) -> None:
+    def __init__(self, model: SetPredictionDetector) -> None:
         super().__init__()
         self.model = model
 

@@ -15,7 +15,7 @@ from torchvision.ops import box_convert
 
 from ..checkpoint import export
 from ..loading import load_model
-from ..modeling import DeformableDETR
+from ..modeling import DETR, SetPredictionDetector
 
 TORCHVISION = ("fasterrcnn_resnet50_fpn_v2", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn")
 OURS, TRANSFORMERS = "deformable_detr", "transformers"
@@ -50,7 +50,7 @@ def make_batch(height: int, width: int, *, size: int, device: str, num_objects: 
 class Ours(nn.Module):
     """Our model on a :class:`Batch`: detections in evaluation mode, the sum of the losses in training mode."""
 
-    def __init__(self, model: DeformableDETR) -> None:
+    def __init__(self, model: SetPredictionDetector) -> None:
         super().__init__()
         self.model = model
 
@@ -65,26 +65,34 @@ class Ours(nn.Module):
 
 
 class Transformers(nn.Module):
-    """transformers' DeformableDetrForObjectDetection with the weights of our model, and its own loss."""
+    """transformers' detector of the same kind with the weights of our model, and its own loss."""
 
-    def __init__(self, model: DeformableDETR) -> None:
+    def __init__(self, model: SetPredictionDetector) -> None:
         super().__init__()
         transformers = importlib.import_module("transformers")
-        config = transformers.DeformableDetrConfig(
-            num_labels=model.num_classes,
-            num_queries=model.num_queries,
-            num_feature_levels=len(model.transformer.level_embed),
-            dilation=_is_dilated(model),
-            with_box_refine=model.transformer.with_box_refine,
-            two_stage=model.transformer.two_stage,
-            two_stage_num_proposals=model.num_queries,
-            backbone="resnet50",
-            use_timm_backbone=True,
-            use_pretrained_backbone=False,
-            disable_custom_kernels=True,
-            auxiliary_loss=True,
-        )
-        self.model = transformers.DeformableDetrForObjectDetection(config).to(model.device)
+        options = {
+            "num_labels": model.num_classes,
+            "num_queries": model.num_queries,
+            "dilation": _is_dilated(model),
+            "backbone": "resnet101" if len(model.backbone.bottom_up.res4) == 23 else "resnet50",
+            "use_timm_backbone": True,
+            "use_pretrained_backbone": False,
+            "auxiliary_loss": True,
+        }
+        if isinstance(model, DETR):
+            peer = transformers.DetrForObjectDetection(transformers.DetrConfig(**options))
+        else:
+            config = transformers.DeformableDetrConfig(
+                num_feature_levels=len(model.transformer.level_embed),
+                with_box_refine=model.transformer.with_box_refine,
+                two_stage=model.transformer.two_stage,
+                two_stage_num_proposals=model.num_queries,
+                disable_custom_kernels=True,
+                **options,
+            )
+            peer = transformers.DeformableDetrForObjectDetection(config)
+        self.model = peer.to(model.device)
+        self.scores = model.classification.scores
         self.model.load_state_dict(export(model, to="transformers"), strict=True)
         # Plain attributes: they must not count as this peer's parameters.
         self.mean, self.std = model.pixel_mean, model.pixel_std
@@ -94,7 +102,7 @@ class Transformers(nn.Module):
         mask = torch.ones(pixels.shape[0], *pixels.shape[2:], dtype=torch.long, device=pixels.device)
         if not self.training:
             outputs = self.model(pixel_values=pixels, pixel_mask=mask)
-            return outputs.logits.sigmoid().flatten(1).topk(100)
+            return self.scores(outputs.logits).flatten(1).topk(100)
         scale = torch.tensor(pixels.shape[:1:-1] * 2, device=pixels.device)
         labels = [
             {"class_labels": labels, "boxes": box_convert(boxes / scale, "xyxy", "cxcywh")}
@@ -139,6 +147,6 @@ def build(name: str, variant: str, batch: Batch, *, opts: Sequence[str] = ()) ->
     return (Ours(model) if name == OURS else Transformers(model)).eval()
 
 
-def _is_dilated(model: DeformableDETR) -> bool:
+def _is_dilated(model: SetPredictionDetector) -> bool:
     strides = [shape.stride for shape in model.backbone.output_shape().values()]
     return len(strides) == 1 and strides[0] == 16

@@ -14,7 +14,7 @@ from torch import nn
 from ..checkpoint.convert import convert
 from ..checkpoint.coverage import CheckpointError, ConversionReport
 from ..checkpoint.reading import check_weights_file, read_checkpoint, select_weights, split_options
-from ..checkpoint.sources import OURS
+from ..checkpoint.sources import DENSE_ATTENTION, OURS
 from ..files import replacing
 
 
@@ -204,6 +204,6 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
             # Another project's optimizer or iteration means nothing to ours.
             checkpoint.clear()
         # A backbone leaves the rest to be trained; a detector that leaves something (its classes) is worth a warning.
-        is_detector = "transformer.level_embed" in state_dict
+        is_detector = "transformer.level_embed" in state_dict or DENSE_ATTENTION in state_dict
         self.logger.log(logging.WARNING if is_detector and self.report.missing else logging.INFO, "%s", self.report)
         self.model.load_state_dict(state_dict, strict=False)
