@@ -155,13 +155,16 @@ class DeformableTransformerDecoder(nn.Module):
         Returns:
             Hidden states (N, Lq, C), normalised, and boxes (N, Lq, 4) of every layer.
         """
-        to_padded = {2: geometry.valid_ratios[:, None], 4: geometry.valid_ratios[:, None].repeat(1, 1, 1, 2)}
+        points_to_padded = geometry.valid_ratios[:, None]
+        boxes_to_padded = points_to_padded.repeat(1, 1, 1, 2)
         fixed = [memory, geometry.spatial_shapes, geometry.padding_mask, *([] if attn_mask is None else [attn_mask])]
         hidden_states, boxes = [], []
         # What predictions of a layer are relative to: its reference points, with the gradient that they may pass on.
         origin = reference_points
         for layer, head in zip(self.layers, bbox_embed, strict=True):
-            reference_per_level = reference_points[:, :, None] * to_padded[reference_points.shape[-1]]
+            # No dictionary of the two: while torch.jit traces, the size is a tensor.
+            to_padded = points_to_padded if reference_points.shape[-1] == 2 else boxes_to_padded
+            reference_per_level = reference_points[:, :, None] * to_padded
             if self.ref_point_head is not None:
                 query_pos = self.ref_point_head(reference_per_level[:, :, 0])
             tgt = run_layer(layer, tgt, query_pos, reference_per_level, *fixed, recompute=self.activation_checkpoint)
