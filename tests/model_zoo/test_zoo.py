@@ -25,6 +25,10 @@ NAMES = tuple(MODELS)
 COCO_91 = ["MODEL.DEFORMABLE_DETR.NUM_CLASSES", "91", "MODEL.DEVICE", "cpu"]
 # First three queries of COCO val2017 image 39769: three logits and the box, published by transformers' converter.
 GOLDEN = {
+    "detr_R_50": (
+        [[-19.1194, -0.0893, -11.0154], [-17.3640, -1.8035, -14.0219], [-20.0461, -0.5837, -11.1060]],
+        [[0.4433, 0.5302, 0.8853], [0.5494, 0.2517, 0.0529], [0.4998, 0.5360, 0.9956]],
+    ),
     "deformable_detr_R_50": (
         [[-9.6645, -4.3449, -5.8705], [-9.7035, -3.8504, -5.0724], [-10.5634, -5.3379, -7.5116]],
         [[0.8693, 0.2289, 0.2492], [0.3150, 0.5489, 0.5845], [0.5563, 0.7580, 0.8518]],

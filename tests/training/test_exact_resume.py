@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .conftest import differences, losses_of, read_checkpoint
+from .conftest import Runner, differences, losses_of, read_checkpoint
 
 
 def kill_in_a_child(work: Callable[[], object], *, when: Callable[[], bool] = lambda: False) -> None:
@@ -117,3 +117,17 @@ def test_run_killed_right_before_its_last_file_gets_it_when_resumed(run, tmp_pat
     run(tmp_path / "run", "--resume", max_iter=4, checkpoint_period=2)
     assert differences(read_checkpoint(tmp_path / "run"), whole) == []
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_a_detr_resumes_bitwise_and_is_evaluated_layer_by_layer(tiny_lazy, data, tmp_path):
+    run = Runner(lambda: tiny_lazy("detr_R_50"), is_lazy=True, flags=data)
+    options = {"checkpoint_period": 2, "accumulation": 2, "per_layer_ap": True}
+    run(tmp_path / "whole", max_iter=3, eval_period=3, **options)
+    run(tmp_path / "parts", max_iter=2, **options)
+    run(tmp_path / "parts", "--resume", max_iter=3, **options)
+    whole, parts = losses_of(tmp_path / "whole"), losses_of(tmp_path / "parts")
+    assert {"loss_ce", "loss_bbox_0", "class_error", "cardinality_error"} <= whole[2].keys()
+    assert [whole[step]["total_loss"] for step in range(3)] == [parts[step]["total_loss"] for step in range(3)]
+    assert differences(read_checkpoint(tmp_path / "whole")["model"], read_checkpoint(tmp_path / "parts")["model"]) == []
+    evaluated = {name for row in whole.values() for name in row}
+    assert {"bbox/AP", "bbox_layer_0/AP", "bbox_layer_1/AP"} <= evaluated
