@@ -169,6 +169,7 @@ setup(
         "deformable_detr.model_zoo.configs": ["*/*.yaml", "*/*.py"],
         "deformable_detr.explain": ["page.html"],
         "deformable_detr.report": ["page.html"],
+        "deformable_detr.study": ["study.yaml"],
     },
     install_requires=[
         "detectron2",

@@ -17,7 +17,7 @@ import deformable_detr
 
 PACKAGE = Path(deformable_detr.__file__).parent
 STDLIB = sys.stdlib_module_names
-LEAVES = {"benchmark", "detect", "explain", "export", "report"}
+LEAVES = {"benchmark", "detect", "explain", "export", "report", "study"}
 # What each room may import and does import, from the ground up: a room stands on rooms that are listed before it.
 MAY_IMPORT = {
     "files": set(),
@@ -40,6 +40,20 @@ MAY_IMPORT = {
     "report": {"config", "data", "detect", "files", "training"},
     "export": {"files", "layers", "loading", "modeling"},
     "benchmark": {"checkpoint", "cli", "files", "layers", "loading", "modeling", "solver"},
+    "study": {
+        "benchmark",
+        "config",
+        "data",
+        "detect",
+        "engine",
+        "files",
+        "layers",
+        "loading",
+        "modeling",
+        "report",
+        "training",
+        "wording",
+    },
     "front door": {"config", "layers", "model_zoo", "modeling"},
 }
 # A command line, __main__.py, sees its own room, what gives it a model, and the pictures that detect reads.

@@ -15,6 +15,7 @@ COMMANDS = {
     "report": ("report.__main__", "main", "make one page of a finished or running training"),
     "export": ("export.__main__", "main", "write a model as ONNX, torch.export or TorchScript"),
     "benchmark": ("benchmark.__main__", "main", "measure whole models, training steps and the op"),
+    "study": ("study.__main__", "main", "compare variants on generated data, with numbers"),
     "convert": ("checkpoint.__main__", "main", "convert weights of other projects, and back"),
     "models": ("model_zoo.__main__", "main", "list the published models"),
     "env": ("collect_env", "main", "say what is installed and what was built"),
@@ -23,7 +24,7 @@ COMMANDS = {
 
 def main() -> int:
     """Run the command that the first argument names; without one, list them."""
-    share_processors(long_running=sys.argv[1:2] == ["train"])
+    share_processors(long_running=sys.argv[1:2] in (["train"], ["study"]))
     return run(_run_command)
 
 

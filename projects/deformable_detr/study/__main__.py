@@ -1,0 +1,76 @@
+"""``python -m deformable_detr.study`` (see ``--help``)."""
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..cli import make_parser, run
+from ..startup.processors import share_processors
+from .cells import Workshop
+from .page import as_markdown, fill_markdown
+from .run import make_page, run_studies, summaries
+from .table import Table, read_table
+
+ALL = "all"
+EPILOG = """
+Whatever ends it, the same command goes on: finished cells are kept, the one in between continues from its last
+checkpoint. docs/study.md says how long each size takes.
+"""
+
+
+def parse_args(argv: Sequence[str] | None, table: Table) -> argparse.Namespace:
+    studies = "\n".join(f"  {name:16}{study.question}" for name, study in table.studies.items())
+    parser = make_parser(
+        "study",
+        description=f"Trains small models on generated images, and compares them on one page.\n\nstudies:\n{studies}",
+        epilog=EPILOG,
+    )
+    parser.add_argument(
+        "studies", nargs="+", choices=[*table.studies, ALL], metavar="STUDY", help="one or more, or all"
+    )
+    parser.add_argument("--size", default="small", choices=table.sizes, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: output/study/SIZE")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of every variant (default: %(default)s)")
+    parser.add_argument("--variants", nargs="+", choices=table.variants, metavar="VARIANT", help="only these of them")
+    parser.add_argument("--keep-weights", action="store_true", help="keep the weights of finished cells")
+    parser.add_argument("--list", action="store_true", help="say what is finished and what is to do, and do nothing")
+    parser.add_argument("--page", action="store_true", help="only make the page again, from what is finished")
+    parser.add_argument("--fill", type=Path, metavar="FILE", help="also put the tables into this Markdown file")
+    args = parser.parse_args(argv)
+    if ALL in args.studies:
+        args.studies = list(table.only(args.variants or table.variants).studies)
+    args.studies = list(dict.fromkeys(args.studies))
+    args.output = args.output or Path("output") / "study" / args.size
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    table = read_table()
+    args = parse_args(argv, table)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%m/%d %H:%M:%S")
+    logging.getLogger("deformable_detr.study").setLevel(logging.INFO)
+    if args.variants:
+        table = table.only(args.variants)
+        if unknown := [study for study in args.studies if study not in table.studies]:
+            raise ValueError(f"{' and '.join(unknown)} has none of the variants {', '.join(args.variants)}")
+    workshop = Workshop(args.output, table, args.size, keep_weights=args.keep_weights)
+    if args.list:
+        for cell in table.cells(args.studies, seeds=args.seeds):
+            print(f"{workshop.state(cell):10}{cell}")
+        return
+    # As Ctrl-C: the training that runs at the moment ends too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    make = make_page if args.page else run_studies
+    page = make(workshop, args.studies, seeds=args.seeds)
+    if args.fill:
+        found = summaries(workshop, args.studies, seeds=args.seeds)
+        fill_markdown(args.fill, as_markdown(found, size=args.size))
+    print(page)
+
+
+if __name__ == "__main__":
+    share_processors(long_running=True)
+    sys.exit(run(main))
