@@ -7,7 +7,7 @@ from torch import nn
 from deformable_detr.layers import MultiheadAttention
 
 
-@pytest.mark.parametrize("mask", [None, "attn_mask", "key_padding_mask", "both"])
+@pytest.mark.parametrize("mask", [None, "attn_mask", "key_padding_mask", "both", "of every image and head"])
 def test_outputs_and_gradients_are_those_of_pytorch(mask):
     torch.manual_seed(0)
     ours = MultiheadAttention(8, 2)
@@ -20,6 +20,8 @@ def test_outputs_and_gradients_are_those_of_pytorch(mask):
         "key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2]),
     }
     options = masks if mask == "both" else {name: masks[name] for name in masks if name == mask}
+    if mask == "of every image and head":
+        options = {"attn_mask": (torch.rand(2 * 2, 5, 5) > 0.5) & ~torch.eye(5).bool()}
     found, expected = (module(query, query, value, need_weights=False, **options)[0] for module in (ours, theirs))
     torch.testing.assert_close(found, expected)
     for output in (found, expected):

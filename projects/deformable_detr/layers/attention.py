@@ -27,7 +27,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         **options: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """query (N, Lq, C), key and value (N, Lk, C), bool masks (N, Lk) and (Lq, Lk), True where not to look."""
+        """query (N, Lq, C), key and value (N, Lk, C).
+
+        Masks are bool, True where not to look: (N, Lk), and (Lq, Lk) or, where images differ, (N * M, Lq, Lk).
+        """
         if need_weights or query is not key or options:
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, **options)
         parts, heads = (2 * self.embed_dim, self.embed_dim), (self.num_heads, self.head_dim)
@@ -39,15 +42,17 @@ class MultiheadAttention(nn.MultiheadAttention):
             queries,
             keys,
             values.transpose(1, 2),
-            attn_mask=_where_to_look(attn_mask, key_padding_mask),
+            attn_mask=_where_to_look(attn_mask, key_padding_mask, self.num_heads),
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.out_proj(attended.transpose(1, 2).flatten(2)), None
 
 
-def _where_to_look(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
-    """True where to look, (N or 1, 1, Lq or 1, Lk)."""
-    masks = [] if attn_mask is None else [attn_mask[None, None]]
+def _where_to_look(attn_mask: Tensor | None, key_padding_mask: Tensor | None, num_heads: int) -> Tensor | None:
+    """True where to look, (N or 1, M or 1, Lq or 1, Lk)."""
+    if attn_mask is not None:
+        attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, num_heads))
+    masks = [] if attn_mask is None else [attn_mask]
     masks += [] if key_padding_mask is None else [key_padding_mask[:, None, None]]
     if not masks:
         return None

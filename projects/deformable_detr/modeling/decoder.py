@@ -61,7 +61,8 @@ class DeformableTransformerDecoderLayer(nn.Module):
             tgt, query_pos: (N, Lq, C).
             reference_points: (N, Lq, L, 2 or 4).
             memory: (N, S, C).
-            attn_mask: (Lq, Lq) bool, a row for each query that looks, True where it must not see.
+            attn_mask: (Lq, Lq) bool, a row for each query that looks, True where it must not see; (N * M, Lq, Lq)
+                where images differ.
 
         Returns:
             (N, Lq, C).
