@@ -32,6 +32,7 @@ STEMS = [
     "deformable_detr_R_50",
     "deformable_detr_R_50_box_refine",
     "deformable_detr_R_50_two_stage",
+    "deformable_detr_R_50_two_stage_plus",
     "detr_R_50",
     "detr_R_50_DC5",
     "detr_R_101",

@@ -59,8 +59,8 @@ def skip_without_swin(name):
 
 def test_models_are_the_published_ones_and_each_has_both_kinds_of_configuration():
     stems = {path.stem for path in (ROOT / "configs" / "COCO-Detection").iterdir() if path.suffix in (".py", ".yaml")}
-    assert set(model_zoo.list_models()) == stems and len(stems) == 4 + 5 + 6 + 6
-    for name in NAMES:
+    assert set(model_zoo.list_models()) == stems and len(stems) == 4 + 5 + 6 + 6 + 1
+    for name in model_zoo.list_models():
         assert isinstance(model_zoo.get_config(name), CfgNode)
         assert model_zoo.get_config(name, suffix=".py").model.num_classes == 80
 
@@ -84,6 +84,16 @@ def test_longer_trainings_of_a_model_have_a_better_published_number_and_the_same
     for longer, shorter in pairs.items():
         assert MODELS[longer].ap > MODELS[shorter].ap and MODELS[longer].epochs > MODELS[shorter].epochs == 12
         assert MODELS[longer].params == MODELS[shorter].params
+
+
+def test_recipes_have_configurations_and_models_but_no_weights():
+    name = "deformable_detr_R_50_two_stage_plus"
+    plain, plus = (load_config(model_zoo.get_config_file(n)).MODEL.DEFORMABLE_DETR for n in (name[:-5], name))
+    changed = {key: plus[key] for key in plus if plus[key] != plain[key]}
+    assert changed == {"MIXED_QUERY_SELECTION": True, "LOOK_FORWARD_TWICE": True, "DN_NUMBER": 100, "DROPOUT": 0.0}
+    assert name in model_zoo.list_models() and name not in MODELS
+    with pytest.raises(KeyError, match=f"{name} is a recipe without published weights: train it, from deformable-detr"):
+        model_zoo.get(name, trained=True)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("ep")])

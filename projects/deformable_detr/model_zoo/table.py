@@ -3,7 +3,7 @@
 from tabulate import tabulate
 
 from .download import weights_url
-from .records import MODELS, PublishedModel
+from .records import MODELS, RECIPES, PublishedModel
 
 _PAGE = """# Model zoo
 
@@ -23,6 +23,8 @@ this page.
 * params were counted in the authors' code, with the class outputs of their files; those of H-Deformable-DETR with a
   Swin were added up from the parts. GFLOPs are the published ones.
 * Models with a Swin need Detectron2's main branch, as version 0.6 has none ([docs/backbones.md](docs/backbones.md)).
+* {recipes}: a recipe without weights, and without a number on COCO, as nobody has trained it there
+  ([docs/training.md](docs/training.md)).
 * Hub: the authors' weights in the names of transformers, a mirror made by Hugging Face. file, Drive: the authors' own
   file, by a direct link or on a page where a person can fetch it. All of a row load into the same parameters, so take
   whichever you can reach.
@@ -87,6 +89,7 @@ def render_page() -> str:
         table=render_table(),
         repositories=",\n  ".join(repositories),
         example=best.name,
+        recipes=", ".join(f"[{name}](configs/COCO-Detection/{name}.yaml)" for name in RECIPES),
         hashes=hashes,
         licence=_render_licences(),
     )

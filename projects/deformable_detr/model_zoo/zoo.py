@@ -10,12 +10,12 @@ from torch import nn
 
 from ..config import RunConfig, find_config_file, load_config
 from ..training.checkpointer import DeformableDETRCheckpointer
-from .records import MODELS, find_model
+from .records import MODELS, RECIPES, check_name, find_model
 
 
 def list_models() -> list[str]:
-    """Names of the published models, from the simplest to the best."""
-    return list(MODELS)
+    """Names of the published models, from the simplest to the best, then of the recipes without weights."""
+    return [*MODELS, *RECIPES]
 
 
 def get_config_file(name: str, *, suffix: str = ".yaml") -> str:
@@ -28,7 +28,8 @@ def get_config_file(name: str, *, suffix: str = ".yaml") -> str:
         KeyError: if there is no such model.
         ValueError: if the configurations are neither installed with the package nor beside it in a checkout.
     """
-    return find_config_file(find_model(name).name, suffix=suffix)
+    check_name(name)
+    return find_config_file(name, suffix=suffix)
 
 
 def get_config(
@@ -55,7 +56,7 @@ def get(name: str, trained: bool = False, device: str | torch.device = "cpu") ->
             initialisation and nothing is downloaded.
 
     Raises:
-        KeyError: if there is no such model.
+        KeyError: if there is no such model, or no weights of it.
         CheckpointError: if the weights cannot be had; says how to get them by hand.
     """
     cfg = get_config(name, trained)
