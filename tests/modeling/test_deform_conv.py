@@ -45,6 +45,15 @@ def test_the_second_version_shifts_by_its_offsets_and_scales_by_its_mask():
     torch.testing.assert_close(found[:, :, :3, 3:], expected[:, :, 1:4, 1:5])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_that_of_its_inputs_and_outputs_alone(dtype):
+    conv = TorchvisionDeformConv(DeformConv(2, 3, 3, padding=1)).to(dtype)
+    x, offset = torch.randn(1, 2, 5, 7).to(dtype), torch.randn(1, 18, 5, 7).to(dtype)
+    found = conv(x, offset)
+    assert found.dtype == dtype
+    assert torch.equal(found, conv.float()(x.float(), offset.float()).to(dtype))
+
+
 def test_it_starts_as_the_convolution_it_stands_for_with_half_of_it_in_the_second_version():
     for modulated, factor in ((False, 1.0), (True, 0.5)):
         block = use_torchvision_deform_conv(build_resnet(modulated=modulated)).res3[1]

@@ -132,9 +132,12 @@ def test_every_layer_is_evaluated_and_explained(build, images):
 
 @torch.no_grad()
 def test_h_detr_detects_with_the_operations_of_two_stage(make_model, images):
-    """What it has in training alone costs nothing afterwards."""
+    """What it has in training alone costs nothing afterwards.
+
+    One copy is allowed: of contents that all images share.
+    """
     models = [make_model(two_stage=True, with_box_refine=True).eval(), make_model(**H_DETR).eval()]
     for model in models:
         model(images)  # The first time it computes what is kept for sizes.
     two_stage, h_detr = (count_launches(lambda model=model: model(images), model) for model in models)
-    assert h_detr == two_stage
+    assert (h_detr - two_stage).total() <= 1 and not two_stage - h_detr

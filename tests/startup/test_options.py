@@ -229,6 +229,12 @@ def test_clipping_that_the_optimiser_does_already_is_no_contradiction():
         check_lazy("+train.clip_grad={enabled: true, params: {max_norm: 0.1, norm_type: 1}}")
 
 
+def test_wandb_as_detrex_says_it_is_refused_where_it_is_enabled():
+    check_lazy("+train.wandb.params={project: x}")
+    with pytest.raises(ValueError, match=r"train\.wandb\.params \(set train\.wandb\.project and train\.wandb\.name\)"):
+        check_lazy("train.wandb.enabled=true", "+train.wandb.params={project: x}")
+
+
 def test_unknown_options_of_the_training_are_pointed_out(caplog):
     check_lazy("+train.note=new")
     assert "Options that nothing reads: train.note (no such option here)" in caplog.text

@@ -165,7 +165,7 @@ _PUBLISHED = (
     ),
     _detr(
         name="detr_R_101",
-        title="DETR",
+        title="DETR, ResNet-101",
         hub_repository="facebook/detr-resnet-101",
         official_file="detr-r101-2c7b67e5.pth",
         ap=43.5,
@@ -177,7 +177,7 @@ _PUBLISHED = (
     ),
     _detr(
         name="detr_R_101_DC5",
-        title="DETR (DC5)",
+        title="DETR (DC5), ResNet-101",
         hub_repository="facebook/detr-resnet-101-dc5",
         official_file="detr-r101-dc5-a2e86def.pth",
         ap=44.9,

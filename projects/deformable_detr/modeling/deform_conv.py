@@ -13,6 +13,7 @@ from detectron2.modeling.backbone.resnet import DeformBottleneckBlock
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
+from ..layers.precision import at_least_float32
 from .frozen_bn import replace_modules
 
 
@@ -36,7 +37,10 @@ class TorchvisionDeformConv(nn.Module):
         Returns:
             (N, C_out, H', W').
         """
-        x = deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+        # The operator knows no bfloat16, in which an offset would be rounded to a quarter of a cell, too.
+        given = (x, offset, self.weight, self.bias, mask)
+        wide, offset, weight, bias, mask = (None if t is None else at_least_float32(t) for t in given)
+        x = deform_conv2d(wide, offset, weight, bias, self.stride, self.padding, self.dilation, mask).to(x.dtype)
         x = x if self.norm is None else self.norm(x)
         return x if self.activation is None else self.activation(x)
 

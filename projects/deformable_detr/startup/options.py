@@ -157,6 +157,13 @@ def _lazy_options(cfg: DictConfig, train: DictConfig) -> Iterator[tuple[Fate, st
             continue
         fate, reason = LAZY_OPTIONS.get(name, (Fate.WARNED, "no such option here"))
         yield fate, f"train.{name} ({reason})"
+    yield from _wandb_options(train)
+
+
+def _wandb_options(train: DictConfig) -> Iterator[tuple[Fate, str]]:
+    """Yield what detrex' files say in another way."""
+    if train.get("wandb") and train.wandb.get("enabled") and "params" in train.wandb:
+        yield Fate.REFUSED, "train.wandb.params (set train.wandb.project and train.wandb.name)"
 
 
 def _clips_the_same(cfg: DictConfig, clip_grad: Any) -> bool:

@@ -48,7 +48,7 @@ def describe_load() -> str | None:
         return None
     told = (
         f"This machine is busy: {load:.1f} processes wanted its {cores} cores in the last minute, and this one has "
-        f"{threads} threads. It will take longer"
+        f"{threads} thread{'s' * (threads > 1)}. It will take longer"
     )
     return told if threads == 1 else f"{told}; OMP_NUM_THREADS=1 in front of the command helps, or wait for the others"
 

@@ -62,15 +62,16 @@ class AutoBatch(HookBase):
 
     def _fits(self, count: int) -> bool:
         """Whether a part of so many images can be computed."""
+        fits = True
         try:
             self._try(count)
         except torch.cuda.OutOfMemoryError:
-            return False
-        finally:
-            self._loop.optimizer.zero_grad(set_to_none=True)
-            gc.collect()
-            torch.cuda.empty_cache()
-        return _used_share() <= _LARGEST_SHARE
+            fits = False
+        # Behind the handler, whose traceback would keep the tensors of the failed attempt.
+        self._loop.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return fits and _used_share() <= _LARGEST_SHARE
 
     def _try(self, count: int) -> None:
         loop, model = self._loop, unwrap(self._loop.model)
