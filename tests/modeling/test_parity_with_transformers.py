@@ -21,7 +21,7 @@ VARIANTS = {
     "deformable_detr_R_50_box_refine": {"with_box_refine": True},
     "deformable_detr_R_50_two_stage": {"with_box_refine": True, "two_stage": True},
     "detr_R_50": {},
-    "detr_R_101_DC5": {"backbone": "resnet101", "dilation": True},
+    "detr_R_50_DC5": {"dilation": True},
 }
 # Each image is the larger one in one direction, so that both are padded; no side is a multiple of a stride.
 SIZES = ((139, 187), (117, 209))
@@ -70,9 +70,8 @@ def random_images() -> list[Tensor]:
     return [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in SIZES]
 
 
-@torch.no_grad()
-def predict_with_oracle(oracle: nn.Module, images: list[Tensor]) -> dict[str, Tensor]:
-    """Normalises, pads at the bottom right, and returns the entries of our ``predict_raw`` (of the last layer)."""
+def pad(images: list[Tensor]) -> dict[str, Tensor]:
+    """Normalise, and pad at the bottom right."""
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     height, width = (max(sizes) for sizes in zip(*SIZES, strict=True))
@@ -82,7 +81,13 @@ def predict_with_oracle(oracle: nn.Module, images: list[Tensor]) -> dict[str, Te
         rows, columns = image.shape[1:]
         pixel_values[i, :, :rows, :columns] = (image / 255 - mean) / std
         pixel_mask[i, :rows, :columns] = 1
-    outputs = oracle(pixel_values=pixel_values, pixel_mask=pixel_mask)
+    return {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
+
+
+@torch.no_grad()
+def predict_with_oracle(oracle: nn.Module, images: list[Tensor]) -> dict[str, Tensor]:
+    """Return the entries of our ``predict_raw`` (of the last layer)."""
+    outputs = oracle(**pad(images))
     predictions = {"pred_logits": outputs.logits, "pred_boxes": outputs.pred_boxes}
     if getattr(oracle.config, "two_stage", False):
         predictions["enc_logits"] = outputs.enc_outputs_class
@@ -111,6 +116,24 @@ def test_predictions_equal_those_of_transformers(name, record_property):
         record_property(key, difference)
         print(f"{name} {key}: max difference {difference:.1e}")
         assert difference <= (LOGITS_TOLERANCE if key.endswith("logits") else BOXES_TOLERANCE)
+
+
+@torch.no_grad()
+def test_losses_of_detr_equal_those_of_transformers():
+    """Of the last layer: with ``auxiliary_loss`` transformers normalises between layers, unlike the official code."""
+    oracle, model, images = build_oracle("detr_R_50"), build_ours("detr_R_50"), random_images()
+    model.load_state_dict(convert(oracle.state_dict(), model=model)[0], strict=True)
+    generator = torch.Generator().manual_seed(3)
+    boxes = [torch.rand(number, 4, generator=generator) * 0.3 + 0.2 for number in (5, 2)]
+    labels = [torch.randint(1, 91, (number,), generator=generator) for number in (5, 2)]
+
+    objects = [{"class_labels": label, "boxes": box} for label, box in zip(labels, boxes, strict=True)]
+    expected = oracle(**pad(images), labels=objects).loss_dict
+    targets = [{"labels": label, "boxes": box} for label, box in zip(labels, boxes, strict=True)]
+    losses = model.criterion(model.predict_raw([{"image": image} for image in images]), targets)
+
+    for name, weight in {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}.items():
+        torch.testing.assert_close(losses[name], weight * expected[name], rtol=1e-5, atol=1e-5)
 
 
 def test_a_file_without_the_copies_of_shared_heads_loads_like_the_model_that_wrote_it(tmp_path):
