@@ -30,6 +30,7 @@ YAML_KEYS = {
     "accumulation": "SOLVER.ACCUMULATION_STEPS",
     "max_skipped": "SOLVER.MAX_SKIPPED_STEPS",
     "ema": "MODEL.EMA.ENABLED",
+    "compile": "MODEL.DEFORMABLE_DETR.COMPILE",
     "seed": "SEED",
     "weights": "MODEL.WEIGHTS",
 }
@@ -51,6 +52,7 @@ LAZY_KEYS = {
     "accumulation": "train.accumulation_steps",
     "max_skipped": "train.max_skipped_steps",
     "ema": "train.ema.enabled",
+    "compile": "train.compile",
     "seed": "train.seed",
     "weights": "train.init_checkpoint",
 }

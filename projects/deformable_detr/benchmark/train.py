@@ -43,8 +43,7 @@ def make_contenders(variant: str, batch: Batch, args: argparse.Namespace) -> lis
                 transformer = model.model.transformer
                 transformer.encoder.activation_checkpoint = transformer.decoder.activation_checkpoint = True
             if option == "compiled":
-                model.model.backbone.compile(dynamic=True)
-                model.model.transformer.compile(dynamic=True)
+                model.model.compile_for_training()
             contenders += [
                 Contender(
                     {"implementation": name, "option": option, "dtype": dtype},

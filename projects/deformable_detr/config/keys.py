@@ -65,6 +65,8 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     node.DROPOUT = 0.1
     # Compute every encoder and decoder layer a second time in the backward pass, in place of keeping its activations.
     node.ACTIVATION_CHECKPOINT = False
+    # Let torch.compile make programs of backbone and transformer for training.
+    node.COMPILE = False
     # Sampling points K of the paper, per head and level.
     node.ENC_N_POINTS = 4
     node.DEC_N_POINTS = 4

@@ -21,6 +21,7 @@ from ..layers import PositionEmbeddingSine
 from ..layers.precision import at_least_float32, wide
 from .backbone import canvas_divisibility, project_node
 from .classification import Classification, FocalClassification
+from .compilation import compile_parts, running_compiled
 from .criterion import SetCriterion
 from .detections import Detections, to_instances
 from .geometry import Geometry, get_geometry
@@ -98,6 +99,7 @@ class SetPredictionDetector(nn.Module):
             coarsest = max(shape.stride for shape in backbone.output_shape().values())
             self.size_divisibility = _common_multiple(self.size_divisibility, coarsest)
         self.input_format = input_format
+        self.is_compiled = False
         self.register_buffer("pixel_mean", torch.tensor(list(pixel_mean)).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(list(pixel_std)).view(-1, 1, 1), persistent=False)
 
@@ -152,6 +154,20 @@ class SetPredictionDetector(nn.Module):
         with ready_weights(self):
             outputs = self.predict_for_training(images, targets)
         return self.criterion(outputs, targets)
+
+    def compile_for_training(self, *, backend: str = "inductor") -> None:
+        """Let backbone and transformer compile in the first training step, for batches of all sizes; in place.
+
+        In evaluation, and in copies of the model, they run as they are written.
+
+        Raises:
+            RuntimeError: if PyTorch is too old.
+            ValueError: if the model is ``padding_invariant``.
+        """
+        if self.padding_invariant:
+            raise ValueError("a model that is padding_invariant cannot be compiled for training")
+        compile_parts(self.backbone, self.transformer, backend=backend)
+        self.is_compiled = True
 
     def predict_for_training(self, images: ImageList, targets: Sequence[Target]) -> dict[str, Tensor]:
         """Predict what the criterion compares with ``targets``; a model may decode more queries, made of these."""
@@ -236,9 +252,10 @@ class SetPredictionDetector(nn.Module):
         Returns:
             What :meth:`predict_raw` documents.
         """
-        features = self.extract_features(images.to(self.dtype), image_sizes)
-        geometry = self.get_geometry(images.shape[-2:], image_sizes, features)
-        output = self.transform(features, geometry, all_proposals=all_proposals, **further)
+        with running_compiled(training=self.training) if self.is_compiled else contextlib.nullcontext():
+            features = self.extract_features(images.to(self.dtype), image_sizes)
+            geometry = self.get_geometry(images.shape[-2:], image_sizes, features)
+            output = self.transform(features, geometry, all_proposals=all_proposals, **further)
         heads = list(self.class_embed)[: len(output.hidden_states)]
         logits = [head(hidden) for head, hidden in zip(heads, output.hidden_states, strict=True)]
         # Stacked even where only the last layer is used, so that no head is ever without a gradient (DDP).

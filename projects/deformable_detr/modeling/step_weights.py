@@ -25,10 +25,12 @@ _KEPT = "_kept_constants"
 def ready_weights(model: nn.Module) -> Iterator[None]:
     """Let the modules of a detector find their weights as they need them; without gradients do nothing.
 
+    Nothing either for a compiled model, whose programs do the same.
+
     A module reads an attribute of its own before it looks for a parameter of that name: for the duration of the context
     such attributes hold the ready weights. Parameters, gradients and hooks stay where they are.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if model.is_compiled or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         yield
         return
     with ExitStack() as stack:

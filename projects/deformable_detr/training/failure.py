@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -56,7 +56,7 @@ def find_cause(step: Step, model: nn.Module, precision: Precision, *, alone: boo
         return f"pixels are not finite in {name_first(bad)}"
     found: dict[str, str] = {}
     model.zero_grad()
-    with _watching(model, found, stop_at_losses=not alone):
+    with _as_written(), _watching(model, found, stop_at_losses=not alone):
         try:
             step.backward(model, precision)
         except _FirstFoundError:
@@ -70,6 +70,11 @@ def find_cause(step: Step, model: nn.Module, precision: Precision, *, alone: boo
     if bad := [name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]:
         return f"All outputs are finite. Gradients that are not: {name_first(bad)}"
     return "Repeated in this process alone, the step has finite outputs and gradients"
+
+
+def _as_written() -> AbstractContextManager:
+    """Run compiled modules as they are written: their programs do not call hooks."""
+    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
 
 
 def save_step(path: str, step: Step, model: nn.Module, explanation: str) -> None:

@@ -62,8 +62,20 @@ class TrainingLoop(SimpleTrainer):
         self.images_seen = 0
         self.skipped_steps = 0
         self._batches: Iterator[list[dict]] | None = None
+        if settings.compile:
+            self._compile()
         # Batch statistics change in the forward pass: a step that is left out must take them back.
         self._norms = get_bn_modules(model) if settings.max_skipped_steps else []
+
+    def _compile(self) -> None:
+        # After the average is made, which is a copy that only evaluates.
+        model, key = unwrap(self.model), self.settings.keys["compile"]
+        if not hasattr(model, "compile_for_training"):
+            raise ValueError(f"{key} needs a model with compile_for_training; {type(model).__name__} has none")
+        try:
+            model.compile_for_training()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{key} is True: {error}") from error
 
     @property
     def evaluated_model(self) -> nn.Module:
