@@ -206,6 +206,7 @@ setup(
             "onnx",
             "onnxruntime",
             "onnxscript",
+            "supervision",
             "tensorboard",
         ],
     },
