@@ -22,10 +22,14 @@ class FrozenBNConv2d(Conv2d):
         x = self._conv_forward(x, *self.folded())
         return x if self.activation is None else self.activation(x)
 
+    def scale(self) -> Tensor:
+        """What the norm multiplies with, (C_out,) in float32 at least."""
+        norm = self.norm
+        return at_least_float32(norm.weight) * (at_least_float32(norm.running_var) + norm.eps).rsqrt()
+
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the convolution that does the work of both, multiplied in float32 at least."""
-        norm, dtype = self.norm, self.weight.dtype
-        scale = at_least_float32(norm.weight) * (at_least_float32(norm.running_var) + norm.eps).rsqrt()
+        norm, dtype, scale = self.norm, self.weight.dtype, self.scale()
         weight, bias = self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
         return weight.to(dtype), bias.to(dtype)
 

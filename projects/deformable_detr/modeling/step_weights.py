@@ -137,7 +137,7 @@ def _constants(conv: FrozenBNConv2d, dtype: torch.dtype) -> tuple[Tensor | None,
     if kept is None or kept[0] != key or any(a is not b for a, b in zip(kept[1], sources, strict=True)):
         with torch.no_grad():
             folded, bias = conv.folded()
-            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            scale = conv.scale()
         folded = None if weight.requires_grad else folded.to(dtype)
         kept = conv.__dict__[_KEPT] = (key, sources, (folded, scale[:, None, None, None], bias.to(dtype)))
     return kept[2]
