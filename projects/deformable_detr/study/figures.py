@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _SIZE = (5.2, 3.3)  # inches
 
@@ -42,6 +43,8 @@ def learning_curves(rows: Sequence[Mapping[str, Any]], metric: str, *, over: str
         x = [point[over] if over == "iteration" else point[over]["mean"] for point in points]
         if points:
             _line(axes, x, [point[metric] for point in points], row["label"])
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     _finish(axes)
     return figure
 
