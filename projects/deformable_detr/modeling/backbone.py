@@ -115,16 +115,19 @@ def canvas_divisibility(backbone: Backbone) -> int:
     A "square_size" among the constraints is the side to which all images are padded, the one multiple that is not
     smaller than they.
     """
-    wishes = getattr(backbone, "padding_constraints", None) or {}
-    return wishes.get("square_size") or _cell_divisibility(backbone)
+    return _padding_wishes(backbone).get("square_size") or _cell_divisibility(backbone)
 
 
 def _cell_divisibility(backbone: Backbone) -> int:
     """Return the multiple that a backbone's own arithmetic needs, whatever canvas it was trained on."""
-    wishes = getattr(backbone, "padding_constraints", None) or {}
+    wishes = _padding_wishes(backbone)
     # The second is how Detectron2's SimpleFeaturePyramid spells it.
     multiple = wishes.get("size_divisibility") or wishes.get("size_divisiblity")
     return multiple or getattr(backbone, "size_divisibility", 0)
+
+
+def _padding_wishes(backbone: Backbone) -> dict[str, int]:
+    return getattr(backbone, "padding_constraints", None) or {}
 
 
 def _projection(in_channels: int, hidden_dim: int, *, kernel_size: int, norm: str) -> nn.Sequential:

@@ -14,12 +14,13 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from .backbone import project_node
+from .classification import FocalClassification
 from .criterion import SetCriterion
 from .denoising import ContrastiveDenoising, DenoisingQueries, attention_mask
 from .detector import SetPredictionDetector, check_levels
 from .geometry import Geometry
 from .heads import MLP
-from .matcher import HungarianMatcher, Target
+from .matcher import Target
 from .transformer import DeformableTransformer, ExtraQueries, TransformerOutput
 
 # Prior probability of every class at initialisation (focal loss paper, section 4.1).
@@ -114,15 +115,8 @@ class DeformableDETR(SetPredictionDetector):
     @classmethod
     def from_config(cls, cfg) -> dict[str, Any]:
         node = project_node(cfg)
-        shared = super().from_config(cfg)
-        matcher = HungarianMatcher(
-            cost_class=node.COST_CLASS,
-            cost_bbox=node.COST_L1,
-            cost_giou=node.COST_GIOU,
-            focal_alpha=node.FOCAL_ALPHA,
-        )
         return {
-            **shared,
+            **super().from_config(cfg),
             "num_queries_test": node.NUM_QUERIES_TEST,
             "shared_heads": node.SHARED_HEADS,
             "transformer": DeformableTransformer(
@@ -145,13 +139,9 @@ class DeformableDETR(SetPredictionDetector):
                 inverse_sigmoid_eps=node.INVERSE_SIGMOID_EPS,
                 activation_checkpoint=node.ACTIVATION_CHECKPOINT,
             ),
-            "criterion": SetCriterion(
-                matcher,
-                class_weight=node.CLASS_WEIGHT,
-                bbox_weight=node.L1_WEIGHT,
-                giou_weight=node.GIOU_WEIGHT,
-                focal_alpha=node.FOCAL_ALPHA,
-                aux_loss=node.AUX_LOSS,
+            "criterion": cls.criterion_from_config(
+                node,
+                FocalClassification(node.FOCAL_ALPHA),
                 one2many_repeat=node.ONE2MANY_REPEAT,
                 one2many_weight=node.ONE2MANY_WEIGHT,
             ),

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from ..layers import Dropout, MultiheadAttention
 from ..layers.precision import at_least_float32
-from ..layers.tuned import in_slices, relu
-from .encoder import DeformableTransformerEncoder
+from ..layers.tuned import relu
+from .encoder import DeformableTransformerEncoder, EncoderLayer
 from .geometry import Geometry, flatten_levels
-from .layer_stack import LayerSource, run_layer, stack_layers
+from .layer_stack import LayerSource, check_width, init_matrices, run_layer, stack_layers
 from .reference_points import SpatialShapes
 from .transformer import TransformerOutput
 
 
-class DenseEncoderLayer(nn.Module):
+class DenseEncoderLayer(EncoderLayer):
     """Self-attention among all cells and feed-forward network, post-norm.
 
     It stands where :class:`DeformableTransformerEncoderLayer` may, in the same stack.
@@ -29,15 +29,8 @@ class DenseEncoderLayer(nn.Module):
     def __init__(
         self, *, d_model: int = 256, dim_feedforward: int = 2048, dropout: float = 0.1, n_heads: int = 8
     ) -> None:
-        super().__init__()
-        self.self_attn = MultiheadAttention(d_model, n_heads, dropout=dropout)
-        self.dropout1 = Dropout(dropout)
-        self.norm1 = nn.LayerNorm(d_model)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.dropout = Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, d_model)
-        self.dropout2 = Dropout(dropout)
-        self.norm2 = nn.LayerNorm(d_model)
+        attention = MultiheadAttention(d_model, n_heads, dropout=dropout)
+        super().__init__(attention, d_model=d_model, dim_feedforward=dim_feedforward, dropout=dropout)
 
     def forward(
         self,
@@ -50,12 +43,7 @@ class DenseEncoderLayer(nn.Module):
         """src, pos: (N, S, C); padding_mask: (N, S); where cells are does not matter. Returns (N, S, C)."""
         query = src + pos
         attended = self.self_attn(query, query, src, key_padding_mask=padding_mask, need_weights=False)[0]
-        src = self.norm1(src + self.dropout1(attended))
-        return in_slices(self._feed_forward, src)
-
-    def _feed_forward(self, src: Tensor) -> Tensor:
-        """(..., C) -> (..., C), row by row."""
-        return self.norm2(src + self.dropout2(self.linear2(self.dropout(relu(self.linear1(src))))))
+        return self._after_attention(src, attended)
 
 
 class DenseDecoderLayer(nn.Module):
@@ -175,8 +163,7 @@ class DenseTransformer(nn.Module):
         activation_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        if d_model % 4 or d_model % n_heads:
-            raise ValueError(f"d_model ({d_model}) must be divisible by 4 and by n_heads ({n_heads})")
+        check_width(d_model, n_heads)
         layer = {"d_model": d_model, "dim_feedforward": dim_feedforward, "dropout": dropout, "n_heads": n_heads}
         self.encoder = DeformableTransformerEncoder(
             partial(DenseEncoderLayer, **layer), num_encoder_layers, activation_checkpoint=activation_checkpoint
@@ -189,9 +176,7 @@ class DenseTransformer(nn.Module):
         )
         self.d_model = d_model
         self.num_decoder_layers = num_decoder_layers
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
+        init_matrices(self)
 
     def forward(
         self, features: Sequence[Tensor], geometry: Geometry, *, query_embed: Tensor, bbox_embed: Sequence[nn.Module]

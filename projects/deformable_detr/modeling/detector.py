@@ -25,7 +25,7 @@ from .compilation import compile_parts, running_compiled
 from .criterion import SetCriterion
 from .detections import Detections, to_instances
 from .geometry import Geometry, get_geometry
-from .matcher import Target
+from .matcher import HungarianMatcher, Target
 from .padding import get_valid_sizes
 from .padding_invariance import MaskedPadding, check_invariance
 from .proposals import silence
@@ -121,6 +121,30 @@ class SetPredictionDetector(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
         }
+
+    @staticmethod
+    def criterion_from_config(node: CfgNode, classification: Classification, **further: Any) -> SetCriterion:
+        """Build matcher and criterion of this project's section of a configuration.
+
+        Args:
+            classification: how both read logits.
+            further: arguments of the criterion that a model has besides.
+        """
+        matcher = HungarianMatcher(
+            cost_class=node.COST_CLASS,
+            cost_bbox=node.COST_L1,
+            cost_giou=node.COST_GIOU,
+            classification=classification,
+        )
+        return SetCriterion(
+            matcher,
+            class_weight=node.CLASS_WEIGHT,
+            bbox_weight=node.L1_WEIGHT,
+            giou_weight=node.GIOU_WEIGHT,
+            aux_loss=node.AUX_LOSS,
+            classification=classification,
+            **further,
+        )
 
     @property
     def device(self) -> torch.device:

@@ -17,7 +17,6 @@ from .dense_transformer import DenseTransformer
 from .detector import SetPredictionDetector, check_levels
 from .geometry import Geometry
 from .heads import MLP
-from .matcher import HungarianMatcher
 from .transformer import TransformerOutput
 
 
@@ -86,16 +85,8 @@ class DETR(SetPredictionDetector):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = project_node(cfg)
-        shared = super().from_config(cfg)
-        classification = SoftmaxClassification(node.EOS_COEF)
-        matcher = HungarianMatcher(
-            cost_class=node.COST_CLASS,
-            cost_bbox=node.COST_L1,
-            cost_giou=node.COST_GIOU,
-            classification=classification,
-        )
         return {
-            **shared,
+            **super().from_config(cfg),
             "transformer": DenseTransformer(
                 d_model=node.HIDDEN_DIM,
                 n_heads=node.NHEADS,
@@ -105,14 +96,7 @@ class DETR(SetPredictionDetector):
                 dropout=node.DROPOUT,
                 activation_checkpoint=node.ACTIVATION_CHECKPOINT,
             ),
-            "criterion": SetCriterion(
-                matcher,
-                class_weight=node.CLASS_WEIGHT,
-                bbox_weight=node.L1_WEIGHT,
-                giou_weight=node.GIOU_WEIGHT,
-                aux_loss=node.AUX_LOSS,
-                classification=classification,
-            ),
+            "criterion": cls.criterion_from_config(node, SoftmaxClassification(node.EOS_COEF)),
         }
 
     def transform(

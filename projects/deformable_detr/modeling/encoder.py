@@ -12,7 +12,38 @@ from .layer_stack import LayerSource, run_layer, stack_layers
 from .reference_points import SpatialShapes
 
 
-class DeformableTransformerEncoderLayer(nn.Module):
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward network, post-norm, without a ``forward``: kinds of attention differ in it.
+
+    Args:
+        self_attn: the attention, (N, S, C) -> (N, S, C).
+        d_model, dim_feedforward: widths C and of the network.
+        dropout: dropout probability.
+    """
+
+    def __init__(self, self_attn: nn.Module, *, d_model: int, dim_feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = self_attn
+        self.dropout1 = Dropout(dropout)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.dropout2 = Dropout(dropout)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        self.dropout3 = Dropout(dropout)
+        self.norm2 = nn.LayerNorm(d_model)
+
+    def _after_attention(self, src: Tensor, attended: Tensor) -> Tensor:
+        """(N, S, C) of the layer's input and of what it attends to -> (N, S, C)."""
+        src = self.norm1(src + self.dropout1(attended))
+        return in_slices(self._feed_forward, src)
+
+    def _feed_forward(self, src: Tensor) -> Tensor:
+        """(..., C) -> (..., C), row by row."""
+        expanded = self.linear2(self.dropout2(relu(self.linear1(src))))
+        return self.norm2(src + self.dropout3(expanded))
+
+
+class DeformableTransformerEncoderLayer(EncoderLayer):
     """Deformable self-attention and feed-forward network, post-norm."""
 
     def __init__(
@@ -25,15 +56,8 @@ class DeformableTransformerEncoderLayer(nn.Module):
         n_heads: int = 8,
         n_points: int = 4,
     ) -> None:
-        super().__init__()
-        self.self_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
-        self.dropout1 = Dropout(dropout)
-        self.norm1 = nn.LayerNorm(d_model)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.dropout2 = Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, d_model)
-        self.dropout3 = Dropout(dropout)
-        self.norm2 = nn.LayerNorm(d_model)
+        attention = MSDeformAttn(d_model, n_levels, n_heads, n_points)
+        super().__init__(attention, d_model=d_model, dim_feedforward=dim_feedforward, dropout=dropout)
 
     def forward(
         self,
@@ -45,13 +69,7 @@ class DeformableTransformerEncoderLayer(nn.Module):
     ) -> Tensor:
         """src, pos: (N, S, C); reference_points: (N, S, L, 2); padding_mask: (N, S). Returns (N, S, C)."""
         attended = self.self_attn(src + pos, reference_points, src, spatial_shapes, padding_mask)
-        src = self.norm1(src + self.dropout1(attended))
-        return in_slices(self._feed_forward, src)
-
-    def _feed_forward(self, src: Tensor) -> Tensor:
-        """(..., C) -> (..., C), row by row."""
-        expanded = self.linear2(self.dropout2(relu(self.linear1(src))))
-        return self.norm2(src + self.dropout3(expanded))
+        return self._after_attention(src, attended)
 
 
 class DeformableTransformerEncoder(nn.Module):

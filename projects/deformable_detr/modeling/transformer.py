@@ -17,6 +17,7 @@ from ..layers.precision import at_least_float32
 from .decoder import DeformableTransformerDecoder, DeformableTransformerDecoderLayer
 from .encoder import DeformableTransformerEncoder, DeformableTransformerEncoderLayer
 from .geometry import Geometry, flatten_levels
+from .layer_stack import check_width, init_matrices
 from .proposals import Proposals, block_padding, propose
 from .queries import AnchorPositions, ExtraQueries, Queries, encode_boxes
 
@@ -96,8 +97,7 @@ class DeformableTransformer(nn.Module):
         activation_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        if d_model % 4 or d_model % n_heads:
-            raise ValueError(f"d_model ({d_model}) must be divisible by 4 and by n_heads ({n_heads})")
+        check_width(d_model, n_heads)
         switches = {
             "with_box_refine": with_box_refine,
             "anchor_query_pos": anchor_query_pos,
@@ -160,9 +160,7 @@ class DeformableTransformer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise as the official code: Xavier for all matrices, then what attention and embeddings override."""
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
+        init_matrices(self)
         for module in self.modules():
             if isinstance(module, MSDeformAttn):
                 module.reset_parameters()
