@@ -17,7 +17,8 @@ _MAX_POINTS = 400
 _MAX_NUMBERED = 12
 
 
-def _figure(size: tuple[float, float] = _SIZE) -> tuple[Figure, Axes]:
+def new_figure(size: tuple[float, float] = _SIZE) -> tuple[Figure, Axes]:
+    """Return a figure of ``size`` in inches, and its axes."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -43,7 +44,7 @@ def curves(metrics: Metrics, labels: Mapping[str, str], *, ylabel: str = "", mar
     Args:
         labels: metric -> its name in the legend; decoder layers and the encoder get colours by their order.
     """
-    figure, axes = _figure()
+    figure, axes = new_figure()
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(labels))) if len(labels) > 4 else [None] * len(labels)
     for (name, label), colour in zip(labels.items(), colours, strict=True):
         iterations, values = series(metrics, name)
@@ -71,7 +72,7 @@ def curves(metrics: Metrics, labels: Mapping[str, str], *, ylabel: str = "", mar
 def bars(values: Mapping[str, float], earlier: Mapping[str, float]) -> Figure:
     """Draw AP (%) of categories, the best first; a ring marks what the evaluation before had."""
     names = sorted(values, key=values.get)
-    figure, axes = _figure((5.2, 0.7 + 0.2 * len(names)))
+    figure, axes = new_figure((5.2, 0.7 + 0.2 * len(names)))
     axes.barh(range(len(names)), [values[name] for name in names], color="#3b75af", height=0.7)
     rings = [(earlier[name], row) for row, name in enumerate(names) if np.isfinite(earlier.get(name, np.nan))]
     if rings:
@@ -87,7 +88,7 @@ def bars(values: Mapping[str, float], earlier: Mapping[str, float]) -> Figure:
 def precision_recall(recall: np.ndarray, precision: Mapping[str, np.ndarray], *, small: bool = False) -> Figure:
     """Draw precision over recall, one line for each IoU threshold; AP in percent in the legend, for which a small one
     has no room."""
-    figure, axes = _figure((2.6, 2.4) if small else _SIZE)
+    figure, axes = new_figure((2.6, 2.4) if small else _SIZE)
     for label, values in precision.items():
         axes.plot(recall, values, label=f"{label}: AP {100 * values.mean():.1f}", linewidth=1.3)
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
@@ -119,7 +120,7 @@ def confusion(counts: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -
 
 def scores(values: np.ndarray, correct: np.ndarray, threshold: float) -> Figure:
     """Draw how many detections have which score, those that found an object of their class apart."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     groups = [values[correct], values[~correct]]
     axes.hist(groups, bins=np.linspace(0, 1, 21), stacked=True, label=["right", "wrong"], color=["#3b8f5a", "#c8553d"])
     axes.axvline(threshold, color="black", linewidth=1, linestyle=":")
@@ -132,7 +133,7 @@ def scores(values: np.ndarray, correct: np.ndarray, threshold: float) -> Figure:
 
 def calibration(values: np.ndarray, correct: np.ndarray) -> Figure:
     """Draw the share of right detections by score; on the diagonal a score is a probability."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     edges = np.linspace(0, 1, 11)
     bins = np.clip(np.digitize(values, edges) - 1, 0, 9)
     counts = np.bincount(bins, minlength=10)

@@ -8,13 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-_SIZE = (5.2, 3.3)  # inches
+from ..report.figures import new_figure
 
 
 def _figure(**labels: Any) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=_SIZE, layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, axes = new_figure()
     axes.grid(alpha=0.3)
     axes.set(**labels)
     return figure, axes
