@@ -65,7 +65,7 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     node.DROPOUT = 0.1
     # Compute every encoder and decoder layer a second time in the backward pass, in place of keeping its activations.
     node.ACTIVATION_CHECKPOINT = False
-    # Let torch.compile make programs of backbone and transformer for training.
+    # Let torch.compile make a program of the transformer for training.
     node.COMPILE = False
     # Sampling points K of the paper, per head and level.
     node.ENC_N_POINTS = 4

@@ -1,4 +1,4 @@
-"""torch.compile of a detector's parts, for training with batches of any size."""
+"""torch.compile of a part of a detector, for training with batches of any size."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -7,16 +7,15 @@ import torch
 from torch import nn
 
 
-def compile_parts(*parts: nn.Module, backend: str) -> None:
-    """Let modules compile themselves when they are called for the first time; names of parameters stay.
+def compile_for_all_sizes(part: nn.Module, *, backend: str) -> None:
+    """Let a module compile itself when it is called for the first time; names of its parameters stay.
 
     Raises:
         RuntimeError: if PyTorch cannot leave compiled modules as they are for a while (before 2.6).
     """
     if not hasattr(torch.compiler, "set_stance"):
         raise RuntimeError(f"compilation for training needs PyTorch 2.6 or newer, this is {torch.__version__}")
-    for part in parts:
-        part.compile(dynamic=True, backend=backend)
+    part.compile(dynamic=True, backend=backend)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ..layers import PositionEmbeddingSine
 from ..layers.precision import at_least_float32, wide
 from .backbone import canvas_divisibility, project_node
 from .classification import Classification, FocalClassification
-from .compilation import compile_parts, running_compiled
+from .compilation import compile_for_all_sizes, running_compiled
 from .criterion import SetCriterion
 from .detections import Detections, to_instances
 from .geometry import Geometry, get_geometry
@@ -180,9 +180,10 @@ class SetPredictionDetector(nn.Module):
         return self.criterion(outputs, targets)
 
     def compile_for_training(self, *, backend: str = "inductor") -> None:
-        """Let backbone and transformer compile in the first training step, for batches of all sizes; in place.
+        """Let the transformer compile in the first training step, as one program for batches of all sizes; in place.
 
-        In evaluation, and in copies of the model, they run as they are written.
+        In evaluation, and in copies of the model, it runs as it is written. The backbone always does: PyTorch's default
+        compiler would make another program of it for every canvas (docs/performance.md).
 
         Raises:
             RuntimeError: if PyTorch is too old.
@@ -190,7 +191,7 @@ class SetPredictionDetector(nn.Module):
         """
         if self.padding_invariant:
             raise ValueError("a model that is padding_invariant cannot be compiled for training")
-        compile_parts(self.backbone, self.transformer, backend=backend)
+        compile_for_all_sizes(self.transformer, backend=backend)
         self.is_compiled = True
 
     def predict_for_training(self, images: ImageList, targets: Sequence[Target]) -> dict[str, Tensor]:

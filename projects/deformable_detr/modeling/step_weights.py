@@ -25,12 +25,12 @@ _KEPT = "_kept_constants"
 def ready_weights(model: nn.Module) -> Iterator[None]:
     """Let the modules of a detector find their weights as they need them; without gradients do nothing.
 
-    Nothing either for a compiled model, whose programs do the same.
+    A compiled transformer is left out, whose program does the same.
 
     A module reads an attribute of its own before it looks for a parameter of that name: for the duration of the context
     such attributes hold the ready weights. Parameters, gradients and hooks stay where they are.
     """
-    if model.is_compiled or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         yield
         return
     with ExitStack() as stack:
@@ -46,11 +46,14 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     Left out are backbones that we do not know, and layers that compute a second time in the backward pass, when the
     context is over.
     """
-    layers = [model.class_embed, model.bbox_embed]
+    layers = []
     if isinstance(model.backbone, MultiScaleBackbone):
         layers.append(model.backbone.input_proj)
         if isinstance(model.backbone.bottom_up, ResNet):
             layers += model.backbone.bottom_up.children()
+    if model.is_compiled:
+        return layers  # Heads are called in the transformer as well.
+    layers += [model.class_embed, model.bbox_embed]
     for part in model.transformer.children():
         if not hasattr(part, "layers"):
             layers.append(part)
