@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from deformable_detr.benchmark.__main__ import main
-from deformable_detr.benchmark.inference import count_flops, tf32
-from deformable_detr.benchmark.peers import build, make_batch
+from deformable_detr.benchmark.inference import count_flops, make_inference, tf32
+from deformable_detr.benchmark.launches import count_launches
+from deformable_detr.benchmark.peers import Ours, build, make_batch
 from deformable_detr.benchmark.timing import peak_memory, summarise
+from deformable_detr.benchmark.train import make_step
+from deformable_detr.modeling import prepare_for_inference
 
 VARIANT = "deformable_detr_R_50_two_stage"
 
@@ -117,6 +120,28 @@ def test_a_prepared_model_dispatches_less_than_half_of_the_operations(run):
     modes = ("--modes", "eager", "prepared", "--precision", "bfloat16")
     eager, prepared = run("model", "--sizes", "128x160", "--launches", "--peers", *modes)
     assert prepared["mode"] == "prepared" and prepared["forward"] < eager["forward"] / 2
+
+
+def test_a_step_and_a_prepared_inference_dispatch_no_more_than_they_may():
+    """2,096 and 521 in the standard model too: widths, which are small here, change no count."""
+    opts = ["MODEL.DEFORMABLE_DETR.HIDDEN_DIM", 32, "MODEL.DEFORMABLE_DETR.DIM_FEEDFORWARD", 8]
+    opts += [
+        "MODEL.RESNETS.RES2_OUT_CHANNELS",
+        16,
+        "MODEL.RESNETS.STEM_OUT_CHANNELS",
+        8,
+        "MODEL.RESNETS.WIDTH_PER_GROUP",
+        8,
+    ]
+    batch = make_batch(128, 160, size=1, device="cpu")
+    ours = build("deformable_detr", VARIANT, batch, opts=[str(value) for value in opts])
+    detector = Ours(prepare_for_inference(ours.model, dtype=torch.bfloat16)).eval()
+    calls = make_step(ours, batch, dtype="bfloat16"), make_inference(detector, batch, dtype="bfloat16")
+    for call in calls:
+        call()  # The first one fills caches.
+    step, inference = (count_launches(call, model).total() for call, model in zip(calls, (ours, detector), strict=True))
+    assert step <= 2100
+    assert inference <= 530
 
 
 def test_train_benchmark_shows_what_checkpointing_saves(run):
