@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "collect_env": {"cli", "layers", "wording"},
     "detect": {"checkpoint", "data", "files", "loading", "modeling", "wording"},
     "explain": {"data", "detect", "files", "layers", "loading", "modeling"},
-    "report": {"config", "data", "detect", "files", "training"},
+    "report": {"config", "data", "detect", "files", "training", "wording"},
     "export": {"files", "layers", "loading", "modeling"},
     "benchmark": {"checkpoint", "cli", "files", "layers", "loading", "modeling", "solver"},
     "study": {

@@ -12,7 +12,7 @@ from deformable_detr.benchmark import inference
 from deformable_detr.checkpoint import __main__ as checkpoint
 from deformable_detr.detect import __main__ as detect
 from deformable_detr.engine import argument_parser
-from deformable_detr.wording import message_of, name_first, suggest
+from deformable_detr.wording import counted, message_of, name_first, suggest
 
 NAME = "deformable_detr_R_50"
 
@@ -192,6 +192,10 @@ def test_names_beyond_the_first_are_counted():
     assert name_first([]) == "none"
     assert name_first(["a", "b"], limit=2) == "a, b"
     assert name_first(["a", "b", "c"], limit=2) == "a, b and 1 more"
+
+
+def test_a_noun_is_singular_for_one_alone():
+    assert [counted(n, "level") for n in (0, 1, 2)] == ["0 levels", "1 level", "2 levels"]
 
 
 def test_the_nearest_name_is_suggested_and_no_far_one():

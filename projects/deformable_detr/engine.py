@@ -374,7 +374,8 @@ def _prepare(model: nn.Module, cfg: CfgNode | DictConfig, precision: str | None,
     if settings.per_layer_ap or not isinstance(unwrap(model), SetPredictionDetector):
         if precision or cuda_graphs:
             raise ValueError(
-                f"--precision and --cuda-graphs are for a DeformableDETR without {settings.keys['per_layer_ap']}"
+                f"--precision and --cuda-graphs need a DeformableDETR or a DETR and {settings.keys['per_layer_ap']} "
+                f"False, got {type(unwrap(model)).__name__} and {settings.per_layer_ap}"
             )
         return model
     dtype = {"float32": torch.float32, **DTYPES, None: Precision.of(settings, model).dtype}[precision]

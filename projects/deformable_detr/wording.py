@@ -27,6 +27,11 @@ def name_first(names: Sequence[str], *, limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "") if names else "none"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, whose plural ends in "s": "1 image", "2 images", "0 images"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def suggest(name: str, known: Sequence[str], *, cutoff: float = 0.5) -> str:
     """Return the known name that a misspelt one is nearest to, as the end of a sentence; empty where none is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)

@@ -163,6 +163,16 @@ def test_large_scale_jitter_resizes_and_crops_and_boxes_stay_on_their_object(tmp
         torch.testing.assert_close(box, bright.float(), atol=1.5, rtol=0)
 
 
+def test_large_scale_jitter_leaves_a_line_of_a_long_image():
+    """400x1 fitted to 100 pixels would be 100 x 0.25."""
+    augmentation = build_detr_augmentation(
+        is_train=True, min_size=[64], max_size=96, lsj_size=200, lsj_scale=(0.5, 0.5)
+    )
+    data = T.AugInput(np.full((1, 400, 3), 7, dtype=np.uint8))
+    T.AugmentationList(augmentation)(data)
+    assert data.image.shape == (1, 100, 3) and (data.image == 7).all()
+
+
 def test_colour_jitter_moves_each_property_by_its_amount():
     np.random.seed(2)
     gray = np.full((8, 8, 3), 100, dtype=np.uint8)

@@ -8,6 +8,7 @@ from deformable_detr import load_config, prepare_for_inference
 from deformable_detr.modeling import DETR, HungarianMatcher, SetCriterion
 from deformable_detr.modeling import detector as room
 from deformable_detr.modeling.padding import padding_masks
+from deformable_detr.training.per_layer_ap import EveryLayer
 
 # Total and trainable parameters of the official models, with 91 classes and "no object".
 OFFICIAL_PARAMETERS = {"detr_R_50": (41_524_768, 41_302_368), "detr_R_101_DC5": (60_464_672, 60_242_272)}
@@ -146,6 +147,17 @@ def test_a_copy_prepared_for_inference_detects_the_same(make_detr, batch, random
         for images in (batch, batch[:1]):
             for ours, theirs in zip(prepared(images), model(images), strict=True):
                 torch.testing.assert_close(ours["instances"].scores, theirs["instances"].scores, **tolerance)
+
+
+def test_layers_are_told_apart_for_their_ap(make_detr, batch, randomize):
+    model = randomize(make_detr()).eval()
+    every_layer = EveryLayer(model)
+    with torch.no_grad():
+        layers, expected = every_layer(batch), model(batch)
+    assert len(layers) == every_layer.num_layers == 3
+    for first, last, x in zip(layers[0], layers[-1], expected, strict=True):
+        assert torch.equal(last["instances"].scores, x["instances"].scores)
+        assert not torch.equal(first["instances"].scores, x["instances"].scores)
 
 
 def test_a_compiled_transformer_is_one_graph(make_detr, batch):

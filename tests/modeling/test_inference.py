@@ -106,7 +106,7 @@ def test_the_geometry_of_few_canvases_is_kept_and_of_no_padded_batch(model, make
 
 def test_what_cannot_be_prepared_is_named(make_model):
     model = make_model()
-    with pytest.raises(TypeError, match="needs a DeformableDETR, got Linear"):
+    with pytest.raises(TypeError, match="needs a DeformableDETR or a DETR, got Linear"):
         prepare_for_inference(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="floating point type, got torch.int8"):
         prepare_for_inference(model, dtype=torch.int8)

@@ -48,7 +48,7 @@ def test_evaluating_layers_leaves_the_mode_of_the_model(model_and_batch, mode):
 
 
 def test_another_model_is_refused():
-    with pytest.raises(TypeError, match="PER_LAYER_AP needs a DeformableDETR, got Linear"):
+    with pytest.raises(TypeError, match="PER_LAYER_AP needs a DeformableDETR or a DETR, got Linear"):
         EveryLayer(nn.Linear(1, 1))
 
 
@@ -75,3 +75,7 @@ def test_every_layer_is_evaluated_on_request(run, tmp_path):
     assert results.keys() == {"bbox", "bbox_layer_0", "bbox_layer_1"}
     own = {name: value for name, value in results["bbox"].items() if not name.startswith("AP-")}
     assert "AP" in own and results["bbox_layer_1"] == pytest.approx(own, nan_ok=True)
+    with pytest.raises(
+        ValueError, match=r"--precision .*(PER_LAYER_AP|per_layer_ap) False, got DeformableDETR and True"
+    ):
+        run(tmp_path / "run", "--eval-only", "--precision", "bfloat16", per_layer_ap=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..wording import counted
 from .classes import ENCODER_OUTPUT
 from .sources import BOTTOM_UP, DENSE_ATTENTION, Source
 
@@ -157,7 +158,7 @@ def _name_model(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     parts = (family_of(facts), _name_backbone(tensors), facts["num_feature_levels"])
     family, backbone, levels = parts
     example = f": configuration {_CONFIGURATIONS[parts]}" if parts in _CONFIGURATIONS else ""
-    return f"{family} ({backbone or 'another backbone'}, {levels} {'level' if levels == 1 else 'levels'}{example})"
+    return f"{family} ({backbone or 'another backbone'}, {counted(levels, 'level')}{example})"
 
 
 def _name_backbone(tensors: Mapping[str, Tensor]) -> str | None:

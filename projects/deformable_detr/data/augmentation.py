@@ -49,6 +49,14 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         return (size, scaled_long) if oldh < oldw else (scaled_long, size)
 
 
+class ResizeScale(T.ResizeScale):
+    """Detectron2's, which never rounds the short side of a long image to nothing."""
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        resize = super().get_transform(image)
+        return T.ResizeTransform(resize.h, resize.w, max(resize.new_h, 1), max(resize.new_w, 1), resize.interp)
+
+
 class RandomApply(T.RandomApply):
     """Detectron2's, which tells of itself what it applies."""
 
@@ -116,7 +124,7 @@ def _large_scale_jitter(size: int, min_scale: float, max_scale: float) -> list[T
             f"({min_scale}, {max_scale})"
         )
     # Smaller images are padded with their batch, where they are masked.
-    return [T.ResizeScale(min_scale, max_scale, size, size), T.FixedSizeCrop((size, size), pad=False)]
+    return [ResizeScale(min_scale, max_scale, size, size), T.FixedSizeCrop((size, size), pad=False)]
 
 
 def _colour_jitter(**amounts: float) -> list[T.Augmentation]:

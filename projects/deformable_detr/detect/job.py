@@ -13,6 +13,7 @@ from detectron2.structures import Instances
 from tqdm import tqdm
 
 from ..files import show
+from ..wording import counted
 from .drawing import LARGEST_PICTURE, draw_detections, draw_frame
 from .images import ImageError, prepare_image, read_image, save_image, shrink
 from .inputs import Source, local_file
@@ -78,8 +79,8 @@ class Job:
     def summary(self) -> str:
         """Say how much was found in how much."""
         counts = [(self.images, "image"), (self.frames, "video frame"), (self.failures, "failure")]
-        shown = [_count(n, noun) for n, noun in counts if n or noun == "image"]
-        return f"{_count(self.detections, 'detection')} in {', '.join(shown)}"
+        shown = [counted(n, noun) for n, noun in counts if n or noun == "image"]
+        return f"{counted(self.detections, 'detection')} in {', '.join(shown)}"
 
     def _load(self, source: Source) -> tuple[dict, np.ndarray] | None:
         """Return the model's input, and a picture to draw on that is small enough to be kept until then."""
@@ -166,7 +167,3 @@ def _open_video(source: Source) -> Iterator[Video]:
     else:
         with local_file(source.path) as path:
             yield VideoReader(path)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"

@@ -47,7 +47,7 @@ def prepare_for_inference(
         ValueError: on a ``dtype`` that is not floating point, or on ``cuda_graphs`` without CUDA.
     """
     if not isinstance(model, SetPredictionDetector):
-        raise TypeError(f"prepare_for_inference needs a DeformableDETR, got {type(model).__name__}")
+        raise TypeError(f"prepare_for_inference needs a DeformableDETR or a DETR, got {type(model).__name__}")
     dtype = model.dtype if dtype is None else dtype
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating point type, got {dtype}")

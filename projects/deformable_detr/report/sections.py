@@ -10,6 +10,7 @@ import numpy as np
 
 from ..detect.drawing import missing_letters
 from ..training.metrics import series, training_seconds
+from ..wording import counted
 from . import figures
 from .evaluation import Evaluation
 from .gallery import draw_pair, evenly_spaced, group_coco_detections
@@ -65,7 +66,7 @@ def summary(run: Run) -> list[Part]:
         rows.append(("Time of the iterations", str(timedelta(seconds=round(seconds))), "without evaluations"))
     if times := run.log_times():
         starts = run.log.count("Command line arguments:")
-        text = f"{times[0]} to {times[1]}, {starts} start{'s' if starts > 1 else ''}"
+        text = f"{times[0]} to {times[1]}, {counted(starts, 'start')}"
         rows.append(("Log", text, "month/day and time of the training machine"))
     settings = {
         "Images per iteration": (run.setting("batch"), "on all devices together"),

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ..wording import counted
+
 # A tenth of a millisecond or so. GNU OpenMP's own 300,000 are some milliseconds: longer than a busy machine lets a
 # thread run, so that threads use up their turns waiting for one that has none. With 3,000 and fewer, threads fall
 # asleep between the operations of a small model and have to be woken for each.
@@ -48,7 +50,7 @@ def describe_load() -> str | None:
         return None
     told = (
         f"This machine is busy: {load:.1f} processes wanted its {cores} cores in the last minute, and this one has "
-        f"{threads} thread{'s' * (threads > 1)}. It will take longer"
+        f"{counted(threads, 'thread')}. It will take longer"
     )
     return told if threads == 1 else f"{told}; OMP_NUM_THREADS=1 in front of the command helps, or wait for the others"
 

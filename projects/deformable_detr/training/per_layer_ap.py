@@ -26,7 +26,7 @@ class EveryLayer(nn.Module):
         # Detectron2 puts a model back into the mode in which it was; this one has none of its own.
         self.training = self.model.training
         if not hasattr(self.model, "predict"):
-            raise TypeError(f"{key} needs a DeformableDETR, got {type(self.model).__name__}")
+            raise TypeError(f"{key} needs a DeformableDETR or a DETR, got {type(self.model).__name__}")
 
     @property
     def num_layers(self) -> int:
