@@ -2,13 +2,16 @@ import dataclasses
 import json
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 from deformable_detr.study import run as running
 from deformable_detr.study.cells import Workshop
+from deformable_detr.study.children import Children
 from deformable_detr.study.page import BEGIN, END, as_markdown, fill_markdown
-from deformable_detr.study.run import make_page, run_studies, summaries
+from deformable_detr.study.run import count_finished, make_page, run_studies, summaries
 from deformable_detr.study.table import Cell, read_table
 
 ALL_CELLS = ["detr-1", "multi_scale-1", "detr-2", "multi_scale-2"]
@@ -79,6 +82,61 @@ def test_a_cell_that_fails_keeps_no_other_from_its_turn(workshop, no_page):
         run_studies(workshop, ["pair"], seeds=2)
     assert workshop.trained == ALL_CELLS
     assert [workshop.state(Cell("detr", seed)) for seed in (1, 2)] == ["begun", "finished"]
+
+
+def test_cells_run_side_by_side_and_their_results_do_not_depend_on_it(workshop, no_page, monkeypatch):
+    meeting = threading.Barrier(2, timeout=20)
+    train = type(workshop)._train
+
+    def wait_for_the_other(*arguments):
+        meeting.wait()
+        train(*arguments)
+
+    monkeypatch.setattr(type(workshop), "_train", wait_for_the_other)
+    run_studies(again(workshop, jobs=2, threads=3), ["pair"], seeds=1)
+    result = workshop.result(Cell("detr", 1))
+    assert result["jobs"] == 2 and "; 3 threads;" in result["machine"]
+    assert result["curve"][-1]["AP"] == 10.0
+    (line,) = summaries(workshop, ["pair"], seeds=1)["pair"]["trained_on"]
+    assert line == f"{result['machine']}; 2 trainings side by side"
+
+
+def test_a_seed_is_done_before_the_next_one_and_in_it_the_longest_cells_first():
+    cells = [
+        Cell("detr", 2),
+        Cell("detr", 1),
+        Cell("two_stage_30", 1),
+        Cell("two_stage_900", 1),
+        Cell("multi_scale", 1),
+    ]
+    ordered = [str(cell) for cell in read_table().longest_first(cells)]
+    assert ordered == ["two_stage_900-1", "two_stage_30-1", "detr-1", "multi_scale-1", "detr-2"]
+
+
+def test_whatever_ends_the_study_ends_its_trainings_and_writes_the_page(workshop, monkeypatch):
+    def train(workshop, config, run_folder):
+        if run_folder.name == "multi_scale-1":
+            while not (workshop.folder / "runs" / "detr-1" / "console.txt").is_file():
+                time.sleep(0.01)
+            sys.exit(143)
+        workshop._run_child(["sleep", "60"], run_folder)
+
+    pages, started = [], time.monotonic()
+    monkeypatch.setattr(running, "write_results", lambda folder, *_, **__: pages.append(folder))
+    monkeypatch.setattr(type(workshop), "_train", train)
+    both = again(workshop, jobs=2)
+    with pytest.raises(SystemExit):
+        run_studies(both, ["pair"], seeds=1)
+    assert time.monotonic() - started < 30 and pages
+    assert [both.state(cell) for cell in both.table.cells(["pair"], seeds=1)] == ["begun", "begun"]
+    with pytest.raises(RuntimeError, match="the study ends"):
+        both.children.run(["true"], workshop.folder / "console.txt", keep_open=1)
+    assert count_finished(both, ["pair"], seeds=1) == "0 of 2 cells are finished"
+
+
+def test_a_child_has_its_share_of_the_threads(tmp_path):
+    Children(threads=3).run(["sh", "-c", "echo $OMP_NUM_THREADS"], tmp_path / "said.txt", keep_open=1)
+    assert (tmp_path / "said.txt").read_text() == "3\n"
 
 
 def test_results_of_other_settings_are_refused_and_labels_do_not_matter(workshop, no_page):

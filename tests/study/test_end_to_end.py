@@ -5,14 +5,18 @@ import json
 import pytest
 
 from deformable_detr.engine import train_net
+from deformable_detr.study import queries
 from deformable_detr.study.__main__ import main
 from deformable_detr.study.cells import Workshop
 from deformable_detr.study.page import BEGIN, END
 
 
-def train_here(workshop, config, run_folder):
+def run_here(workshop, command, run_folder):
     """As Workshop does, in this process, which has loaded all that it needs."""
-    train_net(workshop.command(config, run_folder)[4:])
+    if command[2].endswith(".queries"):
+        queries.main(command[3:])
+    else:
+        train_net(command[4:])
 
 
 @pytest.mark.slow
@@ -21,8 +25,9 @@ def test_two_variants_are_trained_timed_and_shown_and_a_killed_one_goes_on(tmp_p
     notes.write_text(f"{BEGIN}\n{END}\n")
     arguments = ["queries", "--size", "tiny", "--seeds", "1", "--output", str(folder)]
     arguments += ["--keep-weights", "--variants", "two_stage_30", "two_stage_300"]
-    main([*arguments, "--fill", str(notes)])
-    assert capfd.readouterr().out.splitlines()[-1] == str(folder / "study.html")
+    main([*arguments, "--jobs", "2", "--fill", str(notes)])
+    said = capfd.readouterr().out.splitlines()
+    assert said[-1] == str(folder / "study.html") and said[-2] == "2 of 2 cells are finished"
     files = [folder / "cells" / f"{name}-1.json" for name in ("two_stage_30", "two_stage_300")]
     few, many = (json.loads(file.read_text()) for file in files)
     assert [point["iteration"] for point in few["curve"]] == [point["iteration"] for point in many["curve"]] == [2, 4]
@@ -38,11 +43,12 @@ def test_two_variants_are_trained_timed_and_shown_and_a_killed_one_goes_on(tmp_p
     before = files[0].stat().st_mtime_ns
     main([*arguments, "--list"])
     assert capfd.readouterr().out.split() == ["finished", "two_stage_30-1", "begun", "two_stage_300-1"]
-    monkeypatch.setattr(Workshop, "_train", train_here)
+    monkeypatch.setattr(Workshop, "_run_child", run_here)
     main(arguments)
     assert json.loads(files[1].read_text())["curve"] == many["curve"]
     assert "Starting training from iteration 4" in (folder / "runs" / "two_stage_300-1" / "log.txt").read_text()
     assert files[0].stat().st_mtime_ns == before
+    assert [json.loads(file.read_text())["jobs"] for file in files] == [2, 1]
 
 
 def test_a_study_without_the_variants_asked_for_is_refused(tmp_path):

@@ -7,30 +7,28 @@ only once it is finished. Whatever ends in between is continued from its last ch
 import contextlib
 import fcntl
 import json
-import logging
-import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import LazyConfig
 
-from ..data.datasets import register_coco_data
+from ..benchmark.timing import describe_machine
 from ..data.shapes import VERSION, write_split
 from ..detect.results import RESULTS
-from ..engine import do_test
 from ..files import make_folder, write_json
-from ..loading import load_model
 from ..training.metrics import read_metrics
+from . import queries
+from .children import Children
 from .configs import build_config
-from .measures import EVALUATED, count_duplicates, learning_curve
+from .measures import count_duplicates, learning_curve
 from .table import Cell, Size, Table
 
-logger = logging.getLogger(__name__)
-
 _SEED = 0  # of the images: all cells learn the same ones
-_TOLD = 15  # lines of a training that has failed
+_BEGUN = "made_with.json"  # settings of a cell, in the folder of its training
 
 
 class Workshop:
@@ -41,11 +39,27 @@ class Workshop:
         table: what is studied.
         size: name of a size in it.
         keep_weights: leave the checkpoints of finished cells, some of which are large, where they are.
+        jobs: how many cells :meth:`run` is called for at the same time, from as many threads.
+        threads: of each training; None leaves their number to PyTorch.
     """
 
-    def __init__(self, folder: Path, table: Table, size: str, *, keep_weights: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        table: Table,
+        size: str,
+        *,
+        keep_weights: bool = False,
+        jobs: int = 1,
+        threads: int | None = None,
+    ) -> None:
+        if jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {jobs}")
         make_folder(folder)
         self.folder, self.table, self.size_name, self.keep_weights = folder, table, size, keep_weights
+        self.jobs, self.children = jobs, Children(threads=threads)
+        # Reading a LazyConfig replaces Python's own import for a moment.
+        self._reading_configs = threading.Lock()
 
     @property
     def size(self) -> Size:
@@ -81,10 +95,17 @@ class Workshop:
         return result
 
     def state(self, cell: Cell) -> str:
-        """Return "finished", "begun" or "to do"."""
+        """Return "finished", "begun" or "to do".
+
+        Raises:
+            ValueError: if it was finished or begun with other settings.
+        """
         if self.result(cell) is not None:
             return "finished"
-        return "begun" if self._run_folder(cell).is_dir() else "to do"
+        run_folder = self._run_folder(cell)
+        if (begun := run_folder / _BEGUN).is_file():
+            self._check_same(begun, json.loads(begun.read_text(encoding="utf-8")), cell)
+        return "begun" if run_folder.is_dir() else "to do"
 
     def draw_data(self) -> None:
         """Draw the images, unless they are there."""
@@ -100,9 +121,11 @@ class Workshop:
         """
         run_folder = self._run_folder(cell)
         make_folder(run_folder)
-        self._begin(run_folder / "made_with.json", cell)
+        if self.state(cell) == "begun":
+            write_json(run_folder / _BEGUN, self._fingerprint(cell), indent=1)
         config = run_folder / "study_config.yaml"
-        LazyConfig.save(build_config(self.table, self.size_name, cell), str(config))
+        with self._reading_configs:
+            LazyConfig.save(build_config(self.table, self.size_name, cell), str(config))
         self._train(config, run_folder)
         result = {
             "variant": cell.variant,
@@ -111,6 +134,9 @@ class Workshop:
             **count_duplicates(json.loads((run_folder / RESULTS).read_text(encoding="utf-8"))),
             "test_queries": self._evaluate_queries(cell, run_folder),
             "made_with": self._fingerprint(cell),
+            # These decide how long it took, and nothing else.
+            "jobs": self.jobs,
+            "machine": describe_machine([self.size.device], self.children.threads or torch.get_num_threads()),
         }
         make_folder(self._result_file(cell).parent)
         write_json(self._result_file(cell), result, indent=1)
@@ -129,36 +155,20 @@ class Workshop:
         return [*start, "--num-gpus", gpus, *flags, f"train.output_dir={json.dumps(str(run_folder))}"]
 
     def _train(self, config: Path, run_folder: Path) -> None:
-        told = run_folder / "console.txt"
-        with told.open("ab") as stream:
-            # The training keeps the lock of the folder, should it live longer than this process.
-            ended = subprocess.run(
-                self.command(config, run_folder), stdout=stream, stderr=stream, pass_fds=[self._lock.fileno()]
-            )
-        if ended.returncode:
-            lines = told.read_text(encoding="utf-8", errors="replace").splitlines()[-_TOLD:]
-            raise RuntimeError(
-                f"a training has failed with status {ended.returncode}, see {told}:\n" + "\n".join(lines)
-            )
+        self._run_child(self.command(config, run_folder), run_folder)
 
     def _evaluate_queries(self, cell: Cell, run_folder: Path) -> dict[str, dict[str, float]]:
         """Number of queries -> AP (%) of the trained model with as many."""
-        data, found = self.folder / "data" / "val", {}
-        for number in self.table.variants[cell.variant].test_queries:
-            register_coco_data("user_val", f"{data}.json", str(data))
-            output = run_folder / f"queries-{number}"
-            opts = [f"model.num_queries_test={number}", f"train.output_dir={json.dumps(str(output))}"]
-            loaded = load_model(str(run_folder), device=self.size.device, opts=opts)
-            with (run_folder / "console.txt").open("a") as told, contextlib.redirect_stdout(told):
-                scores = do_test(loaded.cfg, loaded.model)["bbox"]
-            found[str(number)] = {name: scores[name] for name in EVALUATED}
-        return found
+        numbers = self.table.variants[cell.variant].test_queries
+        if not numbers:
+            return {}
+        data = self.folder / "data" / "val"
+        self._run_child(queries.command(run_folder, data, numbers, device=self.size.device), run_folder)
+        return json.loads((run_folder / queries.RESULT).read_text(encoding="utf-8"))
 
-    def _begin(self, path: Path, cell: Cell) -> None:
-        if path.is_file():
-            self._check_same(path, json.loads(path.read_text(encoding="utf-8")), cell)
-        else:
-            write_json(path, self._fingerprint(cell), indent=1)
+    def _run_child(self, command: list[str], run_folder: Path) -> None:
+        # It keeps the lock of the folder, should it live longer than this process.
+        self.children.run(command, run_folder / "console.txt", keep_open=self._lock.fileno())
 
     def _check_same(self, path: Path, found: dict[str, Any], cell: Cell) -> None:
         expected = self._fingerprint(cell)

@@ -48,8 +48,13 @@ def _words(summary: Summary) -> list[Part]:
     machine = summary["machine"]
     return [
         Text(summary["question"]),
+        *map(Text, _trained_on(summary)),
         Text(f"Latency on {machine}." if machine else "Latency was not measured yet.", missing=not machine),
     ]
+
+
+def _trained_on(summary: Summary) -> list[str]:
+    return [f"Seconds of training on {place}." for place in summary["trained_on"]]
 
 
 def study_charts(name: str, summary: Summary) -> dict[str, Chart]:
@@ -114,6 +119,7 @@ def as_markdown(summaries: Mapping[str, Summary], *, size: str) -> str:
         for table in _tables(summary):
             lines = [table.header, ["---"] * len(table.header), *table.rows]
             parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        parts += _trained_on(summary)
         if summary["machine"]:
             parts.append(f"Latency on {summary['machine']}.")
     return "\n\n".join(parts)

@@ -3,7 +3,8 @@
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +13,72 @@ from .cells import Workshop
 from .latency import contenders, measure_latency
 from .page import write_results
 from .summary import summarise_study
+from .table import Cell
 
 logger = logging.getLogger(__name__)
 
 
 def run_studies(workshop: Workshop, studies: Sequence[str], *, seeds: int) -> Path:
-    """Run what is not finished, measure latencies, and write the page, which is made anew after every cell.
+    """Measure latencies, run what is not finished, and write the page, which is made anew as cells finish.
 
-    A cell that fails does not keep the others from their turn.
+    A cell that fails does not keep the others from their turn. Whatever ends the study ends its trainings as well, and
+    the page is written from what is finished by then.
 
     Raises:
         RuntimeError: cells have failed; all others are finished, and the page is written.
     """
-    cells, failed = workshop.table.cells(studies, seeds=seeds), {}
+    cells = workshop.table.cells(studies, seeds=seeds)
     with workshop.locked():
-        states = {cell: workshop.state(cell) for cell in cells}
-        left = [cell for cell in cells if states[cell] != "finished"]
-        logger.info("%d of %d cells are finished", len(cells) - len(left), len(cells))
-        workshop.draw_data()
-        for number, cell in enumerate(left, start=1):
-            if number > 1:
-                make_page(workshop, studies, seeds=seeds)
-            started = time.monotonic()
-            logger.info("%d of %d, %s: %s", number, len(left), cell, states[cell])
-            try:
-                workshop.run(cell)
-            except RuntimeError as error:
-                logger.error("%s: %s", cell, error)
-                failed[str(cell)] = error
-            else:
-                logger.info("%s is finished after %.0f s", cell, time.monotonic() - started)
-        for study in studies:
-            _time_study(workshop, study)
-    page = make_page(workshop, studies, seeds=seeds)
+        left = [cell for cell in cells if workshop.state(cell) != "finished"]
+        logger.info(count_finished(workshop, studies, seeds=seeds))
+        try:
+            workshop.draw_data()
+            # While the machine has nothing else to do.
+            for study in studies:
+                _time_study(workshop, study)
+            failed = _run_side_by_side(workshop, left, lambda: make_page(workshop, studies, seeds=seeds))
+        finally:
+            page = make_page(workshop, studies, seeds=seeds)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(cells)} cells have failed ({', '.join(failed)}); see above")
     return page
+
+
+def _run_side_by_side(workshop: Workshop, cells: Sequence[Cell], after_each: Callable[[], object]) -> list[str]:
+    """Run cells, as many at the same time as the workshop has jobs, and return the names of those that have failed."""
+    pool, failed = ThreadPoolExecutor(workshop.jobs), []
+    running = {pool.submit(_run_cell, workshop, cell): cell for cell in workshop.table.longest_first(cells)}
+    try:
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(future)
+                try:
+                    future.result()
+                except RuntimeError as error:
+                    logger.error("%s: %s", cell, error)
+                    failed.append(str(cell))
+            if running:
+                logger.info("%d cells to go", len(running))
+                after_each()
+    finally:
+        # First what would take the places of those that end.
+        pool.shutdown(wait=False, cancel_futures=True)
+        workshop.children.stop()
+        pool.shutdown()
+    return failed
+
+
+def _run_cell(workshop: Workshop, cell: Cell) -> None:
+    started = time.monotonic()
+    logger.info("%s: %s", cell, workshop.state(cell))
+    workshop.run(cell)
+    logger.info("%s is finished after %.0f s", cell, time.monotonic() - started)
+
+
+def count_finished(workshop: Workshop, studies: Sequence[str], *, seeds: int) -> str:
+    """Return one line that says how many cells are finished."""
+    states = [workshop.state(cell) for cell in workshop.table.cells(studies, seeds=seeds)]
+    return f"{states.count('finished')} of {len(states)} cells are finished"
 
 
 def make_page(workshop: Workshop, studies: Sequence[str], *, seeds: int) -> Path:

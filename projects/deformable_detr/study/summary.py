@@ -67,6 +67,7 @@ def summarise_study(table: Table, name: str, results: Results, latency: Mapping[
         "question": study.question,
         "equal_time": seconds,
         "machine": latency and latency["machine"],
+        "trained_on": _places(cell for variant in study.variants for cell in results[variant]),
         "rows": [
             {
                 "variant": variant,
@@ -78,6 +79,17 @@ def summarise_study(table: Table, name: str, results: Results, latency: Mapping[
             for variant in study.variants
         ],
     }
+
+
+def _places(cells: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the machines on which cells were trained, with how many side by side; those that say so alone."""
+    return sorted(
+        {
+            cell["machine"] + (f"; {cell['jobs']} trainings side by side" if cell["jobs"] > 1 else "")
+            for cell in cells
+            if "machine" in cell
+        }
+    )
 
 
 def _summarise_variant(cells: Sequence[Mapping[str, Any]], seconds: float | None) -> dict[str, Any]:

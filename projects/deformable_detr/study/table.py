@@ -1,6 +1,6 @@
 """The table of what is studied, ``study.yaml``, as data with checks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -33,6 +33,7 @@ class Variant:
         encoder, decoder: arguments of :func:`parts.encoder_layer` and :func:`parts.decoder_layer`; empty: as it is.
         lr_factor: of the size's learning rate.
         test_queries: numbers of queries to evaluate with after training.
+        cost: about how long a cell takes, as a multiple of the others; longer ones go first.
     """
 
     label: str
@@ -42,6 +43,7 @@ class Variant:
     decoder: dict[str, Any] = field(default_factory=dict)
     lr_factor: float = 1.0
     test_queries: Sequence[int] = ()
+    cost: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,10 @@ class Table:
         names = dict.fromkeys(name for study in studies for name in self.studies[study].variants)
         return [Cell(name, seed) for seed in range(1, seeds + 1) for name in names]
 
+    def longest_first(self, cells: Iterable[Cell]) -> list[Cell]:
+        """Return cells in the order in which places side by side stay filled: within each seed the longest first."""
+        return sorted(cells, key=lambda cell: (cell.seed, -self.variants[cell.variant].cost))
+
     def only(self, variants: Sequence[str]) -> "Table":
         """Return the table with some variants alone, and the studies that have one of them."""
         kept = {name: [v for v in study.variants if v in variants] for name, study in self.studies.items()}
@@ -112,10 +118,10 @@ class Table:
     def fingerprint(self, size: str, cell: Cell) -> dict[str, Any]:
         """Return all that decides a cell's result, as JSON holds it."""
         chosen = asdict(self.sizes[size])
-        # How often something is timed, and labels, decide nothing.
+        # How often something is timed, labels, and what goes first decide nothing.
         del chosen["rounds"]
         variant = asdict(self.variants[cell.variant])
-        del variant["label"]
+        del variant["label"], variant["cost"]
         return {"size": chosen, "common": self.common, "variant": variant, "seed": cell.seed}
 
 
