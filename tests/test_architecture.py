@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "explain": {"data", "detect", "files", "layers", "loading", "modeling"},
     "report": {"config", "data", "detect", "files", "training", "wording"},
     "export": {"files", "layers", "loading", "modeling"},
-    "benchmark": {"checkpoint", "cli", "files", "layers", "loading", "modeling", "solver"},
+    "benchmark": {"checkpoint", "cli", "files", "layers", "loading", "modeling", "solver", "wording"},
     "study": {
         "benchmark",
         "config",

@@ -87,6 +87,22 @@ def test_transformers_gets_the_same_weights():
     torch.testing.assert_close(detections.scores, scores[0])
 
 
+@pytest.mark.parametrize(
+    "variant, opts, message",
+    [
+        # Five encoder layers of six, with 16 parameters each.
+        ("deformable_detr_R_50", ["ENC_LAYERS", "5"], r"differs in 16 parameters, model\.encoder\.layers\.5\..*"),
+        ("dino_R_50_4scale", [], r"transformers has no model with .*mixed_query_selection.*"),
+    ],
+)
+def test_what_transformers_cannot_be_is_refused_in_one_line(variant, opts, message):
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    opts = [f"MODEL.DEFORMABLE_DETR.{opts[0]}", opts[1]] if opts else []
+    with pytest.raises(ValueError, match=message + "; --peers without transformers leaves it out$"):
+        build("transformers", variant, make_batch(64, 96, size=1, device="cpu"), opts=opts)
+
+
 def test_tf32_is_on_within_its_calls_alone():
     def flags():
         return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,14 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from ..checkpoint import export
+from ..checkpoint import CheckpointError, export
 from ..loading import load_model
 from ..modeling import DETR, SetPredictionDetector
+from ..wording import counted, name_first
 
 TORCHVISION = ("fasterrcnn_resnet50_fpn_v2", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn")
 OURS, TRANSFORMERS = "deformable_detr", "transformers"
+_WITHOUT = f"--peers without {TRANSFORMERS} leaves it out"
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,18 @@ class Ours(nn.Module):
 
 
 class Transformers(nn.Module):
-    """transformers' detector of the same kind with the weights of our model, and its own loss."""
+    """transformers' detector of the same kind with the weights of our model, and its own loss.
+
+    Raises:
+        ValueError: if transformers has no such model, or is built in another size here.
+    """
 
     def __init__(self, model: SetPredictionDetector) -> None:
         super().__init__()
+        try:
+            weights = export(model, to="transformers")
+        except CheckpointError as error:
+            raise ValueError(f"{error}; {_WITHOUT}") from error
         transformers = importlib.import_module("transformers")
         options = {
             "num_labels": model.num_classes,
@@ -93,7 +103,8 @@ class Transformers(nn.Module):
             peer = transformers.DeformableDetrForObjectDetection(config)
         self.model = peer.to(model.device)
         self.scores = model.classification.scores
-        self.model.load_state_dict(export(model, to="transformers"), strict=True)
+        _check_sizes(weights, self.model)
+        self.model.load_state_dict(weights, strict=True)
         # Plain attributes: they must not count as this peer's parameters.
         self.mean, self.std = model.pixel_mean, model.pixel_std
 
@@ -145,6 +156,16 @@ def build(name: str, variant: str, batch: Batch, *, opts: Sequence[str] = ()) ->
         return Torchvision(name, batch).to(device).eval()
     model = load_model(variant, "", device=device, opts=opts).model
     return (Ours(model) if name == OURS else Transformers(model)).eval()
+
+
+def _check_sizes(weights: Mapping[str, Tensor], peer: nn.Module) -> None:
+    """Refuse weights of which the peer has others, before PyTorch lists them all."""
+    ours, theirs = ({name: tensor.shape for name, tensor in state.items()} for state in (weights, peer.state_dict()))
+    if other := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        raise ValueError(
+            "transformers is built in the published sizes with ResNet-50 or ResNet-101 alone, and this model differs "
+            f"in {counted(len(other), 'parameter')}, {name_first(other, limit=1)}; {_WITHOUT}"
+        )
 
 
 def _is_dilated(model: SetPredictionDetector) -> bool:
