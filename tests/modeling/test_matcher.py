@@ -81,6 +81,35 @@ def test_several_groups_of_layers_match_as_each_layer_alone():
                 assert torch.equal(alone[0], match[0]) and torch.equal(alone[1], match[1])
 
 
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_the_cheapest_predictions_of_each_object_are_enough(monkeypatch, repeat):
+    """Objects that lie close together want the same predictions."""
+    torch.manual_seed(repeat)
+    layers = Predictions(["0", "1"], torch.randn(2, 3, 60, 4), torch.rand(2, 3, 60, 4) * 0.5 + 0.2, repeat)
+    close = (torch.rand(5, 4) * 0.02 + 0.4).tolist()
+    targets = [target([1, 1, 2, 2, 3], close), target([], []), target([0], [[0.5, 0.5, 0.1, 0.1]])]
+    whole = HungarianMatcher().match([layers], targets)
+    monkeypatch.setattr(room, "PAIRS_TO_ASSIGN", 0)
+    transfers = []
+    write = room._Transfer.write_cheapest
+    monkeypatch.setattr(
+        room._Transfer, "write_cheapest", lambda self, *args: transfers.append(self) or write(self, *args)
+    )
+    cheapest = HungarianMatcher().match([layers], targets)
+    assert [(transfer.objects, transfer.kept) for transfer in transfers] == [(5, 5 * repeat), (1, repeat)]
+    flat = [[indices for layer in group[0] for match in layer for indices in match] for group in (cheapest, whole)]
+    assert all(torch.equal(a, b) for a, b in zip(*flat, strict=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_non_finite_costs_are_named_also_where_only_the_cheapest_are_compared(monkeypatch, value):
+    monkeypatch.setattr(room, "PAIRS_TO_ASSIGN", 0)
+    layers = Predictions(["first", "second"], torch.zeros(2, 1, 9, 2), torch.rand(2, 1, 9, 4))
+    layers.boxes[1, 0, 4, 1] = value
+    with pytest.raises(FloatingPointError, match="image 0 .* in second: pred_boxes has 1"):
+        HungarianMatcher().match([layers], [target([0], [[0.5, 0.5, 0.1, 0.1]])])
+
+
 def test_costs_do_not_depend_on_how_many_pairs_are_compared_at_once(monkeypatch):
     torch.manual_seed(0)
     logits, boxes = torch.randn(2, 11, 4), torch.rand(2, 11, 4)
