@@ -10,7 +10,6 @@ from detectron2.modeling.backbone import BasicStem
 from deformable_detr.benchmark.launches import count_launches
 from deformable_detr.modeling import MultiScaleBackbone
 from deformable_detr.modeling import detector as room
-from deformable_detr.modeling.frozen_bn import FrozenBNConv2d
 
 
 @pytest.fixture
@@ -72,6 +71,19 @@ def test_frozen_values_that_change_between_steps_count(model, batch, change, mon
     assert_equal(ready, step(model, batch, torch.bfloat16))
 
 
+def test_modules_and_parameters_that_are_replaced_between_steps_count(model, batch, monkeypatch):
+    step(model, batch, torch.bfloat16)
+    layer = model.transformer.decoder.layers[0]
+    layer.linear1 = torch.nn.Linear(32, 48)
+    layer.linear2.weight = torch.nn.Parameter(layer.linear2.weight * 2)
+    layer.cross_attn.output_proj.weight.requires_grad_(False)
+    ready = step(model, batch, torch.bfloat16)
+    assert {"weight", "bias"} <= {name.rpartition(".")[2] for name in ready[1] if "layers.0.linear1" in name}
+    assert "transformer.decoder.layers.0.cross_attn.output_proj.weight" not in ready[1]
+    without(monkeypatch)
+    assert_equal(ready, step(model, batch, torch.bfloat16))
+
+
 def test_modules_are_left_as_they_were(model, batch):
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -80,8 +92,7 @@ def test_modules_are_left_as_they_were(model, batch):
         batch[0]["instances"].gt_classes += 100
         step(model, batch, torch.bfloat16)
     for name, module in model.named_modules():
-        kept = {"_kept_constants"} if isinstance(module, FrozenBNConv2d) else set()
-        assert set(vars(module)) - kept == before[name], name
+        assert set(vars(module)) == before[name], name
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 

@@ -5,8 +5,10 @@ bit. But each of their operations is a launch, for which a GPU waits: this saves
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
+from operator import is_
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from detectron2.modeling import ResNet
@@ -17,8 +19,8 @@ from ..layers import MultiheadAttention
 from .backbone import MultiScaleBackbone
 from .frozen_bn import FrozenBNConv2d
 
-# The attribute of a convolution in which _constants keeps what follows from buffers alone.
-_KEPT = "_kept_constants"
+# What of a module has ready weights as attributes for a while: its attributes, and their names.
+Shadows = list[tuple[dict[str, Any], str]]
 
 
 @contextmanager
@@ -33,11 +35,15 @@ def ready_weights(model: nn.Module) -> Iterator[None]:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         yield
         return
-    with ExitStack() as stack:
-        for layer in _layers(model):
-            _fold(layer, stack)
-            _convert(layer, stack)
+    shadows: Shadows = []
+    try:
+        for layer in map(_members, _layers(model)):
+            _fold(layer, shadows)
+            _convert(layer, shadows)
         yield
+    finally:
+        for attributes, name in shadows:
+            del attributes[name]
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -64,39 +70,69 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def _fold(layer: nn.Module, stack: ExitStack) -> None:
+class _Members:
+    """The modules of a layer whose weights are made ready, and what is kept of them between steps.
+
+    Attributes:
+        children: of every module in the layer, as they are and as they were found.
+        convs: those with a frozen norm.
+        slots: attributes, parameters and name of a parameter of every module that autocast computes in half precision.
+        constants: see :func:`_constants`.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        modules = list(layer.modules())
+        self.children = [(module._modules, module._modules.copy()) for module in modules if module._modules]
+        self.convs = [module for module in modules if type(module) is FrozenBNConv2d]
+        self.slots = [
+            (module.__dict__, module._parameters, name)
+            for module in modules
+            if type(module) in _CONVERTED
+            for name in module._parameters
+        ]
+        self.constants: tuple[list[Any], list[Tensor], list[_Constants]] | None = None
+
+
+# To look for them at every step took longer than all else here.
+_KEPT: WeakKeyDictionary[nn.Module, _Members] = WeakKeyDictionary()
+
+
+def _members(layer: nn.Module) -> _Members:
+    """Find the members of a layer, unless they are known and no module in it is another one since."""
+    members = _KEPT.get(layer)
+    if members is None or any(now != then for now, then in members.children):
+        members = _KEPT[layer] = _Members(layer)
+    return members
+
+
+def _fold(layer: _Members, shadows: Shadows) -> None:
     """Give every FrozenBNConv2d its product."""
-    convs = [module for module in layer.modules() if type(module) is FrozenBNConv2d]
+    convs = layer.convs
     if not convs or convs[0].weight.dtype not in (torch.float32, torch.float64):
         return
     dtype = _autocast_dtype(convs[0].weight) or convs[0].weight.dtype
-    constants = [_constants(conv, dtype) for conv in convs]
-    trained = [index for index, conv in enumerate(convs) if conv.weight.requires_grad]
-    weights = [folded for folded, _, _ in constants]
-    if trained:
-        scales = [constants[index][1] for index in trained]
-        products = _Ready.apply(dtype, scales, *(convs[index].weight for index in trained))
-        for index, product in zip(trained, products, strict=True):
-            weights[index] = product
-    for conv, weight, (_, _, bias) in zip(convs, weights, constants, strict=True):
-        _shadow(stack, conv, "folded", lambda pair=(weight, bias): pair)
+    constants = _constants(layer, dtype)
+    trained = [(conv.weight, kept.scale) for conv, kept in zip(convs, constants, strict=True) if kept.folded is None]
+    weights, scales = zip(*trained, strict=True) if trained else ((), ())
+    products = iter(_Ready.apply(dtype, scales, *weights) if trained else ())
+    for conv, (folded, _, bias) in zip(convs, constants, strict=True):
+        pair = (next(products) if folded is None else folded, bias)
+        _shadow(shadows, conv.__dict__, "folded", lambda pair=pair: pair)
 
 
-def _convert(layer: nn.Module, stack: ExitStack) -> None:
+def _convert(layer: _Members, shadows: Shadows) -> None:
     """Give every layer that autocast computes in half precision its weights in it."""
     slots = [
-        (module, name, parameter)
-        for module in layer.modules()
-        if type(module) in _CONVERTED
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad and parameter.dtype is torch.float32
+        (attributes, name, parameter)
+        for attributes, parameters, name in layer.slots
+        if (parameter := parameters[name]) is not None and parameter.requires_grad and parameter.dtype is torch.float32
     ]
     dtype = _autocast_dtype(slots[0][2]) if slots else None
     if dtype is None:
         return
     converted = _Ready.apply(dtype, None, *(parameter for _, _, parameter in slots))
-    for (module, name, _), weight in zip(slots, converted, strict=True):
-        _shadow(stack, module, name, weight)
+    for (attributes, name, _), weight in zip(slots, converted, strict=True):
+        _shadow(shadows, attributes, name, weight)
 
 
 # Linear is what nn.MultiheadAttention calls its output projection, by a name of its own.
@@ -107,7 +143,7 @@ class _Ready(torch.autograd.Function):
     """Weights, each times its scale where there are scales, in another dtype: a few operations for all of them."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, scales: list[Tensor] | None, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, dtype: torch.dtype, scales: Sequence[Tensor] | None, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.scales, ctx.dtype = scales, weights[0].dtype
         ready = list(weights) if scales is None else torch._foreach_mul(weights, scales)
         return tuple(_to(dtype, ready))
@@ -128,22 +164,37 @@ def _to(dtype: torch.dtype, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return converted
 
 
-def _constants(conv: FrozenBNConv2d, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the product where the weight is frozen too, else None; scale (C_out, 1, 1, 1) and bias (C_out,).
+class _Constants(NamedTuple):
+    """What follows from the frozen values of a convolution: the product, if the weight is one of them; scale and bias.
 
-    They are kept until a tensor that they follow from is replaced or written to.
+    Shapes: as the weight, (C_out, 1, 1, 1), (C_out,).
     """
-    norm, weight = conv.norm, conv.weight
-    sources = [norm.weight, norm.bias, norm.running_mean, norm.running_var, *([] if weight.requires_grad else [weight])]
-    key = [dtype, len(sources), *(source._version for source in sources)]
-    kept = conv.__dict__.get(_KEPT)
-    if kept is None or kept[0] != key or any(a is not b for a, b in zip(kept[1], sources, strict=True)):
-        with torch.no_grad():
-            folded, bias = conv.folded()
-            scale = conv.scale()
-        folded = None if weight.requires_grad else folded.to(dtype)
-        kept = conv.__dict__[_KEPT] = (key, sources, (folded, scale[:, None, None, None], bias.to(dtype)))
+
+    folded: Tensor | None
+    scale: Tensor
+    bias: Tensor
+
+
+def _constants(layer: _Members, dtype: torch.dtype) -> list[_Constants]:
+    """Return those of all convolutions, kept until a tensor that they follow from is replaced or written to."""
+    sources: list[Tensor] = []
+    for conv in layer.convs:
+        norm = conv.norm._buffers
+        sources += (norm["weight"], norm["bias"], norm["running_mean"], norm["running_var"], conv._parameters["weight"])
+    # A step writes to weights that are trained.
+    key = [dtype, *(None if source.requires_grad else source._version for source in sources)]
+    kept = layer.constants
+    if kept is None or kept[0] != key or not all(map(is_, kept[1], sources)):
+        kept = layer.constants = key, sources, [_constants_of(conv, dtype) for conv in layer.convs]
     return kept[2]
+
+
+@torch.no_grad()
+def _constants_of(conv: FrozenBNConv2d, dtype: torch.dtype) -> _Constants:
+    folded, bias = conv.folded()
+    return _Constants(
+        None if conv.weight.requires_grad else folded.to(dtype), conv.scale()[:, None, None, None], bias.to(dtype)
+    )
 
 
 def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
@@ -151,6 +202,6 @@ def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _shadow(stack: ExitStack, module: nn.Module, name: str, value: object) -> None:
-    module.__dict__[name] = value
-    stack.callback(module.__dict__.pop, name)
+def _shadow(shadows: Shadows, attributes: dict[str, Any], name: str, value: object) -> None:
+    attributes[name] = value
+    shadows.append((attributes, name))
