@@ -45,7 +45,7 @@ class Predictor:
         dtype: of the computation; a copy of the model has its weights in it, see
             :func:`deformable_detr.prepare_for_inference`.
         channels_last: keep the backbone's weights in this memory layout, as a ResNet's are anyway.
-        cuda_graphs: replay images of a size that was seen before as one CUDA graph. Not yet run on a GPU.
+        cuda_graphs: replay images of a size that was seen before as one CUDA graph.
         compile: compile the transformer with ``torch.compile``, in place of preparing a copy; the first images take
             minutes.
         input_format: channel order of arrays, "RGB" or "BGR" (as ``cv2.imread`` gives).
