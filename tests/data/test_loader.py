@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from detectron2.utils import comm
 
+from deformable_detr.data import loader as room
 from deformable_detr.data.loader import TrainLoader
 from deformable_detr.data.sampler import sampler_from_config
 
@@ -32,6 +33,15 @@ def test_stream_that_starts_later_is_the_rest_of_the_stream(grouping):
 
 def test_number_of_loading_processes_does_not_change_the_batches():
     assert take(5) == take(5, num_workers=2) == take(5, num_workers=3)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_images_are_pinned_where_a_gpu_is_in_use(monkeypatch, on_gpu):
+    asked = []
+    monkeypatch.setattr(room, "DataLoader", lambda *args, pin_memory, **options: asked.append(pin_memory) or [])
+    monkeypatch.setattr(room.torch.cuda, "is_initialized", lambda: on_gpu)
+    assert take(1) == []
+    assert asked == [on_gpu]
 
 
 def test_what_ran_before_does_not_change_the_batches():

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import torch
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import TrainingSampler
@@ -76,7 +77,12 @@ class TrainLoader:
         self._samples.seed = seed
         indices = islice(self._index_batches(seed), start, None)
         yield from DataLoader(
-            self._samples, batch_sampler=indices, num_workers=self.num_workers, collate_fn=trivial_batch_collator
+            self._samples,
+            batch_sampler=indices,
+            num_workers=self.num_workers,
+            collate_fn=trivial_batch_collator,
+            # For a model on a GPU: from other memory a copy waits for what the GPU has still to do.
+            pin_memory=torch.cuda.is_initialized(),
         )
 
     def _index_batches(self, seed: int) -> Iterator[list[Sample]]:

@@ -216,7 +216,7 @@ class SetPredictionDetector(nn.Module):
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise, then pad with zeros to the largest sides, rounded up to multiples of ``size_divisibility``."""
-        images = [self.normalise(x["image"].to(self.device)) for x in batched_inputs]
+        images = [self.normalise(x["image"].to(self.device, non_blocking=True)) for x in batched_inputs]
         return ImageList.from_tensors(images, self.size_divisibility)
 
     def normalise(self, images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ class ModelEMA:
     The decay grows with the number of updates n as min(decay, (1 + n) / (10 + n)), so that short runs are not
     averaged with their initialisation. Buffers are copied: batch statistics are averages already.
 
-    ``torch.optim.swa_utils.AveragedModel`` gives the same numbers, but copies buffer by buffer: 214 launches for an R50.
+    ``torch.optim.swa_utils.AveragedModel`` gives the same numbers, but copies buffer by buffer: 214 launches for R50.
 
     Args:
         model: the trained model, also wrapped for distributed training.
