@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ..cli import make_parser, run
 from ..files import write_text
-from .table import render_page, render_table
+from .table import render_list, render_page
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -13,7 +13,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", nargs="?", const="MODEL_ZOO.md", metavar="FILE", help="write MODEL_ZOO.md instead")
     file = parser.parse_args(argv).write
     if file is None:
-        print(render_table())
+        print(
+            render_list(),
+            "\nMODEL_ZOO.md has the addresses of the weights. A name is what --model and --config-file take.",
+            sep="\n",
+        )
     else:
         write_text(file, render_page())
 

@@ -75,6 +75,13 @@ def render_table() -> str:
     return tabulate(rows, headers=_HEADERS, tablefmt="github", disable_numparse=True)
 
 
+def render_list() -> str:
+    """Return the models as a table for terminals, with what fits into a line: no titles, no links."""
+    rows = [(model.name, *_numbers(model), ", ".join(_sources(model))) for model in MODELS.values()]
+    headers = ("name", "epochs x batch", "AP", "APs", "APm", "APl", "params", "weights")
+    return tabulate(rows, headers=headers, disable_numparse=True)
+
+
 def render_page() -> str:
     """Return MODEL_ZOO.md."""
     models = [model for model in MODELS.values() if weights_url(model)]
@@ -105,16 +112,28 @@ def _render_licences() -> str:
 
 
 def _row(model: PublishedModel) -> tuple[str, ...]:
-    links = {"Hub": model.hub_repository and model.hub_page, "Drive": model.drive_page, "file": model.address}
     return (
         f"[{model.name}](configs/COCO-Detection/{model.name}.yaml)",
         model.title,
+        *_numbers(model),
+        _number(model.gflops, "d"),
+        ", ".join(f"[{name}]({link})" for name, link in _sources(model).items()),
+    )
+
+
+def _numbers(model: PublishedModel) -> tuple[str, ...]:
+    """Return the cells of "epochs x batch" to "params"."""
+    return (
         f"{model.epochs} x {model.batch}",
         *(_number(ap, ".1f") for ap in (model.ap, model.ap_small, model.ap_medium, model.ap_large)),
         f"{model.params / 1e6:.1f} M",
-        _number(model.gflops, "d"),
-        ", ".join(f"[{name}]({link})" for name, link in links.items() if link),
     )
+
+
+def _sources(model: PublishedModel) -> dict[str, str]:
+    """Return where weights are: what the table calls the place -> its address."""
+    links = {"Hub": model.hub_repository and model.hub_page, "Drive": model.drive_page, "file": model.address}
+    return {name: link for name, link in links.items() if link}
 
 
 def _number(value: float | None, form: str) -> str:
