@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from deformable_detr.modeling import HungarianMatcher
+from deformable_detr.modeling import HungarianMatcher, assignment
 from deformable_detr.modeling import matcher as room
+from deformable_detr.modeling.assignment import Transfer
 from deformable_detr.modeling.matcher import Predictions
 
 
@@ -89,21 +90,20 @@ def test_the_cheapest_predictions_of_each_object_are_enough(monkeypatch, repeat)
     close = (torch.rand(5, 4) * 0.02 + 0.4).tolist()
     targets = [target([1, 1, 2, 2, 3], close), target([], []), target([0], [[0.5, 0.5, 0.1, 0.1]])]
     whole = HungarianMatcher().match([layers], targets)
-    monkeypatch.setattr(room, "PAIRS_TO_ASSIGN", 0)
-    transfers = []
-    write = room._Transfer.write_cheapest
-    monkeypatch.setattr(
-        room._Transfer, "write_cheapest", lambda self, *args: transfers.append(self) or write(self, *args)
-    )
+    monkeypatch.setattr(assignment, "PAIRS_TO_ASSIGN", 0)
+    sent = []
+    pack = Transfer.pack
+    monkeypatch.setattr(Transfer, "pack", lambda self, costs: sent.append(pack(self, costs)) or sent[-1])
     cheapest = HungarianMatcher().match([layers], targets)
-    assert [(transfer.objects, transfer.kept) for transfer in transfers] == [(5, 5 * repeat), (1, repeat)]
+    # Of three images and two layers, 5 * repeat costs for each of five objects, their rows, and two extremes.
+    assert [len(part) for part in sent] == [3 * 2 * (2 * 5 * 5 * repeat + 2)]
     flat = [[indices for layer in group[0] for match in layer for indices in match] for group in (cheapest, whole)]
     assert all(torch.equal(a, b) for a, b in zip(*flat, strict=True))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_non_finite_costs_are_named_also_where_only_the_cheapest_are_compared(monkeypatch, value):
-    monkeypatch.setattr(room, "PAIRS_TO_ASSIGN", 0)
+    monkeypatch.setattr(assignment, "PAIRS_TO_ASSIGN", 0)
     layers = Predictions(["first", "second"], torch.zeros(2, 1, 9, 2), torch.rand(2, 1, 9, 4))
     layers.boxes[1, 0, 4, 1] = value
     with pytest.raises(FloatingPointError, match="image 0 .* in second: pred_boxes has 1"):

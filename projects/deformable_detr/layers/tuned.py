@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 # Rows of the encoder's feed-forward network at a time: their hidden activations stay in the cache.
 ROWS_AT_ONCE = 1024
-# Pairs of prediction and object of one image that are compared at a time. The terms of the cost need about ten times
+# Pairs of prediction and object that are compared at a time. The terms of the cost need about ten times
 # the memory of the cost itself; at this size that is 10 MiB whatever the number of proposals and objects.
 PAIRS_AT_ONCE = 2**18
 # Logits of the focal loss at a time: the intermediate results stay in the cache of a CPU.
@@ -46,8 +46,8 @@ def relu(x: Tensor) -> Tensor:
 
 
 def in_pieces(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield pieces of ``size`` rows of tensors of equally many rows, as views."""
-    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    """Yield pieces of ``size`` rows of tensors (N, rows, ...) of equally many rows, as views."""
+    return zip(*(tensor.split(size, dim=1) for tensor in tensors), strict=True)
 
 
 def in_convolution_layout(images: Tensor) -> Tensor:

@@ -31,8 +31,11 @@ class FocalClassification:
         return num_classes
 
     def cost(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Matching costs: logits (R, K), or (R, 1) where every object counts as class 0; labels (n,) -> (R, n)."""
-        prob = (logits if logits.shape[1] == 1 else logits[:, labels]).float().sigmoid()
+        """Matching costs (N, R, n), of logits (N, R, K) and labels (N, n).
+
+        Logits (N, R, 1), where every object counts as class 0, have costs (N, R, 1).
+        """
+        prob = (logits if logits.shape[-1] == 1 else _of_labels(logits, labels)).float().sigmoid()
         rest = 1 - prob
         negative = (self.alpha - 1) * prob**self.gamma * (rest + 1e-8).log()
         positive = -self.alpha * rest**self.gamma * (prob + 1e-8).log()
@@ -97,8 +100,8 @@ class SoftmaxClassification:
         return num_classes + 1
 
     def cost(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Matching costs: the negative probabilities of the objects' classes; logits (R, K + 1) -> (R, n)."""
-        return -logits.float().softmax(-1)[:, labels]
+        """Matching costs (N, R, n): minus probabilities, of logits (N, R, K + 1), of the objects' classes (N, n)."""
+        return -_of_labels(logits.float().softmax(-1), labels)
 
     def loss(self, logits: Tensor, queries: Tensor, classes: Tensor) -> Tensor:
         """Weighted sum of the cross-entropies of every layer; as :meth:`FocalClassification.loss`."""
@@ -139,3 +142,8 @@ class SoftmaxClassification:
 
 
 Classification = FocalClassification | SoftmaxClassification
+
+
+def _of_labels(values: Tensor, labels: Tensor) -> Tensor:
+    """Values (N, R, K) of the classes (N, n): (N, R, n)."""
+    return values.gather(-1, labels[:, None].expand(-1, values.shape[1], -1))

@@ -10,19 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ..layers.tuned import PAIRS_AT_ONCE, at_once, in_pieces
+from .assignment import Costs, Match, Transfer
 from .box_overlap import Corners, generalized_iou
 from .classification import Classification, FocalClassification
 
-# From so many pairs of a prediction and an object on, an assignment considers each object's cheapest predictions alone.
-# scipy takes 1.3 ms for 22,223 proposals and 7 objects, 15 for 60 objects, for which a GPU waits.
-PAIRS_TO_ASSIGN = 2**14
-
 Target = dict[str, Tensor]
-Match = tuple[Tensor, Tensor]
 
 
 class Predictions(NamedTuple):
@@ -94,153 +89,100 @@ class HungarianMatcher(nn.Module):
         Raises:
             FloatingPointError: if a prediction is NaN or infinite, naming the layer and the image.
         """
-        objects = [_Objects.of(target) for target in targets]
-        images = len(targets)
-        pairs = [(group, image) for group in predictions for image in range(images)]
-        transfers = [_Transfer.plan(*g.boxes.shape[::2], len(targets[i]["labels"]), g.repeat) for g, i in pairs]
-        # Everything is written into one buffer, which travels in one copy: the only wait for the device.
-        sizes = [transfer.size for transfer in transfers]
-        flat = torch.empty(sum(sizes), dtype=torch.float32, device=predictions[0].boxes.device)
-        for (g, image), part, transfer in zip(pairs, flat.split(sizes), transfers, strict=True):
-            cost = part.view(transfer.shape) if transfer.is_whole else part.new_empty(transfer.shape)
-            self._fill_costs(cost, g.logits[:, image], g.boxes[:, image], objects[image])
-            if not transfer.is_whole:
-                transfer.write_cheapest(cost, part)
-        parts = np.split(flat.cpu().numpy(), np.cumsum(sizes)[:-1])
-        costs = [transfer.read(part) for transfer, part in zip(transfers, parts, strict=True)]
-        for (group, image), cost in zip(pairs, costs, strict=True):
-            _check_finite(cost, group, image, targets[image])
-        starts = range(0, len(costs), images)
-        return [_assign(costs[start : start + images], g.repeat) for g, start in zip(predictions, starts, strict=True)]
+        counts = [len(target["labels"]) for target in targets]
+        boxes = torch.cat([_by_image(group.boxes) for group in predictions], dim=1)
+        costs = self._costs([_by_image(group.logits) for group in predictions], boxes, _Objects.of(targets))
+        found = _to_host(costs, counts, predictions)
+        for group, by_image in zip(predictions, found, strict=True):
+            for image, by_layer in enumerate(by_image):
+                _check_finite(by_layer, group, image, targets[image])
+        return [
+            [[costs.assign(group.repeat) for costs in by_image] for by_image in zip(*by_image_and_layer, strict=True)]
+            for group, by_image_and_layer in zip(predictions, found, strict=True)
+        ]
 
     @torch.no_grad()
     def cost_matrix(self, logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
         """Cost of every pair of one image: logits (..., K), boxes (..., 4) -> (..., n) float32."""
-        cost = torch.empty((*boxes.shape[:-1], len(target["labels"])), device=boxes.device)
-        self._fill_costs(cost, logits, boxes, _Objects.of(target))
-        return cost
+        costs = self._costs([logits.flatten(0, -2)[None]], boxes.flatten(0, -2)[None], _Objects.of([target]))
+        return costs.view(*boxes.shape[:-1], -1)
 
-    def _fill_costs(self, cost: Tensor, logits: Tensor, boxes: Tensor, objects: "_Objects") -> None:
-        """Write :meth:`cost_matrix` into ``cost`` (..., n), contiguous."""
-        rows = max(1, at_once(PAIRS_AT_ONCE, cost.device) // max(1, cost.shape[-1]))
-        flat = (tensor.flatten(0, -2) for tensor in (cost, logits, boxes))
-        for cost_part, logits_part, boxes_part in in_pieces(rows, *flat):
-            self._fill_pair_costs(cost_part, logits_part, boxes_part.float(), objects)
+    def _costs(self, logits: Sequence[Tensor], boxes: Tensor, objects: "_Objects") -> Tensor:
+        """Costs (N, R, n) of all predictions for the objects of their image.
 
-    def _fill_pair_costs(self, cost: Tensor, logits: Tensor, boxes: Tensor, objects: "_Objects") -> None:
-        """Logits (R, K) and boxes (R, 4) into costs (R, n)."""
-        of_boxes = torch.cdist(boxes, objects.boxes, p=1).mul_(self.cost_bbox)
-        of_boxes.add_(self.classification.cost(logits, objects.labels), alpha=self.cost_class)
-        overlap = generalized_iou(Corners.of(boxes[:, None]), objects.corners)
-        torch.sub(of_boxes, overlap, alpha=self.cost_giou, out=cost)
+        Args:
+            logits: of groups of predictions, one after the other, (N, R of the group, K or 1).
+            boxes: (N, R, 4).
+            objects: of every image.
+        """
+        images, count = objects.labels.shape
+        costs = torch.empty((*boxes.shape[:2], count), device=boxes.device)
+        rows = max(1, at_once(PAIRS_AT_ONCE, boxes.device) // max(1, images * count))
+        # Classes group by group, boxes of all groups together: a GPU pays for every operation, a CPU for large pieces.
+        for part, of_part in zip(costs.split([x.shape[1] for x in logits], dim=1), logits, strict=True):
+            for piece, of_piece in in_pieces(rows, part, of_part):
+                piece.copy_(self.classification.cost(of_piece, objects.labels))
+        for piece, of_piece in in_pieces(rows, costs, boxes.float()):
+            of_boxes = torch.cdist(of_piece, objects.boxes, p=1).mul_(self.cost_bbox).add_(piece, alpha=self.cost_class)
+            overlap = generalized_iou(Corners.of(of_piece[:, :, None]), objects.corners)
+            torch.sub(of_boxes, overlap, alpha=self.cost_giou, out=piece)
+        return costs
 
     def extra_repr(self) -> str:
         return f"cost_class={self.cost_class}, cost_bbox={self.cost_bbox}, cost_giou={self.cost_giou}"
 
 
 class _Objects(NamedTuple):
-    """The objects of an image: labels (n,), boxes (n, 4) and corners (2, 1, n)."""
+    """The objects of N images, of which the one that has most has n; behind those of an image anything may stand.
+
+    Attributes:
+        labels: (N, n).
+        boxes: (N, n, 4).
+        corners: (2, N, 1, n).
+    """
 
     labels: Tensor
     boxes: Tensor
     corners: Corners
 
     @classmethod
-    def of(cls, target: Target) -> "_Objects":
-        boxes = target["boxes"].float()
-        return cls(target["labels"], boxes, Corners.of(boxes[None]))
+    def of(cls, targets: Sequence[Target]) -> "_Objects":
+        counts = [len(target["labels"]) for target in targets]
+        labels, boxes = (torch.cat([target[name] for target in targets]) for name in ("labels", "boxes"))
+        if min(counts) == max(counts):
+            labels, boxes = labels.unflatten(0, (len(targets), -1)), boxes.unflatten(0, (len(targets), -1))
+        else:
+            # Of an image without any, the objects of another.
+            numbers = np.minimum(np.arange(max(counts)), np.array(counts)[:, None] - 1).clip(0)
+            numbers += np.cumsum([0, *counts[:-1]])[:, None]
+            chosen = torch.from_numpy(numbers.clip(max=sum(counts) - 1)).to(labels.device, non_blocking=True)
+            labels, boxes = labels[chosen], boxes[chosen]
+        boxes = boxes.float()
+        return cls(labels, boxes, Corners.of(boxes[:, None]))
 
 
-class _Costs(NamedTuple):
-    """Costs of the predictions of one layer for the objects of one image, on the host.
-
-    Attributes:
-        matrix: (R, n); infinite for pairs that need not be considered.
-        rows: (R,) which predictions they are, in order; None if they are all.
-        is_finite: whether all costs are, also those that have stayed on the device.
-    """
-
-    matrix: np.ndarray
-    rows: np.ndarray | None
-    is_finite: bool
+def _by_image(x: Tensor) -> Tensor:
+    """(Ld, N, Lq, C) -> (N, Ld * Lq, C)."""
+    return x.transpose(0, 1).flatten(1, 2)
 
 
-class _Transfer(NamedTuple):
-    """What of the costs (Ld, Lq, n) of an image travels to the host: all, or each object's cheapest.
-
-    An assignment of c columns needs no more than the c cheapest predictions of each object: with any other one, one of
-    these is free and no dearer.
-
-    Attributes:
-        kept: predictions of each object that are sent; Lq sends all of all.
-    """
-
-    layers: int
-    predictions: int
-    objects: int
-    kept: int
-
-    @classmethod
-    def plan(cls, layers: int, predictions: int, objects: int, repeat: int) -> "_Transfer":
-        kept, many = repeat * objects, predictions * objects > PAIRS_TO_ASSIGN
-        return cls(layers, predictions, objects, kept if many and 4 * kept <= predictions else predictions)
-
-    @property
-    def is_whole(self) -> bool:
-        return self.kept == self.predictions
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.layers, self.predictions, self.objects
-
-    @property
-    def size(self) -> int:
-        """Numbers to send: all costs, or chosen ones, which predictions they are of, and each layer's extremes."""
-        return math.prod(self.shape) if self.is_whole else self.layers * (2 * self.kept * self.objects + 2)
-
-    def write_cheapest(self, cost: Tensor, part: Tensor) -> None:
-        """Write the cheapest of ``cost`` into ``part`` (size,)."""
-        values, predictions = cost.topk(self.kept, dim=1, largest=False, sorted=False)
-        chosen, extremes = part.split((2 * values.numel(), 2 * self.layers))
-        costs, numbers = chosen.view(2, *values.shape).unbind()
-        costs.copy_(values)
-        numbers.view(torch.int32).copy_(predictions)
-        # A NaN is both of them.
-        torch.stack(cost.flatten(1).aminmax(dim=1), out=extremes.view(2, self.layers))
-
-    def read(self, part: np.ndarray) -> list[_Costs]:
-        """Costs by layer from what was sent (size,)."""
-        if self.is_whole:
-            return [_Costs(layer, None, bool(np.isfinite(layer).all())) for layer in part.reshape(self.shape)]
-        chosen, extremes = part[: -2 * self.layers], part[-2 * self.layers :]
-        values, numbers = chosen.reshape(2, self.layers, self.kept, self.objects)
-        is_finite = np.isfinite(extremes.reshape(2, self.layers)).all(0)
-        return [
-            _sparse(*layer, is_finite=bool(finite))
-            for *layer, finite in zip(values, numbers.view(np.int32), is_finite, strict=True)
-        ]
+def _to_host(costs: Tensor, counts: Sequence[int], groups: Sequence[Predictions]) -> list[list[list[Costs]]]:
+    """Costs (N, R, n) of all groups, by group, image and layer: one copy, the only wait for the device."""
+    sizes = [group.boxes.shape[::2] for group in groups]  # Layers and their queries.
+    parts = [
+        part.unflatten(1, size)
+        for part, size in zip(costs.split([math.prod(size) for size in sizes], dim=1), sizes, strict=True)
+    ]
+    transfers = [
+        Transfer.plan(tuple(part.shape), counts, group.repeat) for part, group in zip(parts, groups, strict=True)
+    ]
+    packed = [transfer.pack(part) for transfer, part in zip(transfers, parts, strict=True)]
+    sent = (packed[0] if len(packed) == 1 else torch.cat(packed)).cpu().numpy()
+    ends = np.cumsum([len(part) for part in packed])[:-1]
+    return [transfer.unpack(part) for transfer, part in zip(transfers, np.split(sent, ends), strict=True)]
 
 
-def _sparse(values: np.ndarray, predictions: np.ndarray, *, is_finite: bool) -> _Costs:
-    """Costs of chosen predictions, (kept, n) both, each column for one object."""
-    rows, where = np.unique(predictions, return_inverse=True)
-    matrix = np.full((len(rows), values.shape[1]), np.inf, dtype=values.dtype)
-    matrix[where.reshape(values.shape), np.arange(values.shape[1])] = values
-    return _Costs(matrix, rows, is_finite)
-
-
-def _assign(costs: Sequence[Sequence[_Costs]], repeat: int) -> list[list[Match]]:
-    """Cheapest assignments for the costs of the images of a group, first by layer, then by image."""
-    return [[_assign_layer(image, repeat) for image in layer] for layer in zip(*costs, strict=True)]
-
-
-def _assign_layer(costs: _Costs, repeat: int) -> Match:
-    rows, columns = linear_sum_assignment(np.tile(costs.matrix, repeat))
-    rows = rows if costs.rows is None else costs.rows[rows]
-    return torch.from_numpy(rows), torch.from_numpy(columns % max(1, costs.matrix.shape[1]))
-
-
-def _check_finite(costs: Sequence[_Costs], group: Predictions, image: int, target: Target) -> None:
+def _check_finite(costs: Sequence[Costs], group: Predictions, image: int, target: Target) -> None:
     """Keep NaN from scipy, which would not say where it comes from. costs: by layer, of one image."""
     bad_layers = [number for number, cost in enumerate(costs) if not cost.is_finite]
     if not bad_layers:
