@@ -326,8 +326,9 @@ def test_all_matchings_of_a_step_are_copied_from_the_device_at_once(monkeypatch)
     cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.numel()) or cpu(self))
     SetCriterion(HungarianMatcher())(random_outputs(), TARGETS)
-    layers, queries, cells, objects = 3, 6, 9, 3
-    assert copies == [(layers * queries + cells) * objects]
+    # Every image has room for as many objects as the one that has most.
+    layers, queries, cells, images, objects = 3, 6, 9, 2, 2
+    assert copies == [(layers * queries + cells) * images * objects]
 
 
 # What waits for a GPU: reading a number (item, bool, int), and results whose size depends on values.
