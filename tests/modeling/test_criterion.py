@@ -365,8 +365,8 @@ def test_further_queries_wait_for_the_device_no_second_time(monkeypatch):
         assert denoising(TARGETS).num_groups == 2
         outputs = random_outputs() | denoising_outputs(TARGETS, groups=2) | many
         SetCriterion(HungarianMatcher())(outputs, TARGETS)
-    layers, queries, cells, one2many, objects = 3, 6, 9, 20, 3
-    assert copies == [(layers * queries + cells + layers * one2many) * objects]
+    layers, queries, cells, one2many, images, objects = 3, 6, 9, 20, 2, 2
+    assert copies == [(layers * queries + cells + layers * one2many) * images * objects]
     assert not operators.names & WAITING
 
 
