@@ -139,7 +139,7 @@ def test_a_prepared_model_dispatches_less_than_half_of_the_operations(run):
 
 
 def test_a_step_and_a_prepared_inference_dispatch_no_more_than_they_may():
-    """2,075 and 521 in the standard model too: widths, which are small here, change no count."""
+    """2,076 and 521 in the standard model too: widths, which are small here, change no count."""
     opts = ["MODEL.DEFORMABLE_DETR.HIDDEN_DIM", 32, "MODEL.DEFORMABLE_DETR.DIM_FEEDFORWARD", 8]
     opts += [
         "MODEL.RESNETS.RES2_OUT_CHANNELS",

@@ -25,7 +25,7 @@ _WITHOUT = f"--peers without {TRANSFORMERS} leaves it out"
 
 @dataclass(frozen=True)
 class Batch:
-    """N images of noise (3, H, W) uint8 and their objects: xyxy pixels (n, 4) and classes (n,)."""
+    """N images of noise (3, H, W) uint8; on the host, as a loader leaves them, objects: xyxy (n, 4), classes (n,)."""
 
     images: list[Tensor]
     boxes: list[Tensor]
@@ -33,7 +33,7 @@ class Batch:
 
     @property
     def device(self) -> str:
-        """Of all tensors."""
+        """Of the images."""
         return str(self.images[0].device)
 
 
@@ -46,7 +46,7 @@ def make_batch(height: int, width: int, *, size: int, device: str, num_objects: 
         corners = torch.rand(num_objects, 2, 2, generator=generator) * 0.8
         boxes.append(torch.cat((corners.amin(1), corners.amax(1) + 0.1), 1) * torch.tensor([width, height] * 2))
         labels.append(torch.randint(0, 80, (num_objects,), generator=generator))
-    return Batch(images, [b.to(device) for b in boxes], [x.to(device) for x in labels])
+    return Batch(images, boxes, labels)
 
 
 class Ours(nn.Module):
@@ -114,9 +114,9 @@ class Transformers(nn.Module):
         if not self.training:
             outputs = self.model(pixel_values=pixels, pixel_mask=mask)
             return self.scores(outputs.logits).flatten(1).topk(100)
-        scale = torch.tensor(pixels.shape[:1:-1] * 2, device=pixels.device)
+        scale, device = torch.tensor(pixels.shape[:1:-1] * 2), pixels.device
         labels = [
-            {"class_labels": labels, "boxes": box_convert(boxes / scale, "xyxy", "cxcywh")}
+            {"class_labels": labels.to(device), "boxes": box_convert(boxes / scale, "xyxy", "cxcywh").to(device)}
             for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
         ]
         return self.model(pixel_values=pixels, pixel_mask=mask, labels=labels).loss
