@@ -79,9 +79,13 @@ def test_gpu_processes_for_a_model_on_the_cpu_are_refused(monkeypatch, options):
 
 def test_more_processes_than_gpus_are_refused_without_torchrun(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
+    args = argparse.Namespace(num_gpus=2, num_machines=1)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    with pytest.raises(RuntimeError, match="--num-gpus 2 needs as many GPUs that PyTorch can use, and there are 1"):
-        launch(lambda args: None, argparse.Namespace(num_gpus=2, num_machines=1))
+    with pytest.raises(RuntimeError, match="--num-gpus 2 needs as many GPUs that PyTorch can use, and there are 1$"):
+        launch(lambda args: None, args)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(RuntimeError, match="there are 0; on the CPU: --num-gpus 0, and MODEL.DEVICE cpu$"):
+        launch(lambda args: None, args)
 
 
 def test_without_torchrun_detectron2_launches(monkeypatch):

@@ -54,7 +54,10 @@ def launch(
         )
     gpus = torch.cuda.device_count()
     if args.num_gpus > max(gpus, 1):
-        raise RuntimeError(f"--num-gpus {args.num_gpus} needs as many GPUs that PyTorch can use, and there are {gpus}")
+        advice = "" if gpus else f"; on the CPU: --num-gpus 0, and {device_key} cpu"
+        raise RuntimeError(
+            f"--num-gpus {args.num_gpus} needs as many GPUs that PyTorch can use, and there are {gpus}{advice}"
+        )
     several = args.num_gpus * args.num_machines > 1
     return detectron2_launch(
         partial(_tell_mistakes, main) if several else main,
