@@ -82,6 +82,21 @@ def test_fine_tuning_gets_a_schedule_for_one_gpu_that_is_logged(configure, write
     assert "1.25e-05 = 0.0002 x 2/32, dropped after iteration 40 (80 %)." in caplog.text
 
 
+@pytest.mark.parametrize("flags", [("--weights", "x.pth"), ("--epochs", "3")], ids=lambda flags: flags[0])
+def test_fine_tuning_pads_to_whole_strides_unless_told_otherwise(configure, write_coco, flags):
+    data = write_coco().flags("train")
+    official = {"yaml": ("MODEL.DEFORMABLE_DETR.SIZE_DIVISIBILITY", "0"), "lazy": ("model.size_divisibility=0",)}
+    other = {"yaml": ("MODEL.DEFORMABLE_DETR.SIZE_DIVISIBILITY", "64"), "lazy": ("model.size_divisibility=64",)}
+    configurations = (
+        configure(*data, *flags),
+        configure(*data, *flags, **official),
+        configure(*data, *flags, **other),
+        configure(*data),
+        configure(*data, *flags, "--eval-only"),
+    )
+    assert [RunConfig(cfg).get("size_divisibility") for cfg in configurations] == [32, 0, 64, 0, 0]
+
+
 def test_batch_grows_with_the_gpus_up_to_the_configurations(configure):
     for num_gpus, batch in ((0, 2), (1, 2), (8, 16), (64, 32)):
         cfg = configure()

@@ -19,6 +19,7 @@ from tabulate import tabulate
 
 from ..files import write_json
 from ..layers import _ops
+from ..wording import counted
 
 Call = Callable[[], object]
 
@@ -159,7 +160,7 @@ def describe_machine(devices: list[str], threads: int) -> str:
     """Processors, torch, threads, and which implementation of the op runs."""
     kernels = ", ".join(f"{device}: {'kernel' if _ops.has_kernel(device) else 'twin'}" for device in devices)
     names = [torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name() for device in devices]
-    return f"{', '.join(names)}; torch {torch.__version__}; {threads} threads; {kernels}"
+    return f"{', '.join(names)}; torch {torch.__version__}; {counted(threads, 'thread')}; {kernels}"
 
 
 def print_and_save(rows: list[dict], args: argparse.Namespace, notes: str) -> None:

@@ -13,6 +13,7 @@ KEYS: dict[str, tuple[str | None, str]] = {
     "seed": ("SEED", "train.seed"),
     "weights": ("MODEL.WEIGHTS", "train.init_checkpoint"),
     "num_classes": ("MODEL.DEFORMABLE_DETR.NUM_CLASSES", "model.num_classes"),
+    "size_divisibility": ("MODEL.DEFORMABLE_DETR.SIZE_DIVISIBILITY", "model.size_divisibility"),
     # Tuples of names; a LazyConfig may have one name in place of a list.
     "train_datasets": ("DATASETS.TRAIN", "dataloader.train.dataset.names"),
     "test_datasets": ("DATASETS.TEST", "dataloader.test.dataset.names"),
