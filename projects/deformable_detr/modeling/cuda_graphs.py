@@ -53,18 +53,18 @@ class GraphCache:
         kind = (len(images), images[0].shape[0], canvas, padded, images[0].dtype)
         graph = self._graphs.get(kind)
         if graph is None and kind not in self._seen:
-            _remember(self._seen, kind, None, MAX_SEEN)
-            return _Input(*kind, device=device).fill(images, sizes).run(self._detect)[0]
+            remember(self._seen, kind, None, MAX_SEEN)
+            return StaticBatch(*kind, device=device).fill(images, sizes).run(self._detect)[0]
         if graph is None:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            graph = _Graph(self._detect, _Input(*kind, device=device).fill(images, sizes), self._pool)
-            _remember(self._graphs, kind, graph, MAX_GRAPHS)
+            graph = _Graph(self._detect, StaticBatch(*kind, device=device).fill(images, sizes), self._pool)
+            remember(self._graphs, kind, graph, MAX_GRAPHS)
         self._graphs.move_to_end(kind)
         return graph.replay(images, sizes)
 
 
-class _Input:
+class StaticBatch:
     """Pixels and sizes of a batch, always at the same addresses."""
 
     def __init__(
@@ -73,7 +73,7 @@ class _Input:
         self.pixels = torch.zeros(number, channels, *canvas, dtype=dtype, device=device)
         self.image_sizes = torch.zeros(number, 2, dtype=torch.int64, device=device) if padded else None
 
-    def fill(self, images: Sequence[Tensor], sizes: Sequence[Size]) -> "_Input":
+    def fill(self, images: Sequence[Tensor], sizes: Sequence[Size]) -> "StaticBatch":
         """What earlier images leave at the padding stays there: it counts for nothing."""
         for target, image, (height, width) in zip(self.pixels, images, sizes, strict=True):
             target[:, :height, :width].copy_(image, non_blocking=True)
@@ -86,7 +86,7 @@ class _Input:
 
 
 class _Graph:
-    def __init__(self, detect: Detect, batch: _Input, pool: tuple[int, int]) -> None:
+    def __init__(self, detect: Detect, batch: StaticBatch, pool: tuple[int, int]) -> None:
         self.batch = batch
         # Once more before it is recorded, on a stream of its own as recording needs: this fills what ``detect`` keeps
         # between calls, and the workspaces of that stream.
@@ -112,7 +112,14 @@ class _Graph:
         return self.result
 
 
-def _remember(cache: OrderedDict, key: Hashable, value: object, limit: int) -> None:
+def canvas_of(sizes: Sequence[Size], divisor: int) -> Size:
+    """Height and width of the canvas that Detectron2's ImageList gives to images of these sizes."""
+    sides = (max(side) for side in zip(*sizes, strict=True))
+    return tuple(-(-side // divisor) * divisor if divisor > 1 else side for side in sides)
+
+
+def remember(cache: OrderedDict, key: Hashable, value: object, limit: int) -> None:
+    """Put a value into a cache, and drop the least recently used one where there are more than ``limit``."""
     cache[key] = value
     if len(cache) > limit:
         cache.popitem(last=False)

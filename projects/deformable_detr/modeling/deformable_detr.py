@@ -149,7 +149,7 @@ class DeformableDETR(SetPredictionDetector):
             "denoising": _denoising_from_config(node),
         }
 
-    def predict_for_training(self, images: ImageList, targets: Sequence[Target]) -> dict[str, Tensor]:
+    def predict_for_training(self, images: ImageList, targets: Sequence[Target] | None) -> dict[str, Tensor]:
         """Predict also for denoising and one-to-many queries: "dn_..." and "one2many_..." of :class:`SetCriterion`."""
         if self.denoising is None and not self.num_one2many_queries:
             return self.predict(images)

@@ -30,6 +30,7 @@ from .padding import get_valid_sizes
 from .padding_invariance import MaskedPadding, check_invariance
 from .proposals import silence
 from .step_weights import ready_weights
+from .training_graphs import TrainingGraphs, check_recordable
 from .transformer import TransformerOutput
 
 
@@ -100,6 +101,7 @@ class SetPredictionDetector(nn.Module):
             self.size_divisibility = _common_multiple(self.size_divisibility, coarsest)
         self.input_format = input_format
         self.is_compiled = False
+        self.graphs: TrainingGraphs | None = None
         self.register_buffer("pixel_mean", torch.tensor(list(pixel_mean)).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(list(pixel_std)).view(-1, 1, 1), persistent=False)
 
@@ -170,11 +172,14 @@ class SetPredictionDetector(nn.Module):
         Raises:
             ValueError: on ground truth that cannot be trained on, naming file, rule and value.
         """
-        images = self.preprocess_image(batched_inputs)
         if not self.training:
+            images = self.preprocess_image(batched_inputs)
             outputs = self.predict(images, all_proposals=False)
             return self.inference(outputs["pred_logits"][-1], outputs["pred_boxes"][-1], images, batched_inputs)
         targets = self.prepare_targets(batched_inputs)
+        if self.graphs is not None and self.graphs.can_run:
+            return self.criterion(self.graphs(self, [x["image"] for x in batched_inputs]), targets)
+        images = self.preprocess_image(batched_inputs)
         with ready_weights(self):
             outputs = self.predict_for_training(images, targets)
         return self.criterion(outputs, targets)
@@ -194,8 +199,22 @@ class SetPredictionDetector(nn.Module):
         compile_for_all_sizes(self.transformer, backend=backend)
         self.is_compiled = True
 
-    def predict_for_training(self, images: ImageList, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Predict what the criterion compares with ``targets``; a model may decode more queries, made of these."""
+    def record_for_training(self) -> None:
+        """Let training record predictions, and their backward pass, as CUDA graphs; see :class:`TrainingGraphs`.
+
+        In evaluation, and in copies of the model, it runs as it is written.
+
+        Raises:
+            ValueError: if the model cannot be recorded, naming what stands against it.
+        """
+        check_recordable(self)
+        self.graphs = TrainingGraphs(self)
+
+    def predict_for_training(self, images: ImageList, targets: Sequence[Target] | None) -> dict[str, Tensor]:
+        """Predict what the criterion compares with ``targets``; a model may decode more queries, made of these.
+
+        They are None while CUDA graphs are recorded, in which no query can depend on them.
+        """
         return self.predict(images)
 
     @torch.no_grad()

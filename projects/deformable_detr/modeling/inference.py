@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..layers.ms_deform_attn import pixel_sizes
 from .cells import get_cells, get_sampled_pixels
-from .cuda_graphs import GraphCache
+from .cuda_graphs import GraphCache, canvas_of
 from .detections import to_instances
 from .detector import SetPredictionDetector
 from .frozen_bn import fold_for_good
@@ -116,7 +116,7 @@ class PreparedDETR(nn.Module):
         """
         images = [x["image"] for x in batched_inputs]
         sizes = [tuple(image.shape[-2:]) for image in images]
-        canvas = _canvas(sizes, self.model.size_divisibility)
+        canvas = canvas_of(sizes, self.model.size_divisibility)
         with torch.autocast(self.device.type, enabled=False):
             if self._graphs is None:
                 found, _ = self._detect(*self._collect(images, sizes, canvas))
@@ -197,9 +197,3 @@ class PreparedDETR(nn.Module):
         for target, image, (height, width) in zip(pixels, images, sizes, strict=True):
             target[:, :height, :width] = image
         return Batch(pixels.to(self.device), torch.tensor(sizes, device=self.device))
-
-
-def _canvas(sizes: Sequence[tuple[int, int]], divisor: int) -> tuple[int, int]:
-    """Height and width of the canvas that Detectron2's ImageList gives to images of these sizes."""
-    sides = (max(side) for side in zip(*sizes, strict=True))
-    return tuple(-(-side // divisor) * divisor if divisor > 1 else side for side in sides)

@@ -1,0 +1,357 @@
+"""Training steps of batches whose canvas comes again, as two CUDA graphs: two launches in place of two thousand.
+
+What is recorded is what needs no host: backbone, transformer and heads, forwards and backwards. Matching, losses and
+the optimiser run as they are written.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from itertools import compress
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.structures import ImageList
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .cuda_graphs import MAX_SEEN, Size, StaticBatch, canvas_of, remember
+from .padding import padding_mask
+from .step_weights import ready_weights
+
+# Kinds whose recordings are kept: each adds its pixels, its predictions and their gradients, 24 MB for two images of
+# 800 x 1333. Two images of the recipe's sizes, on canvases of multiples of 128, are of 49 kinds.
+MAX_RECORDINGS = 64
+
+
+class Kind(NamedTuple):
+    """What batches have in common that one recording serves."""
+
+    images: int
+    channels: int
+    canvas: Size
+    pixels: torch.dtype
+    autocast: torch.dtype | None
+
+
+@dataclass
+class _Shared:
+    """What all recordings of a model share, which never run at the same time.
+
+    Attributes:
+        parameters: those that are trained.
+        gradients: of these, where every backward graph leaves them.
+        stream: on which is recorded: libraries keep a workspace for each.
+        pool: of memory, as large as the largest canvas needs.
+        turn: of the last forward graph. A backward graph must follow its own, which wrote what it reads.
+    """
+
+    parameters: list[nn.Parameter]
+    gradients: list[Tensor]
+    stream: torch.cuda.Stream
+    pool: tuple[int, int]
+    turn: int = 0
+
+
+class TrainingGraphs:
+    """Predicts for training; from the second batch of a kind on by replaying CUDA graphs.
+
+    The first batch of a kind runs eagerly, the second one is recorded; the least recently used recordings are dropped.
+    Predictions, and gradients up to the order in which the device adds, are those of the model as it is written, random
+    numbers of dropout included. Neither a copy nor a pickle of the model has recordings.
+
+    - Predictions are valid until the next batch, and so is their backward pass, which runs once.
+    - Gradients must be None before it (``zero_grad()``), as the recordings write them to the same place every time:
+      they cannot be accumulated.
+    - Hooks are not replayed: while any module has one, the model runs as it is written.
+    - What is set besides the model, such as TF32 or deterministic algorithms, is as it was when a kind was recorded.
+
+    Args:
+        model: a :class:`SetPredictionDetector` on CUDA.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = list(model.parameters())
+        self._modules = list(model.modules())
+        self._with_buffers = [module for module in self._modules if list(module.buffers(recurse=False))]
+        self._state: list[tuple] = []
+        self._recordings: OrderedDict[Kind, _Recording] = OrderedDict()
+        self._seen: OrderedDict[Kind, None] = OrderedDict()
+        self._shared: _Shared | None = None
+
+    def __len__(self) -> int:
+        return len(self._recordings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # In a copy or a pickle of the model None stands in its place.
+
+    @property
+    def can_run(self) -> bool:
+        """Whether gradients are wanted, and no module has a hook."""
+        return torch.is_grad_enabled() and not any(map(has_hooks, self._modules))
+
+    def clear(self) -> None:
+        """Forget all recordings."""
+        self._recordings.clear()
+        self._seen.clear()
+        self._shared = None
+
+    def __call__(self, model: nn.Module, images: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Predict for images (3, h, w), range 0-255, as the model's ``predict_for_training``.
+
+        Raises:
+            RuntimeError: if the model cannot be recorded.
+        """
+        state = self._current_state()
+        if state != self._state:
+            self.clear()
+            self._state = state
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        canvas, autocast = canvas_of(sizes, model.size_divisibility), _autocast_dtype(model.device.type)
+        pixels = reduce(torch.promote_types, (image.dtype for image in images))
+        kind = Kind(len(images), images[0].shape[0], canvas, pixels, autocast)
+        if kind in self._recordings:
+            self._recordings.move_to_end(kind)
+            return self._recordings[kind].replay(images, sizes)
+        batch = StaticBatch(*kind[:3], True, kind.pixels, device=model.device).fill(images, sizes)
+        if kind not in self._seen:
+            remember(self._seen, kind, None, MAX_SEEN)
+            return _predict(model, batch)
+        if self._shared is None:
+            self._shared = self._make_shared(model.device)
+        recording = _Recording(model, batch, kind.autocast, self._shared)
+        remember(self._recordings, kind, recording, MAX_RECORDINGS)
+        return recording.replay(images, sizes)
+
+    def _make_shared(self, device: torch.device) -> _Shared:
+        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        gradients = [torch.empty_like(parameter) for parameter in trained]
+        return _Shared(trained, gradients, torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
+
+    def _current_state(self) -> list[tuple]:
+        """Return what recordings hold on to: where tensors lie, and the version of those that products are kept of."""
+        state = [(p.data_ptr(), p.requires_grad, p.requires_grad or p._version) for p in self._parameters]
+        for module in self._with_buffers:
+            frozen = isinstance(module, FrozenBatchNorm2d)
+            state += [(buffer.data_ptr(), frozen and buffer._version) for buffer in module.buffers(recurse=False)]
+        return state
+
+
+@dataclass(eq=False)
+class _Pass:
+    """Forward and backward pass of one kind of batch as they are written, for being recorded.
+
+    In place of parameters it has tensors at the same addresses: autograd ties a parameter to the stream in which it is
+    first used, which must not be another one than that of the recording.
+    """
+
+    model: nn.Module
+    batch: StaticBatch
+    autocast: torch.dtype | None
+    weights: dict[nn.Parameter, Tensor]
+
+    def predict(self) -> dict[str, Tensor]:
+        on, device = self.autocast is not None, self.model.device.type
+        # Without its cache, in which conversions would be found that were not recorded.
+        autocast = torch.autocast(device, self.autocast, enabled=on, cache_enabled=False)
+        with autocast, _replaced(self.model, self.weights):
+            return _predict(self.model, self.batch)
+
+    def differentiate(self, outputs: dict[str, Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        with torch.autocast(self.model.device.type, enabled=False):
+            return torch.autograd.grad(_trained(outputs), list(self.weights.values()), gradients, allow_unused=True)
+
+    def warm_up(self, stream: torch.cuda.Stream) -> list[Tensor]:
+        """Run unnoticed; return what it reads that is kept between calls."""
+        with _unnoticed(self.model, stream):
+            # Apart from what is recorded: PyTorch may choose other kernels while somebody notes what they read.
+            with _Reads() as reads:
+                self.predict()
+            outputs = self.predict()
+            self.differentiate(outputs, [torch.zeros_like(output) for output in _trained(outputs)])
+            del outputs
+        return reads.still_there()
+
+
+class _Recording:
+    """Forward and backward graph of one kind of batch."""
+
+    def __init__(self, model: nn.Module, batch: StaticBatch, autocast: torch.dtype | None, shared: _Shared) -> None:
+        self._batch, self._shared = batch, shared
+        weights = {parameter: parameter.detach().requires_grad_() for parameter in shared.parameters}
+        written = _Pass(model, batch, autocast, weights)
+        self._read = written.warm_up(shared.stream)
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        try:
+            self._record(written)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                "this model cannot be recorded as CUDA graphs for training: something in it waits for the device or "
+                "copies from the host. Train it without MODEL.DEFORMABLE_DETR.CUDA_GRAPHS (train.cuda_graphs)"
+            ) from error
+
+    def _record(self, written: _Pass) -> None:
+        # Other threads, such as those of a data loader, may go on using CUDA meanwhile.
+        options = {"pool": self._shared.pool, "stream": self._shared.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self._forward, **options):
+            outputs = written.predict()
+        self._outputs = {name: output.detach() for name, output in outputs.items()}
+        self._is_trained = [output.requires_grad for output in outputs.values()]
+        self._output_gradients = [torch.zeros_like(output) for output in _trained(outputs)]
+        with torch.cuda.graph(self._backward, **options):
+            gradients = written.differentiate(outputs, self._output_gradients)
+            self._has_gradient = [gradient is not None for gradient in gradients]
+            found = [gradient for gradient in gradients if gradient is not None]
+            torch._foreach_copy_(list(compress(self._shared.gradients, self._has_gradient)), found)
+
+    def replay(self, images: Sequence[Tensor], sizes: Sequence[Size]) -> dict[str, Tensor]:
+        """Predict. The result is valid until the next call of any recording, and has a backward pass."""
+        self._batch.fill(images, sizes)
+        outputs = _Replay.apply(self, *self._shared.parameters)
+        return dict(zip(self._outputs, outputs, strict=True))
+
+    def forward(self) -> tuple[int, list[Tensor], list[Tensor]]:
+        """Return the turn, all outputs, and those that have no gradient."""
+        self._shared.turn += 1
+        self._forward.replay()
+        outputs = [output.detach() for output in self._outputs.values()]
+        untrained = [output for output, trained in zip(outputs, self._is_trained, strict=True) if not trained]
+        return self._shared.turn, outputs, untrained
+
+    def backward(self, turn: int, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the gradients of the parameters, of those of the outputs."""
+        if turn != self._shared.turn:
+            raise RuntimeError(
+                "with CUDA graphs a backward pass runs once, and before the model sees another batch: its activations "
+                "are gone"
+            )
+        if any(parameter.grad is not None for parameter in self._shared.parameters):
+            raise RuntimeError(
+                "with CUDA graphs gradients cannot be accumulated: call zero_grad() of the optimizer or the model "
+                "before the backward pass"
+            )
+        self._shared.turn += 1
+        torch._foreach_copy_(self._output_gradients, list(compress(gradients, self._is_trained)))
+        self._backward.replay()
+        pairs = zip(self._shared.gradients, self._has_gradient, strict=True)
+        # Not the tensor itself: of one that nobody else has autograd makes no copy.
+        return [gradient.detach() if has_gradient else None for gradient, has_gradient in pairs]
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recording: _Recording, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.recording = recording
+        ctx.turn, outputs, untrained = recording.forward()
+        ctx.mark_non_differentiable(*untrained)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return None, *ctx.recording.backward(ctx.turn, gradients)
+
+
+class _Reads(TorchDispatchMode):
+    """Notes the tensors that operations read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._read: dict[int, ref[Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self._read.update((id(tensor), ref(tensor)) for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+    def still_there(self) -> list[Tensor]:
+        """Return those that somebody has kept between calls: a graph needs them as long as it lives."""
+        return [tensor for reference in self._read.values() if (tensor := reference()) is not None]
+
+
+def _trained(outputs: dict[str, Tensor]) -> list[Tensor]:
+    return [output for output in outputs.values() if output.requires_grad]
+
+
+@contextmanager
+def _replaced(model: nn.Module, weights: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Put tensors in the places of parameters, also where modules share them.
+
+    Not by functional_call, which leaves them there in modules that a model has twice.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter in weights:
+                    module._parameters[name] = weights[parameter]
+                    stack.callback(module._parameters.__setitem__, name, parameter)
+        yield
+
+
+@contextmanager
+def _unnoticed(model: nn.Module, stream: torch.cuda.Stream) -> Iterator[None]:
+    """Run on a stream, once before it is recorded there, and leave random numbers and batch statistics as they were.
+
+    This fills what layers keep between calls, and what libraries need on that stream.
+    """
+    random, current = torch.cuda.get_rng_state(model.device), torch.cuda.current_stream(model.device)
+    statistics = [(buffer, buffer.clone()) for norm in get_bn_modules(model) for buffer in norm.buffers()]
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+        for buffer, before in statistics:
+            buffer.copy_(before)
+    current.wait_stream(stream)
+    torch.cuda.set_rng_state(random, model.device)
+
+
+def check_recordable(model: nn.Module) -> None:
+    """Refuse a model whose training cannot be recorded.
+
+    Raises:
+        ValueError: naming what stands against it.
+    """
+    checkpoints = any(getattr(module, "activation_checkpoint", False) for module in model.modules())
+    against = {
+        "compile_for_training (MODEL.DEFORMABLE_DETR.COMPILE, train.compile)": model.is_compiled,
+        "padding_invariant (MODEL.DEFORMABLE_DETR.PADDING_INVARIANT)": model.padding_invariant,
+        "activation_checkpoint (MODEL.DEFORMABLE_DETR.ACTIVATION_CHECKPOINT)": checkpoints,
+        "denoising (MODEL.DEFORMABLE_DETR.DN_NUMBER), whose queries follow the ground truth,": (
+            getattr(model, "denoising", None) is not None
+        ),
+        "a module with hooks, which are not replayed,": any(map(has_hooks, model.modules())),
+    }
+    for what, present in against.items():
+        if present:
+            raise ValueError(f"{what} does not go with CUDA graphs for training")
+    if model.device.type != "cuda":
+        raise ValueError(f"CUDA graphs for training need a model on CUDA, this one is on {model.device}")
+
+
+def has_hooks(m: nn.Module) -> bool:
+    """Whether something watches a module, or takes part in it from outside."""
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
+def _predict(model: nn.Module, batch: StaticBatch) -> dict[str, Tensor]:
+    """Predict for pixels as they come. What stands at the padding does not matter."""
+    images, sizes = model.normalise(batch.pixels), batch.image_sizes
+    images = images.masked_fill(padding_mask(images.shape[-2:], sizes)[:, None], 0.0)
+    with ready_weights(model):
+        # Rows of a tensor for sizes: nothing is read from the device. Ground truth it must not need.
+        return model.predict_for_training(ImageList(images, list(sizes)), None)
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -1,0 +1,386 @@
+"""Training steps as CUDA graphs against the same steps as they are written.
+
+Without a GPU the recording is imitated: operations are noted while they run, and repeated into the same tensors.
+"""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from deformable_detr.modeling import training_graphs
+from deformable_detr.modeling.training_graphs import TrainingGraphs
+from deformable_detr.solver import ClippedAdamW
+
+TWO_STAGE = {"with_box_refine": True, "two_stage": True}
+# What waits for a GPU, or copies numbers of the host to it: a recording must have none of them.
+FORBIDDEN = {"_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"}
+
+
+class ImitatedGraph:
+    """Repeats operations at the addresses at which they ran."""
+
+    def __init__(self):
+        self.operations = []
+
+    def replay(self):
+        with torch.no_grad():
+            for func, args, kwargs, results in self.operations:
+                for new, result in zip(tensors_in(func(*args, **kwargs)), results, strict=True):
+                    if new.data_ptr() != result.data_ptr():
+                        result.data.copy_(new)
+
+
+class Recorder(TorchDispatchMode):
+    """Stands for ``torch.cuda.graph``: in the end nothing has happened but that operations are noted."""
+
+    def __init__(self, graph, *, pool, stream, capture_error_mode):
+        super().__init__()
+        self.graph = graph
+        self.random = torch.get_rng_state()
+        self.before = []
+
+    def __exit__(self, *args):
+        super().__exit__(*args)
+        torch.set_rng_state(self.random)
+        with torch.no_grad():
+            for tensor, value in reversed(self.before):
+                tensor.data.copy_(value)  # Unnoticed by autograd.
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().partition("::")[2].partition(".")[0]
+        if name in FORBIDDEN:
+            raise RuntimeError(f"{name} is not permitted when the stream is capturing")
+        if func._schema.is_mutable or "batch_norm" in name:
+            self.before += [(tensor, tensor.clone()) for tensor in tensors_in((args, kwargs))]
+        results = func(*args, **(kwargs or {}))
+        self.graph.operations.append((func, args, kwargs or {}, tensors_in(results)))
+        return results
+
+
+class ImitatedStream:
+    def __init__(self, *args):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *args):
+        pass
+
+
+def tensors_in(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.fixture
+def imitation(monkeypatch):
+    """Let the CPU record."""
+    for name, value in {
+        "CUDAGraph": ImitatedGraph,
+        "graph": Recorder,
+        "Stream": ImitatedStream,
+        "stream": ImitatedStream,
+        "current_stream": ImitatedStream,
+        "graph_pool_handle": lambda: (0, 1),
+        "get_rng_state": lambda device: torch.get_rng_state(),
+        "set_rng_state": lambda state, device: torch.set_rng_state(state),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+def recorded(model):
+    """A copy that trains with graphs."""
+    model = copy.deepcopy(model)
+    model.graphs = TrainingGraphs(model)
+    return model
+
+
+def step(model, batch, *, dtype=None, seed=0):
+    """Losses and gradients of a step."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
+        losses = model(batch)
+    sum(losses.values()).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: loss.detach().clone() for name, loss in losses.items()}, gradients
+
+
+def two_canvases(make_input, seed=0):
+    """One batch with padding, one without; other images and objects for every seed."""
+    boxes = [[5.0, 5, 40 + seed, 50], [20, 10, 60, 40 + 2 * seed]]
+    return [
+        [make_input(96, 80, boxes, [1, 2], seed=seed), make_input(64 + 8 * seed, 96, boxes[:1], [3], seed=seed + 1)],
+        [make_input(64, 64, boxes[1:], [0], seed=seed + 2), make_input(64, 64, seed=seed + 3)],
+    ]
+
+
+VARIANTS = {
+    "base": {},
+    "two_stage": TWO_STAGE,
+    "one2many": {**TWO_STAGE, "num_queries": 6, "num_one2many_queries": 8},
+}
+
+
+def assert_same_steps(graphs, model, make_input, *, dtype=None, steps=3, **bounds):
+    """Of two canvases in turns; the first step of each runs eagerly, the second is recorded."""
+    for seed in range(steps):
+        for batch in two_canvases(make_input, seed):
+            expected, expected_gradients = step(model, batch, dtype=dtype, seed=seed)
+            losses, gradients = step(graphs, batch, dtype=dtype, seed=seed)
+            torch.testing.assert_close(losses, expected, **bounds)
+            assert gradients.keys() == expected_gradients.keys()
+            # Of a bias before a norm nothing but rounding is left: it counts beside the whole.
+            whole = torch.stack([gradient.norm() for gradient in expected_gradients.values()]).norm()
+            for name, gradient in gradients.items():
+                bound = bounds["rtol"] * (expected_gradients[name].norm() + 0.01 * whole)
+                assert (gradient - expected_gradients[name]).norm() <= bound, name
+    assert len(graphs.graphs) == 2
+
+
+EXACTLY = {"rtol": 0, "atol": 0}
+
+
+@pytest.mark.parametrize("variant", ["base", "one2many"])
+def test_recorded_steps_are_the_steps_as_they_are_written(imitation, make_model, make_input, randomize, variant):
+    model = randomize(make_model(dropout=0.1, num_decoder_layers=2, **VARIANTS[variant])).train()
+    assert_same_steps(recorded(model), model, make_input, **EXACTLY)
+
+
+def test_a_detr_is_recorded_too(imitation, make_detr, make_input):
+    model = make_detr(dropout=0.1, num_decoder_layers=1).train()
+    assert_same_steps(recorded(model), model, make_input, **EXACTLY)
+
+
+def test_types_of_autocast_are_recorded_apart(imitation, make_model, make_input, randomize):
+    model = randomize(make_model(num_decoder_layers=1)).train()
+    graphs = recorded(model)
+    batch, dtypes = two_canvases(make_input)[1], (torch.bfloat16, None)
+    expected = {dtype: step(model, batch, dtype=dtype) for dtype in dtypes}
+    for dtype in dtypes * 3:
+        torch.testing.assert_close(step(graphs, batch, dtype=dtype), expected[dtype], **EXACTLY)
+    assert [kind.autocast for kind in graphs.graphs._recordings] == [torch.bfloat16, None]
+
+
+def test_dropout_draws_anew_in_every_replay(imitation, make_model, make_input, randomize):
+    graphs = recorded(randomize(make_model(dropout=0.5, num_decoder_layers=1)).train())
+    batch = two_canvases(make_input)[1]
+    losses = [step(graphs, batch, seed=seed)[0]["loss_bbox"].item() for seed in (0, 0, 1, 2, 0)]
+    assert losses[0] == losses[1] == losses[4] and len(set(losses)) == 3
+
+
+def test_training_ends_where_it_ends_without_graphs(imitation, make_model, make_input, randomize):
+    model = randomize(make_model(num_decoder_layers=1)).train()
+    # A batch norm that trains: neither warming up nor recording may count.
+    model.backbone.bottom_up.res4 = torch.nn.Sequential(model.backbone.bottom_up.res4, torch.nn.BatchNorm2d(12))
+    graphs = recorded(model)
+    for trained in (model, graphs):
+        optimizer = ClippedAdamW(trained.parameters(), lr=1e-3)
+        for seed in range(3):
+            for batch in two_canvases(make_input, seed):
+                step(trained, batch)
+                optimizer.step()
+                optimizer.zero_grad()
+    torch.testing.assert_close(graphs.state_dict(), model.state_dict(), **EXACTLY)
+    evaluated = [m.eval()(two_canvases(make_input)[1])[0]["instances"].scores for m in (graphs, model)]
+    assert torch.equal(*evaluated)
+
+
+@pytest.fixture
+def recorded_model(imitation, make_model, make_input):
+    """A model that has recorded one canvas, and a batch of it."""
+    model = recorded(make_model(num_decoder_layers=1).train())
+    batch = two_canvases(make_input)[1]
+    step(model, batch), step(model, batch)
+    assert len(model.graphs) == 1
+    return model, batch
+
+
+def test_copies_and_pickles_have_no_graphs(recorded_model):
+    model, _ = recorded_model
+    assert copy.deepcopy(model).graphs is None and pickle.loads(pickle.dumps(model)).graphs is None
+    assert len(model.graphs) == 1
+
+
+def test_what_would_be_wrong_is_refused(recorded_model):
+    model, batch = recorded_model
+    with pytest.raises(RuntimeError, match="gradients cannot be accumulated: call zero_grad"):
+        sum(model(batch).values()).backward()
+    model.zero_grad()
+    first, _ = model(batch), model(batch)
+    with pytest.raises(RuntimeError, match="before the model sees another batch"):
+        sum(first.values()).backward()
+    total = sum(model(batch).values())
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a backward pass runs once"):
+        total.backward()
+
+
+def test_recordings_of_other_tensors_are_forgotten(recorded_model):
+    model, batch = recorded_model
+    norm = model.backbone.input_proj[0][0]
+    for change in (model.double, lambda: norm.requires_grad_(False), model.float):
+        change()
+        before = len(model.graphs)
+        step(model, batch)
+        assert (before, len(model.graphs)) == (1, 0)
+        step(model, batch)
+
+
+def test_the_model_runs_as_it_is_written_for_hooks_and_without_gradients(recorded_model):
+    model, batch = recorded_model
+    seen = []
+    handle = model.transformer.encoder.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    step(model, batch)
+    handle.remove()
+    with torch.no_grad():
+        assert not any(loss.requires_grad for loss in model(batch).values())
+    step(model, batch)
+    assert seen == [1] and len(model.graphs) == 1
+
+
+def test_few_recordings_are_kept(imitation, make_model, make_input, monkeypatch):
+    monkeypatch.setattr(training_graphs, "MAX_RECORDINGS", 2)
+    model = recorded(make_model(num_decoder_layers=1, num_encoder_layers=0).train())
+    for height in (32, 64, 32, 96):
+        for _ in range(2):
+            step(model, [make_input(height, 64)])
+    assert [kind.canvas for kind in model.graphs._recordings] == [(32, 64), (96, 64)]
+
+
+def test_recordings_hold_what_is_kept_between_calls_and_nothing_else(make_model, make_input):
+    model = make_model(num_decoder_layers=1, **TWO_STAGE).train()
+    batch = training_graphs.StaticBatch(1, 3, (64, 64), True, torch.uint8, device=model.device)
+    batch.fill([make_input(64, 64)["image"]], [(64, 64)])
+    training_graphs._predict(model, batch)
+    with training_graphs._Reads() as reads:
+        outputs = training_graphs._predict(model, batch)
+    del outputs
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers(), batch.pixels, batch.image_sizes)}
+    kept = [tensor for tensor in reads.still_there() if id(tensor) not in own]
+    # Level, centres, sizes and strides of cells, sampled pixels, sizes of a pixel, wavelengths.
+    assert len(kept) == 7 and sum(tensor.numel() for tensor in kept) < 1500
+    assert len(own & {id(tensor) for tensor in reads.still_there()}) > 50
+
+
+def test_a_model_that_cannot_be_recorded_is_named(recorded_model, make_input, monkeypatch):
+    model, _ = recorded_model
+    relu = torch.Tensor.relu
+    monkeypatch.setattr(torch.Tensor, "relu", lambda x: relu(x) if x.sum().item() else x)
+    step(model, [make_input(96, 64)])
+    with pytest.raises(RuntimeError, match="waits for the device.*CUDA_GRAPHS.*train.cuda_graphs") as caught:
+        step(model, [make_input(96, 64)])
+    assert "_local_scalar_dense" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation_checkpoint": True}, r"activation_checkpoint \(MODEL.DEFORMABLE_DETR.ACTIVATION_CHECKPOINT\)"),
+        ({"padding_invariant": True}, r"padding_invariant \(MODEL.DEFORMABLE_DETR.PADDING_INVARIANT\)"),
+        ({**TWO_STAGE, "denoising": {"dn_number": 4}}, r"denoising \(MODEL.DEFORMABLE_DETR.DN_NUMBER\)"),
+        ({}, "need a model on CUDA, this one is on cpu"),
+    ],
+)
+def test_models_whose_steps_are_no_graphs_are_refused(make_model, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(**options).record_for_training()
+
+
+def test_a_compiled_model_and_one_with_hooks_are_refused(make_model):
+    model = make_model()
+    model.backbone.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="a module with hooks"):
+        model.record_for_training()
+    model.is_compiled = True
+    with pytest.raises(ValueError, match="MODEL.DEFORMABLE_DETR.COMPILE"):
+        model.record_for_training()
+
+
+# The order in which a GPU adds changes from run to run. Where such a sum is rounded it may change by one unit: 2^-11 of
+# it in convolutions (TF32, PyTorch's default), 2^-8 in bfloat16.
+BOUNDS = {None: {"rtol": 1e-3, "atol": 1e-6}, torch.bfloat16: {"rtol": 0.03, "atol": 1e-3}}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [("two_stage", None), ("two_stage", torch.bfloat16), ("base", torch.bfloat16), ("one2many", None)],
+    ids=str,
+)
+def test_on_a_gpu_recorded_steps_are_the_steps_as_they_are_written(make_model, make_input, randomize, variant, dtype):
+    model = randomize(make_model(dropout=0.1, **VARIANTS[variant])).train().cuda()
+    graphs = recorded(model)
+    assert_same_steps(graphs, model, make_input, dtype=dtype, **BOUNDS[dtype])
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_a_detr_is_recorded_too(make_detr, make_input):
+    model = make_detr(dropout=0.1).train().cuda()
+    assert_same_steps(recorded(model), model, make_input, **BOUNDS[None])
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_dropout_draws_anew(make_model, make_input, randomize):
+    graphs = recorded(randomize(make_model(dropout=0.5)).train().cuda())
+    batch = two_canvases(make_input)[1]
+    gradients = [torch.cat([g.flatten() for g in step(graphs, batch, seed=s)[1].values()]) for s in (0, 0, 1, 2, 0)]
+    first, again, second, third, last = (gradient / gradients[0].norm() for gradient in gradients)
+    assert max((first - again).norm(), (first - last).norm()) < 1e-2
+    assert min((first - second).norm(), (first - third).norm(), (second - third).norm()) > 0.1
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_training_ends_where_it_ends_without_graphs(make_model, make_input, randomize):
+    model = randomize(make_model()).train().cuda()
+    model.backbone.bottom_up.res4 = torch.nn.Sequential(model.backbone.bottom_up.res4, torch.nn.BatchNorm2d(12)).cuda()
+    start, graphs = copy.deepcopy(model), recorded(model)
+    for trained in (model, graphs):
+        optimizer = torch.optim.SGD(trained.parameters(), lr=1e-4)
+        for seed in range(4):
+            for batch in two_canvases(make_input, seed):
+                step(trained, batch)
+                optimizer.step()
+    ends = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (start, model, graphs)]
+    assert (ends[2] - ends[1]).norm() < 0.02 * (ends[1] - ends[0]).norm()
+    norms = [m.backbone.bottom_up.res4[1] for m in (model, graphs)]
+    torch.testing.assert_close(norms[1].running_var, norms[0].running_var, rtol=1e-3, atol=1e-4)
+    assert norms[1].num_batches_tracked == 8
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_losses_are_scaled_and_old_losses_do_no_harm(make_model, make_input):
+    graphs = recorded(make_model(dropout=0.1).train().cuda())
+    optimizer, scaler = torch.optim.SGD(graphs.parameters(), lr=1e-4), torch.amp.GradScaler("cuda", init_scale=8.0)
+    kept = []  # What autograd has made for an eager step lives on while others are recorded.
+    for seed in range(4):
+        for batch in two_canvases(make_input, seed):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.float16):
+                kept.append(sum(graphs(batch).values()))
+            scaler.scale(kept[-1]).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert scaler.get_scale() == 8 and len(graphs.graphs) == 2 and torch.stack(kept).isfinite().all()
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_canvases_share_their_memory(make_model, make_input):
+    model = recorded(make_model(d_model=64).train().cuda())
+    reserved = []
+    for height in (512, 480, 448, 416, 384, 352):
+        batch = [make_input(height, 512, [[5.0, 5, 50, 60]], [1], seed=seed) for seed in (0, 1)]
+        for _ in range(3):
+            step(model, batch)
+        gc.collect()
+        torch.cuda.empty_cache()
+        reserved.append(sum(s["total_size"] for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] != (0, 0)))
+    assert len(model.graphs) == 6 and 0 < reserved[-1] < 2 * reserved[0]
