@@ -152,6 +152,7 @@ train = dict(
     amp=dict(enabled=False, precision="float16"),
     accumulation_steps=1,
     compile=False,
+    cuda_graphs=False,
     max_skipped_steps=0,
     ema=dict(enabled=False, decay=0.9997),
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),

@@ -31,6 +31,7 @@ YAML_KEYS = {
     "max_skipped": "SOLVER.MAX_SKIPPED_STEPS",
     "ema": "MODEL.EMA.ENABLED",
     "compile": "MODEL.DEFORMABLE_DETR.COMPILE",
+    "cuda_graphs": "MODEL.DEFORMABLE_DETR.CUDA_GRAPHS",
     "seed": "SEED",
     "weights": "MODEL.WEIGHTS",
 }
@@ -53,6 +54,7 @@ LAZY_KEYS = {
     "max_skipped": "train.max_skipped_steps",
     "ema": "train.ema.enabled",
     "compile": "train.compile",
+    "cuda_graphs": "train.cuda_graphs",
     "seed": "train.seed",
     "weights": "train.init_checkpoint",
 }

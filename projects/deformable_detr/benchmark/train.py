@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 
 from torch import nn
@@ -15,8 +16,9 @@ from .timing import peak_memory
 NOTES = """\
 ms: median of the rounds; spread: quartile range / median; ratio: median over rounds of time / time of the first row of
 the same input; MiB: peak on top of weights and optimizer state, gradients included. All have the same weights, images,
-objects and ClippedAdamW; transformers has no loss for the encoder's proposals."""
-OPTIONS = ("default", "checkpoint", "compiled")
+objects and ClippedAdamW; transformers has no loss for the encoder's proposals. The memory of recorded steps (graphs)
+is kept for them, and not measured."""
+OPTIONS = ("default", "checkpoint", "compiled", "graphs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,32 +40,42 @@ def make_contenders(variant: str, batch: Batch, args: argparse.Namespace) -> lis
     contenders = []
     for name in [OURS, *find_peers(args.peers)]:
         for option in args.options if name == OURS else ["default"]:
-            model = build(name, variant, batch, opts=args.opts)
-            if option == "checkpoint":
-                transformer = model.model.transformer
-                transformer.encoder.activation_checkpoint = transformer.decoder.activation_checkpoint = True
-            if option == "compiled":
-                model.model.compile_for_training()
-            contenders += [
-                Contender(
-                    {"implementation": name, "option": option, "dtype": dtype},
-                    model,
-                    make_step(model, batch, dtype=dtype),
-                )
-                for dtype in args.dtypes
-            ]
+            for dtype in args.dtypes:
+                # Recordings do not tell TF32 from float32: each has a model of its own.
+                if option == "graphs" or dtype == args.dtypes[0]:
+                    model = build(name, variant, batch, opts=args.opts)
+                    _switch_on(option, model)
+                columns = {"implementation": name, "option": option, "dtype": dtype}
+                contenders.append(Contender(columns, model, make_step(model, batch, dtype=dtype)))
     return contenders
+
+
+def _switch_on(option: str, model: nn.Module) -> None:
+    if option == "checkpoint":
+        transformer = model.model.transformer
+        transformer.encoder.activation_checkpoint = transformer.decoder.activation_checkpoint = True
+    if option == "compiled":
+        model.model.compile_for_training()
+    if option == "graphs":
+        model.model.record_for_training()
 
 
 def measure(
     contenders: list[Contender], variant: str, batch: Batch, args: argparse.Namespace
 ) -> list[dict[str, object]]:
     """Measure times, unless it is the memory alone that is asked for, and memory of every contender."""
+    is_recorded = [contender.columns["option"] == "graphs" for contender in contenders]
+    for contender in itertools.compress(contenders, is_recorded):
+        contender.call()  # Recorded is the second step.
+        contender.call()
     rows = [{}] * len(contenders) if args.memory_only else time_contenders(contenders, batch, args)
     if args.memory_only:
         for contender in contenders:
             contender.call()  # The optimizer makes its state in its first step.
-    memory = [None if args.no_memory else peak_memory(contender.call, batch.device) for contender in contenders]
+    memory = [
+        None if args.no_memory or recorded else peak_memory(contender.call, batch.device)
+        for contender, recorded in zip(contenders, is_recorded, strict=True)
+    ]
     return [{**row, "MiB": mib} for row, mib in zip(rows, memory, strict=True)]
 
 

@@ -67,6 +67,8 @@ def add_deformable_detr_config(cfg: CfgNode) -> None:
     node.ACTIVATION_CHECKPOINT = False
     # Let torch.compile make a program of the transformer for training.
     node.COMPILE = False
+    # Record training steps of canvases that come again as CUDA graphs.
+    node.CUDA_GRAPHS = False
     # Sampling points K of the paper, per head and level.
     node.ENC_N_POINTS = 4
     node.DEC_N_POINTS = 4

@@ -28,6 +28,7 @@ KEYS: dict[str, tuple[str | None, str]] = {
     "accumulation_steps": ("SOLVER.ACCUMULATION_STEPS", "train.accumulation_steps"),
     "find_unused_parameters": ("SOLVER.FIND_UNUSED_PARAMETERS", "train.ddp.find_unused_parameters"),
     "compile": ("MODEL.DEFORMABLE_DETR.COMPILE", "train.compile"),
+    "cuda_graphs": ("MODEL.DEFORMABLE_DETR.CUDA_GRAPHS", "train.cuda_graphs"),
     "max_skipped_steps": ("SOLVER.MAX_SKIPPED_STEPS", "train.max_skipped_steps"),
     "ema_enabled": ("MODEL.EMA.ENABLED", "train.ema.enabled"),
     "ema_decay": ("MODEL.EMA.DECAY", "train.ema.decay"),

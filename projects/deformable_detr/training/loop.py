@@ -62,18 +62,26 @@ class TrainingLoop(SimpleTrainer):
         self.images_seen = 0
         self.skipped_steps = 0
         self._batches: Iterator[list[dict]] | None = None
+        # After the average is made, which is a copy that only evaluates.
         if settings.compile:
-            self._compile()
+            self._prepare_model("compile", "compile_for_training")
+        if settings.cuda_graphs:
+            if comm.get_world_size() > 1:
+                raise ValueError(
+                    f"{settings.keys['cuda_graphs']} needs one process, there are {comm.get_world_size()}: recorded "
+                    f"steps exchange no gradients"
+                )
+            self._prepare_model("cuda_graphs", "record_for_training")
         # Batch statistics change in the forward pass: a step that is left out must take them back.
         self._norms = get_bn_modules(model) if settings.max_skipped_steps else []
 
-    def _compile(self) -> None:
-        # After the average is made, which is a copy that only evaluates.
-        model, key = unwrap(self.model), self.settings.keys["compile"]
-        if not hasattr(model, "compile_for_training"):
-            raise ValueError(f"{key} needs a model with compile_for_training; {type(model).__name__} has none")
+    def _prepare_model(self, setting: str, method: str) -> None:
+        """Call a method of the model for a setting that asks for it."""
+        model, key = unwrap(self.model), self.settings.keys[setting]
+        if not hasattr(model, method):
+            raise ValueError(f"{key} needs a model with {method}; {type(model).__name__} has none")
         try:
-            model.compile_for_training()
+            getattr(model, method)()
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{key} is True: {error}") from error
 

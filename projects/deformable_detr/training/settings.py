@@ -31,6 +31,7 @@ class TrainingSettings:
         ema_decay: of the averaged weights, None without them.
         first_eval: one evaluation more, early, after so many iterations; 0 for none.
         compile: the transformer for training; see :meth:`SetPredictionDetector.compile_for_training`.
+        cuda_graphs: see :meth:`SetPredictionDetector.record_for_training`; in one process.
         per_layer_ap: also evaluate the predictions of every decoder layer.
         best_metric: such as "bbox/AP"; the checkpoint that is best in it is kept as ``model_best.pth``. Empty: none.
         patience: evaluations without a better one after which the run ends; 0 for never.
@@ -48,6 +49,7 @@ class TrainingSettings:
     max_skipped_steps: int = 0
     ema_decay: float | None = None
     compile: bool = False
+    cuda_graphs: bool = False
     log_period: int = 20
     eval_period: int = 0
     first_eval: int = 0
@@ -78,6 +80,14 @@ class TrainingSettings:
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"{self.keys['ema_decay']} must be in [0, 1), got {self.ema_decay}")
+        for name in ("compile", "auto_batch") if self.cuda_graphs else ():
+            if getattr(self, name):
+                raise ValueError(f"{self.keys['cuda_graphs']} does not go with {self.keys[name]}: both are True")
+        if self.cuda_graphs and self.accumulation_steps > 1:
+            raise ValueError(
+                f"{self.keys['cuda_graphs']} needs {self.keys['accumulation_steps']} to be 1, got "
+                f"{self.accumulation_steps}: gradients of recorded steps cannot be accumulated"
+            )
 
     @classmethod
     def from_config(cls, cfg: CfgNode | DictConfig) -> "TrainingSettings":
