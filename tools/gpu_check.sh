@@ -206,7 +206,9 @@ run_infer() {
 
 run_train() {
     set_model_options
-    measure train train "${options[@]}" --batches "${batches[@]}" --precision tf32 bfloat16 --options default
+    local kinds=(default)
+    if [ "$device" = cuda ]; then kinds+=(graphs); fi
+    measure train train "${options[@]}" --batches "${batches[@]}" --precision tf32 bfloat16 --options "${kinds[@]}"
     measure checkpoint train "${options[@]}" --batches 2 --precision bfloat16 --options checkpoint
     return $failed
 }

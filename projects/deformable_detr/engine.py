@@ -88,7 +88,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cuda-graphs",
         action="store_true",
-        help="with --eval-only: replay batches of a shape that was seen before as CUDA graphs (not yet run on a GPU)",
+        help="with --eval-only: replay batches of a shape that was seen before as CUDA graphs",
     )
     parser.add_argument(
         "--replay", metavar="FILE", help="repeat the step with which a training has failed, and explain it"

@@ -97,7 +97,7 @@ def _add_computation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cuda-graphs",
         action="store_true",
-        help="replay images of a size that was seen before as one CUDA graph (not yet run on a GPU)",
+        help="replay images of a size that was seen before as one CUDA graph",
     )
     parser.add_argument("--channels-last", action="store_true", help="memory layout of the backbone")
     parser.add_argument("--compile", action="store_true", help="compile the transformer; the first images take minutes")
