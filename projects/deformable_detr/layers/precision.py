@@ -17,7 +17,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def as_autocast(x: Tensor) -> Tensor:
     """Convert what several layers read as autocast would for each of them; outside of it do nothing."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype is torch.float32:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    dtype = autocast_dtype(x.device.type)
+    return x if dtype is None or x.dtype is not torch.float32 else x.to(dtype)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return what autocast computes in on a type of device; None outside of it."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -4,7 +4,9 @@ Shapes: N images on a canvas of (H, W) pixels.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ MAX_SEEN = 256
 
 Detect = Callable[[Tensor, Tensor | None], tuple[Tensor, object]]
 Size = tuple[int, int]
+R = TypeVar("R")
 
 
 class GraphCache:
@@ -34,8 +37,7 @@ class GraphCache:
 
     def __init__(self, detect: Detect) -> None:
         self._detect = detect
-        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
-        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._graphs: Recordings[_Graph] = Recordings()
         self._pool: tuple[int, int] | None = None
 
     def __len__(self) -> int:
@@ -44,24 +46,54 @@ class GraphCache:
     def clear(self) -> None:
         """Forget all graphs."""
         self._graphs.clear()
-        self._seen.clear()
         self._pool = None
 
     def __call__(self, images: Sequence[Tensor], sizes: Sequence[Size], canvas: Size, device: torch.device) -> Tensor:
         """Run for images (3, h, w) of ``sizes``. The result is valid until the next call."""
         padded = any(size != canvas for size in sizes)
         kind = (len(images), images[0].shape[0], canvas, padded, images[0].dtype)
-        graph = self._graphs.get(kind)
-        if graph is None and kind not in self._seen:
-            remember(self._seen, kind, None, MAX_SEEN)
-            return StaticBatch(*kind, device=device).fill(images, sizes).run(self._detect)[0]
+        graph = self._graphs.find(kind, partial(self._record, kind, images, sizes, device), limit=MAX_GRAPHS)
         if graph is None:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            graph = _Graph(self._detect, StaticBatch(*kind, device=device).fill(images, sizes), self._pool)
-            remember(self._graphs, kind, graph, MAX_GRAPHS)
-        self._graphs.move_to_end(kind)
+            return StaticBatch(*kind, device=device).fill(images, sizes).run(self._detect)[0]
         return graph.replay(images, sizes)
+
+    def _record(self, kind: tuple, images: Sequence[Tensor], sizes: Sequence[Size], device: torch.device) -> "_Graph":
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return _Graph(self._detect, StaticBatch(*kind, device=device).fill(images, sizes), self._pool)
+
+
+class Recordings(Generic[R]):
+    """Recordings by kind of batch, made when a kind comes for the second time; the least recently used are dropped."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, R] = OrderedDict()
+        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self._kept)
+
+    def clear(self) -> None:
+        """Forget all, also which kinds have been seen."""
+        self._kept.clear()
+        self._seen.clear()
+
+    def find(self, kind: Hashable, record: Callable[[], R], *, limit: int) -> R | None:
+        """Return the recording of a kind, made by ``record`` if need be; None when the kind comes for the first time.
+
+        Args:
+            limit: recordings that are kept.
+        """
+        if kind in self._kept:
+            self._kept.move_to_end(kind)
+        elif kind in self._seen:
+            _remember(self._kept, kind, record(), limit)
+        else:
+            _remember(self._seen, kind, None, MAX_SEEN)
+        return self._kept.get(kind)
 
 
 class StaticBatch:
@@ -118,8 +150,7 @@ def canvas_of(sizes: Sequence[Size], divisor: int) -> Size:
     return tuple(-(-side // divisor) * divisor if divisor > 1 else side for side in sides)
 
 
-def remember(cache: OrderedDict, key: Hashable, value: object, limit: int) -> None:
-    """Put a value into a cache, and drop the least recently used one where there are more than ``limit``."""
+def _remember(cache: OrderedDict, key: Hashable, value: object, limit: int) -> None:
     cache[key] = value
     if len(cache) > limit:
         cache.popitem(last=False)

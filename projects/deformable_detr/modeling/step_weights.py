@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..layers import MultiheadAttention
+from ..layers.precision import autocast_dtype
 from .backbone import MultiScaleBackbone
 from .frozen_bn import FrozenBNConv2d
 
@@ -110,7 +111,7 @@ def _fold(layer: _Members, shadows: Shadows) -> None:
     convs = layer.convs
     if not convs or convs[0].weight.dtype not in (torch.float32, torch.float64):
         return
-    dtype = _autocast_dtype(convs[0].weight) or convs[0].weight.dtype
+    dtype = autocast_dtype(convs[0].weight.device.type) or convs[0].weight.dtype
     constants = _constants(layer, dtype)
     trained = [(conv.weight, kept.scale) for conv, kept in zip(convs, constants, strict=True) if kept.folded is None]
     weights, scales = zip(*trained, strict=True) if trained else ((), ())
@@ -127,7 +128,7 @@ def _convert(layer: _Members, shadows: Shadows) -> None:
         for attributes, parameters, name in layer.slots
         if (parameter := parameters[name]) is not None and parameter.requires_grad and parameter.dtype is torch.float32
     ]
-    dtype = _autocast_dtype(slots[0][2]) if slots else None
+    dtype = autocast_dtype(slots[0][2].device.type) if slots else None
     if dtype is None:
         return
     converted = _Ready.apply(dtype, None, *(parameter for _, _, parameter in slots))
@@ -195,11 +196,6 @@ def _constants_of(conv: FrozenBNConv2d, dtype: torch.dtype) -> _Constants:
     return _Constants(
         None if conv.weight.requires_grad else folded.to(dtype), conv.scale()[:, None, None, None], bias.to(dtype)
     )
-
-
-def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _shadow(shadows: Shadows, attributes: dict[str, Any], name: str, value: object) -> None:

@@ -6,11 +6,10 @@ the optimiser run as they are written.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from itertools import compress
 from typing import Any, NamedTuple
 from weakref import ref
@@ -24,7 +23,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .cuda_graphs import MAX_SEEN, Size, StaticBatch, canvas_of, remember
+from ..layers.precision import autocast_dtype
+from .cuda_graphs import Recordings, Size, StaticBatch, canvas_of
 from .padding import padding_mask
 from .step_weights import ready_weights
 
@@ -84,8 +84,7 @@ class TrainingGraphs:
         self._modules = list(model.modules())
         self._with_buffers = [module for module in self._modules if list(module.buffers(recurse=False))]
         self._state: list[tuple] = []
-        self._recordings: OrderedDict[Kind, _Recording] = OrderedDict()
-        self._seen: OrderedDict[Kind, None] = OrderedDict()
+        self._recordings: Recordings[_Recording] = Recordings()
         self._shared: _Shared | None = None
 
     def __len__(self) -> int:
@@ -102,7 +101,6 @@ class TrainingGraphs:
     def clear(self) -> None:
         """Forget all recordings."""
         self._recordings.clear()
-        self._seen.clear()
         self._shared = None
 
     def __call__(self, model: nn.Module, images: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -116,21 +114,18 @@ class TrainingGraphs:
             self.clear()
             self._state = state
         sizes = [tuple(image.shape[-2:]) for image in images]
-        canvas, autocast = canvas_of(sizes, model.size_divisibility), _autocast_dtype(model.device.type)
+        canvas, autocast = canvas_of(sizes, model.size_divisibility), autocast_dtype(model.device.type)
         pixels = reduce(torch.promote_types, (image.dtype for image in images))
         kind = Kind(len(images), images[0].shape[0], canvas, pixels, autocast)
-        if kind in self._recordings:
-            self._recordings.move_to_end(kind)
-            return self._recordings[kind].replay(images, sizes)
-        batch = StaticBatch(*kind[:3], True, kind.pixels, device=model.device).fill(images, sizes)
-        if kind not in self._seen:
-            remember(self._seen, kind, None, MAX_SEEN)
-            return _predict(model, batch)
+        recording = self._recordings.find(kind, partial(self._record, model, kind, images, sizes), limit=MAX_RECORDINGS)
+        if recording is None:
+            return _predict(model, _batch(model, kind, images, sizes))
+        return recording.replay(images, sizes)
+
+    def _record(self, model: nn.Module, kind: Kind, images: Sequence[Tensor], sizes: Sequence[Size]) -> _Recording:
         if self._shared is None:
             self._shared = self._make_shared(model.device)
-        recording = _Recording(model, batch, kind.autocast, self._shared)
-        remember(self._recordings, kind, recording, MAX_RECORDINGS)
-        return recording.replay(images, sizes)
+        return _Recording(model, _batch(model, kind, images, sizes), kind.autocast, self._shared)
 
     def _make_shared(self, device: torch.device) -> _Shared:
         trained = [parameter for parameter in self._parameters if parameter.requires_grad]
@@ -344,6 +339,10 @@ def has_hooks(m: nn.Module) -> bool:
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
+def _batch(model: nn.Module, kind: Kind, images: Sequence[Tensor], sizes: Sequence[Size]) -> StaticBatch:
+    return StaticBatch(*kind[:3], True, kind.pixels, device=model.device).fill(images, sizes)
+
+
 def _predict(model: nn.Module, batch: StaticBatch) -> dict[str, Tensor]:
     """Predict for pixels as they come. What stands at the padding does not matter."""
     images, sizes = model.normalise(batch.pixels), batch.image_sizes
@@ -351,7 +350,3 @@ def _predict(model: nn.Module, batch: StaticBatch) -> dict[str, Tensor]:
     with ready_weights(model):
         # Rows of a tensor for sizes: nothing is read from the device. Ground truth it must not need.
         return model.predict_for_training(ImageList(images, list(sizes)), None)
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

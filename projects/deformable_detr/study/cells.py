@@ -102,10 +102,8 @@ class Workshop:
         """
         if self.result(cell) is not None:
             return "finished"
-        run_folder = self._run_folder(cell)
-        if (begun := run_folder / _BEGUN).is_file():
-            self._check_same(begun, json.loads(begun.read_text(encoding="utf-8")), cell)
-        return "begun" if run_folder.is_dir() else "to do"
+        self._check_begun(cell)
+        return "begun" if self._run_folder(cell).is_dir() else "to do"
 
     def draw_data(self) -> None:
         """Draw the images, unless they are there."""
@@ -121,8 +119,8 @@ class Workshop:
         """
         run_folder = self._run_folder(cell)
         make_folder(run_folder)
-        if self.state(cell) == "begun":
-            write_json(run_folder / _BEGUN, self._fingerprint(cell), indent=1)
+        self._check_begun(cell)
+        write_json(run_folder / _BEGUN, self._fingerprint(cell), indent=1)
         config = run_folder / "study_config.yaml"
         with self._reading_configs:
             LazyConfig.save(build_config(self.table, self.size_name, cell), str(config))
@@ -169,6 +167,11 @@ class Workshop:
     def _run_child(self, command: list[str], run_folder: Path) -> None:
         # It keeps the lock of the folder, should it live longer than this process.
         self.children.run(command, run_folder / "console.txt", keep_open=self._lock.fileno())
+
+    def _check_begun(self, cell: Cell) -> None:
+        begun = self._run_folder(cell) / _BEGUN
+        if begun.is_file():
+            self._check_same(begun, json.loads(begun.read_text(encoding="utf-8")), cell)
 
     def _check_same(self, path: Path, found: dict[str, Any], cell: Cell) -> None:
         expected = self._fingerprint(cell)
