@@ -14,10 +14,14 @@ NARROW = [
     "MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "16",
     "MODEL.RESNETS.WIDTH_PER_GROUP", "8", "MODEL.DEFORMABLE_DETR.DROPOUT", "0.0",
 ]  # fmt: skip
-OPTIONS = ["further queries", "no objects anywhere", "activation checkpoints", "no auxiliary losses", "accumulation"]
+OPTIONS = [
+    "further queries", "no objects anywhere", "activation checkpoints", "no auxiliary losses", "recorded steps",
+    "accumulation",
+]  # fmt: skip
 STEPS = [f"variant {variant or 'base'}" for variant in VARIANTS] + OPTIONS
 RANKS = [(size, rank) for size in (2, 3) for rank in range(size)]
 REPORTS = {}
+MODELING = Path(__file__).parents[1] / "modeling"  # Its tests' imitated graphs serve here as well.
 
 
 @pytest.fixture
@@ -31,7 +35,8 @@ def reports(tiny_yaml, write_coco, tmp_path) -> dict[tuple[int, int], dict]:
         content = {"configs": configs, "json": data.json, "images": data.images, "flags": flags}
         task.write_text(json.dumps({**content, "output": str(tmp_path)}))
         # No GPU: a process that has used one cannot be forked.
-        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join([str(MODELING), *filter(None, [os.environ.get("PYTHONPATH")])])
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(task)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
         for size, rank in RANKS:

@@ -29,6 +29,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
+from imitated_graphs import imitated_graphs  # of tests/modeling, which the caller puts on the path
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -36,6 +37,7 @@ from deformable_detr import load_config
 from deformable_detr.engine import argument_parser, build_evaluator
 from deformable_detr.engine import main as train_net
 from deformable_detr.modeling import HungarianMatcher, SetCriterion
+from deformable_detr.modeling.training_graphs import TrainingGraphs
 from deformable_detr.startup.launch import launch
 from deformable_detr.training.loop import TrainingLoop
 from deformable_detr.training.per_layer_ap import LayerEvaluators
@@ -137,11 +139,13 @@ class Case:
 
     Attributes:
         expected: by the number of objects that losses are divided by.
+        recorded: make the second step of several processes a replay of graphs, imitated on the CPU.
     """
 
     model: nn.Module
     batch: list[dict]
     expected: dict[int, dict[str, torch.Tensor]]
+    recorded: bool = False
 
     @classmethod
     def of(cls, config: list[str], objects: tuple[int, ...], *opts: str) -> "Case":
@@ -172,7 +176,11 @@ class Case:
         )
         exchanged: list[int] = []
         model.register_comm_hook(exchanged, exchange_and_count)
-        results = train_two_steps(model, self.batch[start : start + share], parts=parts)
+        if self.recorded:
+            model.module.graphs = TrainingGraphs(model.module)
+        with imitated_graphs() if self.recorded else contextlib.nullcontext():
+            results = train_two_steps(model, self.batch[start : start + share], parts=parts)
+        assert not self.recorded or len(model.module.graphs) == 1, "the second step was not recorded"
         return results, len(exchanged)
 
 
@@ -196,6 +204,7 @@ class Checks:
             "activation checkpoints": Case.of(configs["_two_stage"], OBJECTS, *checkpoints),
             "no auxiliary losses": Case.of(configs["_box_refine"], OBJECTS, "MODEL.DEFORMABLE_DETR.AUX_LOSS", "False"),
         }
+        self.cases["recorded steps"] = replace(self.cases["variant _two_stage"], recorded=True)
         self.accumulated = Case.of(self.config, OBJECTS_OF_PARTS)
 
     def all(self) -> dict[str, Callable[[], float]]:

@@ -1,99 +1,34 @@
-"""Training steps as CUDA graphs against the same steps as they are written.
-
-Without a GPU the recording is imitated: operations are noted while they run, and repeated into the same tensors.
-"""
+"""Training steps as CUDA graphs against the same steps as they are written. Without a GPU graphs are imitated."""
 
 import copy
 import gc
 import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+import torch.distributed as dist
+from detectron2.layers import NaiveSyncBatchNorm
+from detectron2.utils import comm
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from deformable_detr.modeling import training_graphs
 from deformable_detr.modeling.training_graphs import TrainingGraphs
 from deformable_detr.solver import ClippedAdamW
+from deformable_detr.training.step import unwrap
+
+from .imitated_graphs import imitated_graphs
 
 TWO_STAGE = {"with_box_refine": True, "two_stage": True}
-# What waits for a GPU, or copies numbers of the host to it: a recording must have none of them.
-FORBIDDEN = {"_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"}
-
-
-class ImitatedGraph:
-    """Repeats operations at the addresses at which they ran."""
-
-    def __init__(self):
-        self.operations = []
-
-    def replay(self):
-        with torch.no_grad():
-            for func, args, kwargs, results in self.operations:
-                for new, result in zip(tensors_in(func(*args, **kwargs)), results, strict=True):
-                    if new.data_ptr() != result.data_ptr():
-                        result.data.copy_(new)
-
-
-class Recorder(TorchDispatchMode):
-    """Stands for ``torch.cuda.graph``: in the end nothing has happened but that operations are noted."""
-
-    def __init__(self, graph, *, pool, stream, capture_error_mode):
-        super().__init__()
-        self.graph = graph
-        self.random = torch.get_rng_state()
-        self.before = []
-
-    def __exit__(self, *args):
-        super().__exit__(*args)
-        torch.set_rng_state(self.random)
-        with torch.no_grad():
-            for tensor, value in reversed(self.before):
-                tensor.data.copy_(value)  # Unnoticed by autograd.
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().partition("::")[2].partition(".")[0]
-        if name in FORBIDDEN:
-            raise RuntimeError(f"{name} is not permitted when the stream is capturing")
-        if func._schema.is_mutable or "batch_norm" in name:
-            self.before += [(tensor, tensor.clone()) for tensor in tensors_in((args, kwargs))]
-        results = func(*args, **(kwargs or {}))
-        self.graph.operations.append((func, args, kwargs or {}, tensors_in(results)))
-        return results
-
-
-class ImitatedStream:
-    def __init__(self, *args):
-        pass
-
-    def wait_stream(self, other):
-        pass
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, *args):
-        pass
-
-
-def tensors_in(tree):
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+# PyTorch 2.14's; its new name is none of older versions.
+IGNORED = pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")
 
 
 @pytest.fixture
-def imitation(monkeypatch):
-    """Let the CPU record."""
-    for name, value in {
-        "CUDAGraph": ImitatedGraph,
-        "graph": Recorder,
-        "Stream": ImitatedStream,
-        "stream": ImitatedStream,
-        "current_stream": ImitatedStream,
-        "graph_pool_handle": lambda: (0, 1),
-        "get_rng_state": lambda device: torch.get_rng_state(),
-        "set_rng_state": lambda state, device: torch.set_rng_state(state),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+def imitation():
+    with imitated_graphs():
+        yield
 
 
 def recorded(model):
@@ -103,6 +38,23 @@ def recorded(model):
     return model
 
 
+@contextmanager
+def distributed(model, backend):
+    """A model in DistributedDataParallel, of one process, and how often it has exchanged gradients."""
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped, exchanged = DistributedDataParallel(model, broadcast_buffers=False), []
+
+        def exchange(state, bucket):
+            exchanged.append(bucket.index())
+            return allreduce_hook(state, bucket)
+
+        wrapped.register_comm_hook(None, exchange)
+        yield wrapped, exchanged
+    finally:
+        dist.destroy_process_group()
+
+
 def step(model, batch, *, dtype=None, seed=0):
     """Losses and gradients of a step."""
     model.zero_grad()
@@ -110,7 +62,8 @@ def step(model, batch, *, dtype=None, seed=0):
     with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
         losses = model(batch)
     sum(losses.values()).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    parameters = unwrap(model).named_parameters()
+    gradients = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
     return {name: loss.detach().clone() for name, loss in losses.items()}, gradients
 
 
@@ -143,7 +96,7 @@ def assert_same_steps(graphs, model, make_input, *, dtype=None, steps=3, **bound
             for name, gradient in gradients.items():
                 bound = bounds["rtol"] * (expected_gradients[name].norm() + 0.01 * whole)
                 assert (gradient - expected_gradients[name]).norm() <= bound, name
-    assert len(graphs.graphs) == 2
+    assert len(unwrap(graphs).graphs) == 2
 
 
 EXACTLY = {"rtol": 0, "atol": 0}
@@ -158,6 +111,14 @@ def test_recorded_steps_are_the_steps_as_they_are_written(imitation, make_model,
 def test_a_detr_is_recorded_too(imitation, make_detr, make_input):
     model = make_detr(dropout=0.1, num_decoder_layers=1).train()
     assert_same_steps(recorded(model), model, make_input, **EXACTLY)
+
+
+@IGNORED
+def test_gradients_are_exchanged_after_a_replay(imitation, make_model, make_input, randomize):
+    model = randomize(make_model(dropout=0.1, num_decoder_layers=2, **TWO_STAGE)).train()
+    with distributed(recorded(model), "gloo") as (graphs, exchanged):
+        assert_same_steps(graphs, model, make_input, **EXACTLY)
+    assert len(exchanged) >= 6
 
 
 def test_types_of_autocast_are_recorded_apart(imitation, make_model, make_input, randomize):
@@ -305,6 +266,17 @@ def test_a_compiled_model_and_one_with_hooks_are_refused(make_model):
         model.record_for_training()
 
 
+@pytest.mark.parametrize("norm", [torch.nn.SyncBatchNorm, NaiveSyncBatchNorm])
+def test_statistics_that_several_processes_exchange_are_refused(make_model, monkeypatch, norm):
+    model = make_model()
+    model.backbone.norm = norm(4)
+    with pytest.raises(ValueError, match="need a model on CUDA"):
+        model.record_for_training()
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="a batch norm that exchanges statistics with other processes does not go"):
+        model.record_for_training()
+
+
 # The order in which a GPU adds changes from run to run. Where such a sum is rounded it may change by one unit: 2^-11 of
 # it in convolutions (TF32, PyTorch's default), 2^-8 in bfloat16.
 BOUNDS = {None: {"rtol": 1e-3, "atol": 1e-6}, torch.bfloat16: {"rtol": 0.03, "atol": 1e-3}}
@@ -326,6 +298,15 @@ def test_on_a_gpu_recorded_steps_are_the_steps_as_they_are_written(make_model, m
 def test_on_a_gpu_a_detr_is_recorded_too(make_detr, make_input):
     model = make_detr(dropout=0.1).train().cuda()
     assert_same_steps(recorded(model), model, make_input, **BOUNDS[None])
+
+
+@pytest.mark.cuda
+@IGNORED
+def test_on_a_gpu_gradients_are_exchanged_after_a_replay(make_model, make_input, randomize):
+    model = randomize(make_model(dropout=0.1, **TWO_STAGE)).train().cuda()
+    with distributed(recorded(model), "nccl") as (graphs, exchanged):
+        assert_same_steps(graphs, model, make_input, **BOUNDS[None])
+    assert len(exchanged) >= 6
 
 
 @pytest.mark.cuda

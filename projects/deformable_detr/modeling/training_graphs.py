@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
 from detectron2.structures import ImageList
+from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -73,6 +74,8 @@ class TrainingGraphs:
     - Gradients must be None before it (``zero_grad()``), as the recordings write them to the same place every time:
       they cannot be accumulated.
     - Hooks are not replayed: while any module has one, the model runs as it is written.
+    - Of several processes (DistributedDataParallel) each records for itself. Gradients are exchanged after the
+      backward graph, not during it.
     - What is set besides the model, such as TF32 or deterministic algorithms, is as it was when a kind was recorded.
 
     Args:
@@ -326,12 +329,18 @@ def check_recordable(model: nn.Module) -> None:
             getattr(model, "denoising", None) is not None
         ),
         "a module with hooks, which are not replayed,": any(map(has_hooks, model.modules())),
+        # Of several processes one may record while another does not, and so wait for it in vain.
+        "a batch norm that exchanges statistics with other processes": any(map(_is_synchronised, model.modules())),
     }
     for what, present in against.items():
         if present:
             raise ValueError(f"{what} does not go with CUDA graphs for training")
     if model.device.type != "cuda":
         raise ValueError(f"CUDA graphs for training need a model on CUDA, this one is on {model.device}")
+
+
+def _is_synchronised(module: nn.Module) -> bool:
+    return comm.get_world_size() > 1 and isinstance(module, nn.SyncBatchNorm | NaiveSyncBatchNorm)
 
 
 def has_hooks(m: nn.Module) -> bool:

@@ -66,10 +66,10 @@ class TrainingLoop(SimpleTrainer):
         if settings.compile:
             self._prepare_model("compile", "compile_for_training")
         if settings.cuda_graphs:
-            if comm.get_world_size() > 1:
+            if getattr(model, "broadcast_buffers", False):
                 raise ValueError(
-                    f"{settings.keys['cuda_graphs']} needs one process, there are {comm.get_world_size()}: recorded "
-                    f"steps exchange no gradients"
+                    f"{settings.keys['cuda_graphs']} needs broadcast_buffers of DistributedDataParallel to be False "
+                    f"(train.ddp.broadcast_buffers): buffers that are written before each step make recordings useless"
                 )
             self._prepare_model("cuda_graphs", "record_for_training")
         # Batch statistics change in the forward pass: a step that is left out must take them back.

@@ -31,7 +31,7 @@ class TrainingSettings:
         ema_decay: of the averaged weights, None without them.
         first_eval: one evaluation more, early, after so many iterations; 0 for none.
         compile: the transformer for training; see :meth:`SetPredictionDetector.compile_for_training`.
-        cuda_graphs: see :meth:`SetPredictionDetector.record_for_training`; in one process.
+        cuda_graphs: see :meth:`SetPredictionDetector.record_for_training`.
         per_layer_ap: also evaluate the predictions of every decoder layer.
         best_metric: such as "bbox/AP"; the checkpoint that is best in it is kept as ``model_best.pth``. Empty: none.
         patience: evaluations without a better one after which the run ends; 0 for never.
