@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch import nn
 
 from deformable_detr.layers import Dropout
+from deformable_detr.layers.tuned import relu_and_dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -44,3 +46,36 @@ def test_does_nothing_without_probability_or_training(p, training):
 def test_probability_one_drops_everything_even_infinity():
     assert not Dropout(1.0)(torch.randn(8)).any()
     assert Dropout(0.5)(torch.full((100,), float("inf"))).isnan().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_relu_and_dropout_are_the_two_one_after_the_other_bit_for_bit(p, dtype):
+    values, gradient = torch.randn(50, 70, dtype=dtype), torch.randn(50, 70, dtype=dtype)
+    values[0] = 0.0
+    results = []
+    for function in (relu_and_dropout, lambda x, dropout: dropout(x.relu())):
+        torch.manual_seed(2)
+        x = values.clone().requires_grad_()
+        out = function(x * 1, Dropout(p))
+        results.append((out, *torch.autograd.grad(out, x, gradient)))
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == dtype and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "kept"), [(Dropout(0.5), 1), (nn.Dropout(0.5), 3), (Dropout(0.5).eval(), 1), (nn.Identity(), 1)]
+)
+def test_of_relu_and_dropout_only_the_result_is_kept_unless_the_dropout_is_anothers(dropout, kept):
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.untyped_storage())
+        return tensor
+
+    x = torch.randn(30, 40, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = relu_and_dropout(x, dropout) @ torch.ones(40, 2, requires_grad=True)
+    out.sum().backward()
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in saved}
+    assert sum(sizes.values()) == kept * x.nbytes + 2 * 40 * 4

@@ -8,6 +8,7 @@ from detectron2.modeling import FPN, build_model, build_resnet_backbone
 
 from deformable_detr import load_config
 from deformable_detr.layers import tuned
+from deformable_detr.modeling.encoder import DeformableTransformerEncoderLayer
 from deformable_detr.modeling.frozen_bn import FrozenBNConv2d, fold_for_good, fold_frozen_batch_norm
 
 TWO_STAGE = {"with_box_refine": True, "two_stage": True}
@@ -58,6 +59,37 @@ def test_checkpointing_keeps_the_input_of_each_layer_alone(make_model, make_inpu
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model.train()([make_input(128, 128, [[4, 8, 40, 60]], [2])])
     assert saved[True] < 0.5 * saved[False]
+
+
+def bytes_kept(function):
+    """Of all memory that autograd keeps for the backward pass of what a function returns, shared memory once."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()  # As long as it lives no memory is used twice.
+    assert result.requires_grad
+    return sum(kept.values())
+
+
+def test_an_encoder_layer_keeps_so_many_bytes_of_a_cell():
+    C, hidden, points = 32, 64, 2 * 1 * 4  # heads, levels, points of a head
+    layer = DeformableTransformerEncoderLayer(d_model=C, dim_feedforward=hidden, n_levels=1, n_heads=2)
+
+    def run(cells):
+        src, pos, mask = torch.rand(1, cells, C), torch.rand(1, cells, C), torch.zeros(1, cells, dtype=torch.bool)
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(src, pos, torch.rand(1, cells, 1, 2), [(1, cells)], mask)
+
+    # Query, value, what the op reads and returns, input of the network; its hidden numbers after ReLU and dropout.
+    in_16_bits = 5 * C + hidden
+    in_32_bits = 2 * (C + 2) + (1 + 2) * points  # inputs of both norms, mean and deviation; weights, locations
+    masks = 2 * C + 1  # of the other two dropouts; of padding
+    expected = 2 * in_16_bits + 4 * in_32_bits + masks
+    assert bytes_kept(lambda: run(5000)) - bytes_kept(lambda: run(3000)) == 2000 * expected
 
 
 @pytest.mark.parametrize("world", ["tiny_yaml", "tiny_lazy"])

@@ -5,6 +5,7 @@ norms inside of convolutions, which need Detectron2, are in ``modeling/frozen_bn
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +31,10 @@ def in_slices(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     A third off the encoder's feed-forward networks, 4 % off an inference at 480 x 640, and 70 MB at 800 x 1066.
     """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if x.device.type != "cpu" or torch.is_grad_enabled() or traced:
+    if x.device.type != "cpu" or torch.is_grad_enabled() or _is_traced():
         return function(x)
     slices = x.flatten(0, -2).split(ROWS_AT_ONCE)
     return torch.cat([function(rows) for rows in slices]).view_as(x)
-
-
-def relu(x: Tensor) -> Tensor:
-    """ReLU of what nothing else will read, in place where no gradient is wanted.
-
-    A linear layer returns a view. To write into it costs five operations and three copies in the backward pass.
-    """
-    return x.relu() if torch.is_grad_enabled() else x.relu_()
 
 
 def in_pieces(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -69,11 +61,52 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """(...) -> (...)."""
-        dropped = round(self.p * 2**16)
-        plain = not self.training or torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if plain or x.device.type != "cpu" or dropped in (0, 2**16):
+        plain = not self.training or _is_traced() or x.device.type != "cpu"
+        if plain or self._dropped in (0, 2**16):
             return super().forward(x)
         count = x.numel()
         random = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        drop = (random.view(torch.int16)[:count] < dropped - 2**15).view(x.shape)
-        return x.masked_fill(drop, 0.0).mul_(2**16 / (2**16 - dropped))
+        drop = (random.view(torch.int16)[:count] < self._dropped - 2**15).view(x.shape)
+        return x.masked_fill(drop, 0.0).mul_(self.scale(x.device))
+
+    def scale(self, device: torch.device) -> float:
+        """Return what is not dropped is multiplied with, where anything may be dropped."""
+        return 2**16 / (2**16 - self._dropped) if device.type == "cpu" else 1 / (1 - self.p)
+
+    @property
+    def _dropped(self) -> int:
+        """Of 2**16."""
+        return round(self.p * 2**16)
+
+
+def relu_and_dropout(x: Tensor, dropout: nn.Module) -> Tensor:
+    """``dropout(relu(x))`` of what nothing else will read; of a :class:`Dropout` the result alone is kept.
+
+    Where that is zero, ``x`` was not positive or was dropped: the backward pass needs neither ReLU's result nor a mask.
+    A training step in bfloat16 on two images of 800 x 1333 so needs 3,565 MiB in place of 4,356, by count.
+    """
+    if not torch.is_grad_enabled():
+        return dropout(x.relu_())
+    known = type(dropout) is Dropout and dropout.training and x.device.type in ("cpu", "cuda") and not _is_traced()
+    if known and 0 < round(dropout.p * 2**16) < 2**16:
+        return _ReLUAndDropout.apply(x, dropout)
+    # Not in place: a linear layer returns a view, and to write into it costs three copies in the backward pass.
+    return dropout(x.relu())
+
+
+class _ReLUAndDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropout: Dropout) -> Tensor:
+        out = dropout(x.relu())
+        ctx.save_for_backward(out)
+        ctx.scale = dropout.scale(x.device)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (out,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(grad, out, 0).mul_(ctx.scale), None
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()

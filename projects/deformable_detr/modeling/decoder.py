@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Dropout, MSDeformAttn, MultiheadAttention
-from ..layers.tuned import relu
+from ..layers.tuned import relu_and_dropout
 from .geometry import Geometry
 from .layer_stack import LayerSource, run_layer, stack_layers
 from .reference_points import SpatialShapes, apply_box_deltas
@@ -72,7 +72,7 @@ class DeformableTransformerDecoderLayer(nn.Module):
         tgt = self.norm2(tgt + self.dropout2(attended))
         sampled = self.cross_attn(tgt + query_pos, reference_points, memory, spatial_shapes, padding_mask)
         tgt = self.norm1(tgt + self.dropout1(sampled))
-        expanded = self.linear2(self.dropout3(relu(self.linear1(tgt))))
+        expanded = self.linear2(relu_and_dropout(self.linear1(tgt), self.dropout3))
         return self.norm3(tgt + self.dropout4(expanded))
 
 

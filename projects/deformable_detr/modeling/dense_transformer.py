@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers import Dropout, MultiheadAttention
 from ..layers.precision import at_least_float32
-from ..layers.tuned import relu
+from ..layers.tuned import relu_and_dropout
 from .encoder import DeformableTransformerEncoder, EncoderLayer
 from .geometry import Geometry, flatten_levels
 from .layer_stack import LayerSource, check_width, init_matrices, run_layer, stack_layers
@@ -75,7 +75,7 @@ class DenseDecoderLayer(nn.Module):
             tgt + query_pos, keys, memory, key_padding_mask=padding_mask, need_weights=False
         )[0]
         tgt = self.norm2(tgt + self.dropout2(attended))
-        expanded = self.linear2(self.dropout(relu(self.linear1(tgt))))
+        expanded = self.linear2(relu_and_dropout(self.linear1(tgt), self.dropout))
         return self.norm3(tgt + self.dropout3(expanded))
 
 

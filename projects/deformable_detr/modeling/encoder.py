@@ -6,7 +6,7 @@ Shapes: N batch, L feature levels of (H_l, W_l) cells, S = sum of H_l*W_l, C = d
 from torch import Tensor, nn
 
 from ..layers import Dropout, MSDeformAttn
-from ..layers.tuned import in_slices, relu
+from ..layers.tuned import in_slices, relu_and_dropout
 from .geometry import Geometry
 from .layer_stack import LayerSource, run_layer, stack_layers
 from .reference_points import SpatialShapes
@@ -39,7 +39,7 @@ class EncoderLayer(nn.Module):
 
     def _feed_forward(self, src: Tensor) -> Tensor:
         """(..., C) -> (..., C), row by row."""
-        expanded = self.linear2(self.dropout2(relu(self.linear1(src))))
+        expanded = self.linear2(relu_and_dropout(self.linear1(src), self.dropout2))
         return self.norm2(src + self.dropout3(expanded))
 
 
