@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "training": {"checkpoint", "config", "data", "files", "wording"},
     "startup": {"cli", "config", "data", "files", "training", "wording"},
     "model_zoo": {"checkpoint", "config", "training"},
-    "engine": {"cli", "config", "data", "files", "modeling", "solver", "startup", "training"},
+    "engine": {"config", "data", "modeling", "solver", "startup", "training"},
     "loading": {"checkpoint", "cli", "config", "data", "model_zoo", "modeling", "training", "wording"},
     "collect_env": {"cli", "layers", "wording"},
     "detect": {"checkpoint", "data", "files", "loading", "modeling", "wording"},

@@ -19,7 +19,8 @@ from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 
 from deformable_detr import load_config
 from deformable_detr.data.datasets import register_coco_data
-from deformable_detr.engine import Trainer, apply_user_data, argument_parser, build_evaluator, configured_device, main
+from deformable_detr.engine import Trainer, argument_parser, build_evaluator, configured_device, main
+from deformable_detr.startup.user_data import apply_user_data
 
 CLASSES = ["square", "bar", "disc"]
 

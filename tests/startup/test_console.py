@@ -122,7 +122,7 @@ def test_a_run_on_a_busy_machine_begins_with_that(start, monkeypatch, tmp_path):
         raise SystemExit
 
     monkeypatch.setattr("deformable_detr.startup.console.describe_load", lambda: "This machine is busy")
-    monkeypatch.setattr("deformable_detr.engine.default_setup", stop)
+    monkeypatch.setattr("deformable_detr.startup.setup.default_setup", stop)
     with pytest.raises(SystemExit):
         start()
     assert "This machine is busy" in (tmp_path / "output" / "log.txt").read_text().splitlines()[0]

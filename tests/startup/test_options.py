@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from yacs.config import CfgNode as YacsNode
 
 from deformable_detr import engine, load_config
-from deformable_detr.config import KEYS, RunConfig
+from deformable_detr.config import KEYS, RunConfig, find_config_file
 from deformable_detr.data.datasets import register_coco_data
+from deformable_detr.startup import setup
 from deformable_detr.startup.options import _UNREAD_KEYS, LAZY_OPTIONS, YAML_OPTIONS, Fate, check_options, option_of
 
 REFUSED = {
@@ -37,7 +38,7 @@ def check_yaml(*opts: str) -> None:
 
 
 def check_lazy(*opts: str) -> None:
-    check_options(RunConfig(load_config(engine.find_config_file("deformable_detr_R_50", suffix=".py"), opts)))
+    check_options(RunConfig(load_config(find_config_file("deformable_detr_R_50", suffix=".py"), opts)))
 
 
 def keys_of(node: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -112,7 +113,7 @@ def keys_read(monkeypatch) -> set[str]:
         record(node, name)
         return dict.get(node, name, default)
 
-    read_config, select = engine._read_config, OmegaConf.select
+    read_config, select = setup._read_config, OmegaConf.select
 
     def read_and_mark(args) -> CfgNode:
         cfg = read_config(args)
@@ -124,7 +125,7 @@ def keys_read(monkeypatch) -> set[str]:
         read.add(key)
         return select(cfg, key, **options)
 
-    monkeypatch.setattr(engine, "_read_config", read_and_mark)
+    monkeypatch.setattr(setup, "_read_config", read_and_mark)
     monkeypatch.setattr(OmegaConf, "select", select_and_record)
     # These look at every key.
     monkeypatch.setattr(engine, "check_options", lambda run: None)
