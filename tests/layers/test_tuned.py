@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from deformable_detr.layers import Dropout
-from deformable_detr.layers.tuned import relu_and_dropout
+from deformable_detr.layers.tuned import converted_once, relu_and_dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -79,3 +79,25 @@ def test_of_relu_and_dropout_only_the_result_is_kept_unless_the_dropout_is_anoth
     out.sum().backward()
     sizes = {storage.data_ptr(): storage.nbytes() for storage in saved}
     assert sum(sizes.values()) == kept * x.nbytes + 2 * 40 * 4
+
+
+def test_readers_of_one_copy_have_the_gradients_of_readers_with_their_own():
+    layers = [nn.Linear(8, 5) for _ in range(3)]
+    results = []
+    for once in (True, False):
+        x = torch.linspace(-3, 5, 160).view(20, 8).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            read = converted_once(x) if once else lambda x=x: x
+            inputs = [read() for _ in layers]
+            total = sum(layer(given).square().sum() for layer, given in zip(layers, inputs, strict=True))
+        results.append((total, *torch.autograd.grad(total, [x, *nn.ModuleList(layers).parameters()])))
+        assert len({given.data_ptr() for given in inputs}) == 1
+        assert inputs[0].dtype == (torch.bfloat16 if once else torch.float32)
+    assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, True), (torch.float64, True)])
+def test_nothing_is_copied_that_autocast_leaves_as_it_is(dtype, autocast):
+    x = torch.ones(3, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert converted_once(x)() is x

@@ -1,15 +1,20 @@
 """What may change time and memory of the transformer, but not its results."""
 
+from functools import partial
+
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import FPN, build_model, build_resnet_backbone
+from torch import nn
 
 from deformable_detr import load_config
-from deformable_detr.layers import tuned
+from deformable_detr.layers import PositionEmbeddingSine, tuned
+from deformable_detr.modeling.decoder import DeformableTransformerDecoder, DeformableTransformerDecoderLayer
 from deformable_detr.modeling.encoder import DeformableTransformerEncoderLayer
 from deformable_detr.modeling.frozen_bn import FrozenBNConv2d, fold_for_good, fold_frozen_batch_norm
+from deformable_detr.modeling.geometry import get_geometry
 
 TWO_STAGE = {"with_box_refine": True, "two_stage": True}
 DINO = TWO_STAGE | {
@@ -89,6 +94,25 @@ def test_an_encoder_layer_keeps_so_many_bytes_of_a_cell():
     in_32_bits = 2 * (C + 2) + (1 + 2) * points  # inputs of both norms, mean and deviation; weights, locations
     masks = 2 * C + 1  # of the other two dropouts; of padding
     expected = 2 * in_16_bits + 4 * in_32_bits + masks
+    assert bytes_kept(lambda: run(5000)) - bytes_kept(lambda: run(3000)) == 2000 * expected
+
+
+def test_a_decoder_keeps_one_copy_of_the_memory_and_a_value_for_each_layer():
+    C, layers = 32, 3
+    layer = partial(DeformableTransformerDecoderLayer, d_model=C, dim_feedforward=64, n_levels=1, n_heads=2)
+    decoder, query = DeformableTransformerDecoder(layer, layers), torch.zeros(1, 4, C)
+
+    def run(cells):
+        sizes = torch.tensor([[[cells, 1.0]]])
+        geometry = get_geometry([(1, cells)], sizes, PositionEmbeddingSine(C), two_stage=False)
+        memory = torch.rand(1, cells, C, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            states, _ = decoder(
+                query, query, torch.rand(1, 4, 2), memory, geometry=geometry, bbox_embed=[nn.Linear(C, 4)] * layers
+            )
+        return states[-1]
+
+    expected = 2 * C + layers * 2 * C + 1  # in 16 bits; a byte of the mask
     assert bytes_kept(lambda: run(5000)) - bytes_kept(lambda: run(3000)) == 2000 * expected
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .precision import as_autocast
+
 # Rows of the encoder's feed-forward network at a time: their hidden activations stay in the cache.
 ROWS_AT_ONCE = 1024
 # Pairs of prediction and object that are compared at a time. The terms of the cost need about ten times
@@ -35,6 +37,26 @@ def in_slices(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return function(x)
     slices = x.flatten(0, -2).split(ROWS_AT_ONCE)
     return torch.cat([function(rows) for rows in slices]).view_as(x)
+
+
+def converted_once(x: Tensor) -> Callable[[], Tensor]:
+    """Return what gives ``x`` to one reader after another, as autocast would convert it for each, from one copy.
+
+    Gradients of the readers are added up in the dtype of ``x``, as they are where each has a copy of its own.
+    """
+    copy = None if _is_traced() else as_autocast(x.detach())
+    return (lambda: x) if copy is None or copy.dtype is x.dtype else lambda: _Converted.apply(x, copy)
+
+
+class _Converted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
 
 
 def in_pieces(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

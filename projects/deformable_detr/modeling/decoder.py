@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Dropout, MSDeformAttn, MultiheadAttention
-from ..layers.tuned import relu_and_dropout
+from ..layers.tuned import converted_once, relu_and_dropout
 from .geometry import Geometry
 from .layer_stack import LayerSource, run_layer, stack_layers
 from .reference_points import SpatialShapes, apply_box_deltas
@@ -88,7 +88,7 @@ class DeformableTransformerDecoder(nn.Module):
 
     Args:
         layer: has the ``forward`` of :class:`DeformableTransformerDecoderLayer`, or a function that makes one. It is
-            given an ``attn_mask`` only where there is one.
+            given an ``attn_mask`` only where there is one, and under autocast a ``memory`` in its dtype.
         num_layers: copies of ``layer``, or calls of the function; at least one.
         with_box_refine: iterative bounding box refinement.
         look_forward_twice: needs ``with_box_refine``.
@@ -158,7 +158,9 @@ class DeformableTransformerDecoder(nn.Module):
         """
         points_to_padded = geometry.valid_ratios[:, None]
         boxes_to_padded = points_to_padded.repeat(1, 1, 1, 2)
-        fixed = [memory, geometry.spatial_shapes, geometry.padding_mask, *([] if attn_mask is None else [attn_mask])]
+        # Otherwise each layer would keep a copy of its own for the backward pass.
+        read_memory = converted_once(memory)
+        fixed = [geometry.spatial_shapes, geometry.padding_mask, *([] if attn_mask is None else [attn_mask])]
         hidden_states, boxes = [], []
         # What predictions of a layer are relative to: its reference points, with the gradient that they may pass on.
         origin = reference_points
@@ -168,7 +170,8 @@ class DeformableTransformerDecoder(nn.Module):
             reference_per_level = reference_points[:, :, None] * to_padded
             if self.ref_point_head is not None:
                 query_pos = self.ref_point_head(reference_per_level[:, :, 0])
-            tgt = run_layer(layer, tgt, query_pos, reference_per_level, *fixed, recompute=self.activation_checkpoint)
+            inputs = (tgt, query_pos, reference_per_level, read_memory(), *fixed)
+            tgt = run_layer(layer, *inputs, recompute=self.activation_checkpoint)
             hidden_states.append(tgt if self.norm is None else self.norm(tgt))
             deltas = head(hidden_states[-1])
             boxes.append(apply_box_deltas(deltas, origin, eps=self.inverse_sigmoid_eps))

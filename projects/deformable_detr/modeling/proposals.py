@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.precision import at_least_float32
+from ..layers.tuned import converted_once
 
 # A logit whose sigmoid is 0, and which is finite in float16 too.
 _NEVER = -1e4
@@ -55,13 +56,14 @@ def propose(
         all_proposals: return the predictions of all cells; without, boxes are computed for the best alone.
         last: (N, S) bool, cells that rank behind all others.
     """
-    logits = class_head(features)
+    read_features = converted_once(features)
+    logits = class_head(read_features())
     scores = logits.max(dim=-1).values if multiclass else logits[..., 0]
     if last is not None:
         scores = scores.masked_fill(last, -torch.inf)
     best = scores.topk(min(num_queries, logits.shape[1]), dim=1).indices
     if all_proposals:
-        boxes = at_least_float32(bbox_head(features)) + anchors
+        boxes = at_least_float32(bbox_head(read_features())) + anchors
         return Proposals(take_rows(boxes, best).detach().sigmoid(), best, logits, boxes.sigmoid())
     chosen = at_least_float32(bbox_head(take_rows(features, best))) + take_rows(anchors, best)
     return Proposals(chosen.detach().sigmoid(), best, None, None)

@@ -197,10 +197,7 @@ class DeformableTransformer(nn.Module):
         Raises:
             ValueError: on ``extra_queries`` without two stages.
         """
-        src = flatten_levels(features)
-        pos = geometry.positions if geometry.has_level_embed else self.add_level_embed(geometry)
-        memory = self.encoder(src, pos, geometry)
-
+        memory = self._encode(features, geometry)
         proposals = of_padding = None
         if self.two_stage:
             proposals = self._propose(memory, geometry, class_embed[-1], bbox_embed[-1], num_queries, all_proposals)
@@ -211,7 +208,7 @@ class DeformableTransformer(nn.Module):
         elif extra_queries is not None:
             raise ValueError("extra_queries have boxes as reference points, which needs two_stage; it is False")
         else:
-            queries = self._learned_queries(query_embed[:num_queries], src.shape[0])
+            queries = self._learned_queries(query_embed[:num_queries], memory.shape[0])
         hidden_states, boxes = self.decoder(
             *queries,
             memory,
@@ -224,6 +221,11 @@ class DeformableTransformer(nn.Module):
             return TransformerOutput(hidden_states, boxes)
         chosen = proposals.chosen if self.multiclass_proposals and all_proposals else None
         return TransformerOutput(hidden_states, boxes, proposals.all_logits, proposals.all_boxes, chosen, of_padding)
+
+    def _encode(self, features: Sequence[Tensor], geometry: Geometry) -> Tensor:
+        """Memory (N, S, C) of the encoder, whose inputs nobody holds on to afterwards."""
+        pos = geometry.positions if geometry.has_level_embed else self.add_level_embed(geometry)
+        return self.encoder(flatten_levels(features), pos, geometry)
 
     def add_level_embed(self, geometry: Geometry) -> Tensor:
         """Positions (N, S, C) with the embedding of each cell's level, in the weights' dtype."""
