@@ -80,6 +80,7 @@ VARIANTS = {
     "base": {},
     "two_stage": TWO_STAGE,
     "one2many": {**TWO_STAGE, "num_queries": 6, "num_one2many_queries": 8},
+    "denoising": {**TWO_STAGE, "denoising": {"dn_number": 5}},
 }
 
 
@@ -102,10 +103,20 @@ def assert_same_steps(graphs, model, make_input, *, dtype=None, steps=3, **bound
 EXACTLY = {"rtol": 0, "atol": 0}
 
 
-@pytest.mark.parametrize("variant", ["base", "one2many"])
+@pytest.mark.parametrize("variant", ["base", "one2many", "denoising"])
 def test_recorded_steps_are_the_steps_as_they_are_written(imitation, make_model, make_input, randomize, variant):
     model = randomize(make_model(dropout=0.1, num_decoder_layers=2, **VARIANTS[variant])).train()
     assert_same_steps(recorded(model), model, make_input, **EXACTLY)
+
+
+def test_batches_that_denoise_other_numbers_of_objects_are_recorded_apart(imitation, make_model, make_input):
+    model = make_model(num_decoder_layers=1, **VARIANTS["denoising"]).train()
+    graphs, boxes = recorded(model), [[5.0, 5, 40, 50], [20, 10, 60, 40], [1, 2, 30, 20]]
+    for seed in range(3):
+        for most in (3, 0, 1):
+            batch = [make_input(64, 64, boxes[:count], [0, 1, 2][:count], seed=seed) for count in (most, most // 2)]
+            torch.testing.assert_close(step(graphs, batch, seed=seed), step(model, batch, seed=seed), **EXACTLY)
+    assert [kind.objects for kind in graphs.graphs._recordings] == [3, 0, 1]
 
 
 def test_a_detr_is_recorded_too(imitation, make_detr, make_input):
@@ -208,24 +219,30 @@ def test_the_model_runs_as_it_is_written_for_hooks_and_without_gradients(recorde
     assert seen == [1] and len(model.graphs) == 1
 
 
-def test_few_recordings_are_kept(imitation, make_model, make_input, monkeypatch):
+def test_few_recordings_are_kept_and_too_many_kinds_reported_once(
+    imitation, make_model, make_input, monkeypatch, caplog
+):
     monkeypatch.setattr(training_graphs, "MAX_RECORDINGS", 2)
     model = recorded(make_model(num_decoder_layers=1, num_encoder_layers=0).train())
     for height in (32, 64, 32, 96):
         for _ in range(2):
             step(model, [make_input(height, 64)])
-    assert [kind.canvas for kind in model.graphs._recordings] == [(32, 64), (96, 64)]
+    assert [kind.canvas for kind in model.graphs._recordings] == [(32, 64), (96, 64)] and not caplog.text
+    for height in (64, 32, 96):
+        step(model, [make_input(height, 64)])
+    assert caplog.text.count("4 recordings of training steps were made, and 2 are kept: batches are of so many") == 1
 
 
 def test_recordings_hold_what_is_kept_between_calls_and_nothing_else(make_model, make_input):
     model = make_model(num_decoder_layers=1, **TWO_STAGE).train()
-    batch = training_graphs.StaticBatch(1, 3, (64, 64), True, torch.uint8, device=model.device)
-    batch.fill([make_input(64, 64)["image"]], [(64, 64)])
-    training_graphs._predict(model, batch)
+    batch = training_graphs.Batch.of(model, [make_input(64, 64)["image"]], [])
+    inputs = training_graphs.Inputs(batch, model.device)
+    training_graphs._predict(model, inputs)
     with training_graphs._Reads() as reads:
-        outputs = training_graphs._predict(model, batch)
+        outputs = training_graphs._predict(model, inputs)
     del outputs
-    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers(), batch.pixels, batch.image_sizes)}
+    static = (inputs.images.pixels, inputs.images.image_sizes)
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers(), *static)}
     kept = [tensor for tensor in reads.still_there() if id(tensor) not in own]
     # Level, centres, sizes and strides of cells, sampled pixels, sizes of a pixel, wavelengths.
     assert len(kept) == 7 and sum(tensor.numel() for tensor in kept) < 1500
@@ -247,7 +264,6 @@ def test_a_model_that_cannot_be_recorded_is_named(recorded_model, make_input, mo
     [
         ({"activation_checkpoint": True}, r"activation_checkpoint \(MODEL.DEFORMABLE_DETR.ACTIVATION_CHECKPOINT\)"),
         ({"padding_invariant": True}, r"padding_invariant \(MODEL.DEFORMABLE_DETR.PADDING_INVARIANT\)"),
-        ({**TWO_STAGE, "denoising": {"dn_number": 4}}, r"denoising \(MODEL.DEFORMABLE_DETR.DN_NUMBER\)"),
         ({}, "need a model on CUDA, this one is on cpu"),
     ],
 )
@@ -285,7 +301,14 @@ BOUNDS = {None: {"rtol": 1e-3, "atol": 1e-6}, torch.bfloat16: {"rtol": 0.03, "at
 @pytest.mark.cuda
 @pytest.mark.parametrize(
     ("variant", "dtype"),
-    [("two_stage", None), ("two_stage", torch.bfloat16), ("base", torch.bfloat16), ("one2many", None)],
+    [
+        ("two_stage", None),
+        ("two_stage", torch.bfloat16),
+        ("base", torch.bfloat16),
+        ("one2many", None),
+        ("denoising", None),
+        ("denoising", torch.bfloat16),
+    ],
     ids=str,
 )
 def test_on_a_gpu_recorded_steps_are_the_steps_as_they_are_written(make_model, make_input, randomize, variant, dtype):

@@ -20,7 +20,7 @@ from .denoising import ContrastiveDenoising, DenoisingQueries, attention_mask
 from .detector import SetPredictionDetector, check_levels
 from .geometry import Geometry
 from .heads import MLP
-from .matcher import Target
+from .matcher import PaddedTargets, Target
 from .transformer import DeformableTransformer, ExtraQueries, TransformerOutput
 
 # Prior probability of every class at initialisation (focal loss paper, section 4.1).
@@ -149,7 +149,14 @@ class DeformableDETR(SetPredictionDetector):
             "denoising": _denoising_from_config(node),
         }
 
-    def predict_for_training(self, images: ImageList, targets: Sequence[Target] | None) -> dict[str, Tensor]:
+    @property
+    def reads_targets(self) -> bool:
+        """Whether there are denoising queries."""
+        return self.denoising is not None
+
+    def predict_for_training(
+        self, images: ImageList, targets: Sequence[Target] | PaddedTargets | None
+    ) -> dict[str, Tensor]:
         """Predict also for denoising and one-to-many queries: "dn_..." and "one2many_..." of :class:`SetCriterion`."""
         if self.denoising is None and not self.num_one2many_queries:
             return self.predict(images)

@@ -10,11 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
-from ..layers.precision import at_least_float32
-from .matcher import Match, Target
+from .matcher import Match, PaddedTargets, Target, pad_targets
 from .reference_points import inverse_sigmoid
 
 
@@ -82,18 +80,16 @@ class ContrastiveDenoising(nn.Module):
         self.inverse_sigmoid_eps = inverse_sigmoid_eps
         self.label_enc = nn.Embedding(num_classes, embed_dim)
 
-    def forward(self, targets: Sequence[Target]) -> DenoisingQueries:
+    def forward(self, targets: Sequence[Target] | PaddedTargets) -> DenoisingQueries:
         """Make the queries of a batch, without any wait for the device.
 
         Args:
-            targets: per image "labels" (n,) int64 in [0, K) and "boxes" (n, 4).
+            targets: per image "labels" (n,) int64 in [0, K) and "boxes" (n, 4); or these in one piece.
         """
-        counts = [len(target["labels"]) for target in targets]
-        num_groups = max(1, self.dn_number // max(1, *counts))
-        labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
-        boxes = pad_sequence([at_least_float32(target["boxes"]) for target in targets], batch_first=True)
-        numbers = torch.arange(labels.shape[1], device=labels.device)
-        present = numbers < torch.tensor(counts).to(labels.device, non_blocking=True)[:, None]
+        labels, boxes, counts = targets if isinstance(targets, PaddedTargets) else pad_targets(targets)
+        num_objects = labels.shape[1]
+        num_groups = max(1, self.dn_number // max(1, num_objects))
+        present = torch.arange(num_objects, device=labels.device) < counts[:, None]
         # (N, G, 2, M): positives are 0 and negatives 1 of the third dimension.
         labels, present = (x[:, None, None].expand(-1, num_groups, 2, -1) for x in (labels, present))
         boxes = boxes[:, None, None].expand(-1, num_groups, 2, -1, -1)

@@ -25,7 +25,7 @@ from .compilation import compile_for_all_sizes, running_compiled
 from .criterion import SetCriterion
 from .detections import Detections, to_instances
 from .geometry import Geometry, get_geometry
-from .matcher import HungarianMatcher, Target
+from .matcher import HungarianMatcher, PaddedTargets, Target
 from .padding import get_valid_sizes
 from .padding_invariance import MaskedPadding, check_invariance
 from .proposals import silence
@@ -178,7 +178,7 @@ class SetPredictionDetector(nn.Module):
             return self.inference(outputs["pred_logits"][-1], outputs["pred_boxes"][-1], images, batched_inputs)
         targets = self.prepare_targets(batched_inputs)
         if self.graphs is not None and self.graphs.can_run:
-            return self.criterion(self.graphs(self, [x["image"] for x in batched_inputs]), targets)
+            return self.criterion(self.graphs(self, [x["image"] for x in batched_inputs], targets), targets)
         images = self.preprocess_image(batched_inputs)
         with ready_weights(self):
             outputs = self.predict_for_training(images, targets)
@@ -210,10 +210,17 @@ class SetPredictionDetector(nn.Module):
         check_recordable(self)
         self.graphs = TrainingGraphs(self)
 
-    def predict_for_training(self, images: ImageList, targets: Sequence[Target] | None) -> dict[str, Tensor]:
+    @property
+    def reads_targets(self) -> bool:
+        """Whether :meth:`predict_for_training` makes queries of ground truth."""
+        return False
+
+    def predict_for_training(
+        self, images: ImageList, targets: Sequence[Target] | PaddedTargets | None
+    ) -> dict[str, Tensor]:
         """Predict what the criterion compares with ``targets``; a model may decode more queries, made of these.
 
-        They are None while CUDA graphs are recorded, in which no query can depend on them.
+        For CUDA graphs ``targets`` are in one piece, and None for a model that does not read them.
         """
         return self.predict(images)
 

@@ -11,13 +11,37 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+from ..layers.precision import at_least_float32
 from ..layers.tuned import PAIRS_AT_ONCE, at_once, in_pieces
 from .assignment import Costs, Match, Transfer
 from .box_overlap import Corners, generalized_iou
 from .classification import Classification, FocalClassification
 
 Target = dict[str, Tensor]
+
+
+class PaddedTargets(NamedTuple):
+    """Ground truth of a batch in one piece: nothing about it but its shape needs the host.
+
+    Attributes:
+        labels: (N, M) int64, M the objects of the image that has most; 0 for what an image lacks of them.
+        boxes: (N, M, 4), float32 (float64 for float64), likewise.
+        counts: (N,) int64, objects of each image.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    counts: Tensor
+
+
+def pad_targets(targets: Sequence[Target]) -> PaddedTargets:
+    """Put the ground truth of a batch together: per image "labels" (n,) int64 and "boxes" (n, 4)."""
+    labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
+    boxes = pad_sequence([at_least_float32(target["boxes"]) for target in targets], batch_first=True)
+    counts = torch.tensor([len(target["labels"]) for target in targets])
+    return PaddedTargets(labels, boxes, counts.to(labels.device, non_blocking=True))
 
 
 class Predictions(NamedTuple):

@@ -6,6 +6,7 @@ the optimiser run as they are written.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,8 +27,11 @@ from torch.utils._pytree import tree_leaves
 
 from ..layers.precision import autocast_dtype
 from .cuda_graphs import Recordings, Size, StaticBatch, canvas_of
+from .matcher import PaddedTargets, Target, pad_targets
 from .padding import padding_mask
 from .step_weights import ready_weights
+
+logger = logging.getLogger(__name__)
 
 # Kinds whose recordings are kept: each adds its pixels, its predictions and their gradients, 24 MB for two images of
 # 800 x 1333. Two images of the recipe's sizes, on canvases of multiples of 128, are of 49 kinds.
@@ -35,13 +39,50 @@ MAX_RECORDINGS = 64
 
 
 class Kind(NamedTuple):
-    """What batches have in common that one recording serves."""
+    """What batches have in common that one recording serves.
+
+    Attributes:
+        objects: of the image that has most, where the model makes queries of them; else None.
+    """
 
     images: int
     channels: int
     canvas: Size
     pixels: torch.dtype
     autocast: torch.dtype | None
+    objects: int | None
+
+
+class Batch(NamedTuple):
+    """A batch that has come; ``targets`` are None for a model that makes no queries of them."""
+
+    kind: Kind
+    images: Sequence[Tensor]
+    sizes: Sequence[Size]
+    targets: PaddedTargets | None
+
+    @classmethod
+    def of(cls, model: nn.Module, images: Sequence[Tensor], targets: Sequence[Target]) -> Batch:
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        canvas, autocast = canvas_of(sizes, model.size_divisibility), autocast_dtype(model.device.type)
+        pixels = reduce(torch.promote_types, (image.dtype for image in images))
+        padded = pad_targets(targets) if model.reads_targets else None
+        objects = None if padded is None else padded.labels.shape[1]
+        return cls(Kind(len(images), images[0].shape[0], canvas, pixels, autocast, objects), images, sizes, padded)
+
+
+class Inputs:
+    """What is read of batches of a kind, always at the same addresses."""
+
+    def __init__(self, batch: Batch, device: torch.device) -> None:
+        self.images = StaticBatch(*batch.kind[:3], True, batch.kind.pixels, device=device)
+        self.targets = batch.targets and PaddedTargets(*map(torch.empty_like, batch.targets))
+        self.fill(batch)
+
+    def fill(self, batch: Batch) -> None:
+        self.images.fill(batch.images, batch.sizes)
+        for kept, given in zip(self.targets or (), batch.targets or (), strict=True):
+            kept.copy_(given)
 
 
 @dataclass
@@ -89,6 +130,7 @@ class TrainingGraphs:
         self._state: list[tuple] = []
         self._recordings: Recordings[_Recording] = Recordings()
         self._shared: _Shared | None = None
+        self._made = 0
 
     def __len__(self) -> int:
         return len(self._recordings)
@@ -106,7 +148,7 @@ class TrainingGraphs:
         self._recordings.clear()
         self._shared = None
 
-    def __call__(self, model: nn.Module, images: Sequence[Tensor]) -> dict[str, Tensor]:
+    def __call__(self, model: nn.Module, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Predict for images (3, h, w), range 0-255, as the model's ``predict_for_training``.
 
         Raises:
@@ -116,19 +158,23 @@ class TrainingGraphs:
         if state != self._state:
             self.clear()
             self._state = state
-        sizes = [tuple(image.shape[-2:]) for image in images]
-        canvas, autocast = canvas_of(sizes, model.size_divisibility), autocast_dtype(model.device.type)
-        pixels = reduce(torch.promote_types, (image.dtype for image in images))
-        kind = Kind(len(images), images[0].shape[0], canvas, pixels, autocast)
-        recording = self._recordings.find(kind, partial(self._record, model, kind, images, sizes), limit=MAX_RECORDINGS)
+        batch = Batch.of(model, images, targets)
+        recording = self._recordings.find(batch.kind, partial(self._record, model, batch), limit=MAX_RECORDINGS)
         if recording is None:
-            return _predict(model, _batch(model, kind, images, sizes))
-        return recording.replay(images, sizes)
+            return _predict(model, Inputs(batch, model.device))
+        return recording.replay(batch)
 
-    def _record(self, model: nn.Module, kind: Kind, images: Sequence[Tensor], sizes: Sequence[Size]) -> _Recording:
+    def _record(self, model: nn.Module, batch: Batch) -> _Recording:
+        self._made += 1
+        if self._made == 2 * MAX_RECORDINGS:
+            logger.warning(
+                f"{self._made} recordings of training steps were made, and {MAX_RECORDINGS} are kept: batches are of "
+                f"so many kinds that recording may take longer than it saves. With a larger size_divisibility "
+                f"(MODEL.DEFORMABLE_DETR.SIZE_DIVISIBILITY) there are fewer, and with INPUT.LSJ.SIZE one canvas"
+            )
         if self._shared is None:
             self._shared = self._make_shared(model.device)
-        return _Recording(model, _batch(model, kind, images, sizes), kind.autocast, self._shared)
+        return _Recording(model, batch, self._shared)
 
     def _make_shared(self, device: torch.device) -> _Shared:
         trained = [parameter for parameter in self._parameters if parameter.requires_grad]
@@ -153,7 +199,7 @@ class _Pass:
     """
 
     model: nn.Module
-    batch: StaticBatch
+    inputs: Inputs
     autocast: torch.dtype | None
     weights: dict[nn.Parameter, Tensor]
 
@@ -162,7 +208,7 @@ class _Pass:
         # Without its cache, in which conversions would be found that were not recorded.
         autocast = torch.autocast(device, self.autocast, enabled=on, cache_enabled=False)
         with autocast, _replaced(self.model, self.weights):
-            return _predict(self.model, self.batch)
+            return _predict(self.model, self.inputs)
 
     def differentiate(self, outputs: dict[str, Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         with torch.autocast(self.model.device.type, enabled=False):
@@ -183,10 +229,10 @@ class _Pass:
 class _Recording:
     """Forward and backward graph of one kind of batch."""
 
-    def __init__(self, model: nn.Module, batch: StaticBatch, autocast: torch.dtype | None, shared: _Shared) -> None:
-        self._batch, self._shared = batch, shared
+    def __init__(self, model: nn.Module, batch: Batch, shared: _Shared) -> None:
+        self._inputs, self._shared = Inputs(batch, model.device), shared
         weights = {parameter: parameter.detach().requires_grad_() for parameter in shared.parameters}
-        written = _Pass(model, batch, autocast, weights)
+        written = _Pass(model, self._inputs, batch.kind.autocast, weights)
         self._read = written.warm_up(shared.stream)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         try:
@@ -213,9 +259,9 @@ class _Recording:
             found = [gradient for gradient in gradients if gradient is not None]
             torch._foreach_copy_(list(compress(self._shared.gradients, self._has_gradient)), found)
 
-    def replay(self, images: Sequence[Tensor], sizes: Sequence[Size]) -> dict[str, Tensor]:
+    def replay(self, batch: Batch) -> dict[str, Tensor]:
         """Predict. The result is valid until the next call of any recording, and has a backward pass."""
-        self._batch.fill(images, sizes)
+        self._inputs.fill(batch)
         outputs = _Replay.apply(self, *self._shared.parameters)
         return dict(zip(self._outputs, outputs, strict=True))
 
@@ -325,9 +371,6 @@ def check_recordable(model: nn.Module) -> None:
         "compile_for_training (MODEL.DEFORMABLE_DETR.COMPILE, train.compile)": model.is_compiled,
         "padding_invariant (MODEL.DEFORMABLE_DETR.PADDING_INVARIANT)": model.padding_invariant,
         "activation_checkpoint (MODEL.DEFORMABLE_DETR.ACTIVATION_CHECKPOINT)": checkpoints,
-        "denoising (MODEL.DEFORMABLE_DETR.DN_NUMBER), whose queries follow the ground truth,": (
-            getattr(model, "denoising", None) is not None
-        ),
         "a module with hooks, which are not replayed,": any(map(has_hooks, model.modules())),
         # Of several processes one may record while another does not, and so wait for it in vain.
         "a batch norm that exchanges statistics with other processes": any(map(_is_synchronised, model.modules())),
@@ -348,14 +391,10 @@ def has_hooks(m: nn.Module) -> bool:
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
-def _batch(model: nn.Module, kind: Kind, images: Sequence[Tensor], sizes: Sequence[Size]) -> StaticBatch:
-    return StaticBatch(*kind[:3], True, kind.pixels, device=model.device).fill(images, sizes)
-
-
-def _predict(model: nn.Module, batch: StaticBatch) -> dict[str, Tensor]:
+def _predict(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """Predict for pixels as they come. What stands at the padding does not matter."""
-    images, sizes = model.normalise(batch.pixels), batch.image_sizes
+    images, sizes = model.normalise(inputs.images.pixels), inputs.images.image_sizes
     images = images.masked_fill(padding_mask(images.shape[-2:], sizes)[:, None], 0.0)
     with ready_weights(model):
-        # Rows of a tensor for sizes: nothing is read from the device. Ground truth it must not need.
-        return model.predict_for_training(ImageList(images, list(sizes)), None)
+        # Rows of a tensor for sizes: nothing is read from the device.
+        return model.predict_for_training(ImageList(images, list(sizes)), inputs.targets)
