@@ -12,7 +12,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from torch import nn
 
-from deformable_detr import load_config
+from deformable_detr import load_config, prepare_for_inference
 from deformable_detr.modeling import MultiScaleBackbone
 from deformable_detr.modeling.features import find_features
 from deformable_detr.solver import build_optimizer
@@ -81,8 +81,9 @@ class FakeSwin(Backbone):
         x = self.patch_embed.proj(x).permute(0, 2, 3, 1)
         outputs = {}
         for i, stage in enumerate(self.layers):
+            mask = torch.zeros(*x.shape[1:3], 1, device=x.device)  # Not of the type of x, there neither.
             for block in stage.blocks:
-                x = x + block(x)
+                x = x + block(x + mask)
             if i in self.out_indices:
                 outputs[f"p{i}"] = getattr(self, f"norm{i}")(x).permute(0, 3, 1, 2)
             if stage.downsample is not None:
@@ -207,6 +208,17 @@ def test_every_backbone_detects_learns_and_has_parameter_groups(stem, make_input
         assert (id(parameter) in groups) == parameter.requires_grad
         if parameter.requires_grad:
             assert groups[id(parameter)]["lr"] == pytest.approx(cfg.SOLVER.BASE_LR * factor), name
+
+
+@pytest.mark.parametrize("stem", ["swin_tiny", "vit_base"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_prepared_copy_detects_the_same_in_half_precision(stem, dtype, main_branch, make_input):
+    torch.manual_seed(0)
+    model = build_model(small_cfg(stem)).eval()
+    batch = [make_input(70, 50), make_input(64, 96)]
+    for expected, found in zip(model(batch), prepare_for_inference(model, dtype=dtype)(batch), strict=True):
+        difference = expected["instances"].scores.cpu() - found["instances"].scores
+        assert difference.abs().max() < 3e-3
 
 
 def test_layers_of_outputs_that_no_level_comes_from_are_named():

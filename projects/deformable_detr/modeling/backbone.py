@@ -10,11 +10,12 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..layers.precision import wide
 from ..layers.tuned import in_convolution_layout
 from .deform_conv import use_torchvision_deform_conv
 from .features import find_features
 from .frozen_bn import fold_frozen_batch_norm
-from .timm_backbone import build_timm_backbone
+from .timm_backbone import TimmBackbone, build_timm_backbone
 
 # Pixels: enough for a stride of 64.
 _PROBE_SIDE = 128
@@ -80,8 +81,7 @@ class MultiScaleBackbone(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Args: x: (N, 3, H, W). Returns: ``{"level0": (N, hidden_dim, H_0, W_0), ...}``, finest level first."""
-        # Other backbones may not take any layout.
-        features = self.bottom_up(in_convolution_layout(x) if isinstance(self.bottom_up, ResNet) else x)
+        features = self._bottom_up_features(x)
         raw = [features[name] for name in self.in_features]
         levels = [project(feature) for project, feature in zip(self.input_proj, raw, strict=False)]
         source = raw[-1]
@@ -89,6 +89,17 @@ class MultiScaleBackbone(Backbone):
             source = project(source)
             levels.append(source)
         return dict(zip(self._levels, levels, strict=True))
+
+    def _bottom_up_features(self, x: Tensor) -> dict[str, Tensor]:
+        # Other backbones may not take any layout.
+        if isinstance(self.bottom_up, ResNet):
+            return self.bottom_up(in_convolution_layout(x))
+        if wide(x.dtype) is x.dtype or isinstance(self.bottom_up, TimmBackbone):
+            return self.bottom_up(x)
+        # Detectron2's Swin adds float32 masks to whatever it computes in, which autocast alone puts right.
+        with torch.autocast(x.device.type, dtype=x.dtype):
+            features = self.bottom_up(x)
+        return {name: feature.to(x.dtype) for name, feature in features.items()}
 
     def unused_parameters(self) -> list[str]:
         """Names of trainable parameters that no level depends on, as ``bottom_up`` has more than it needs for them.
