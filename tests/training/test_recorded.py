@@ -21,7 +21,6 @@ def test_both_systems_have_the_key_and_name_it(run, tmp_path):
     [
         ("compile", True, f"{KEY} does not go with MODEL.DEFORMABLE_DETR.COMPILE: both are True"),
         ("auto_batch", True, f"{KEY} does not go with SOLVER.AUTO_BATCH: both are True"),
-        ("accumulation_steps", 2, f"{KEY} needs SOLVER.ACCUMULATION_STEPS to be 1, got 2"),
     ],
 )
 def test_settings_that_do_not_go_with_it_are_refused_by_their_keys(name, value, message):

@@ -103,6 +103,14 @@ class _Shared:
     pool: tuple[int, int]
     turn: int = 0
 
+    def let_go(self) -> None:
+        """Give parameters a copy of the gradient that they have of the last backward graph: accumulation adds to it."""
+        pairs = zip(self.parameters, self.gradients, strict=True)
+        held = [p for p, gradient in pairs if p.grad is not None and p.grad.data_ptr() == gradient.data_ptr()]
+        copies = torch._foreach_mul([parameter.grad for parameter in held], 1.0) if held else ()
+        for parameter, copy in zip(held, copies, strict=True):
+            parameter.grad = copy
+
 
 class TrainingGraphs:
     """Predicts for training; from the second batch of a kind on by replaying CUDA graphs.
@@ -112,8 +120,7 @@ class TrainingGraphs:
     numbers of dropout included. Neither a copy nor a pickle of the model has recordings.
 
     - Predictions are valid until the next batch, and so is their backward pass, which runs once.
-    - Gradients must be None before it (``zero_grad()``), as the recordings write them to the same place every time:
-      they cannot be accumulated.
+    - Its gradients are written to the same place every time: what a parameter has of an earlier pass is copied before.
     - Hooks are not replayed: while any module has one, the model runs as it is written.
     - Of several processes (DistributedDataParallel) each records for itself. Gradients are exchanged after the
       backward graph, not during it.
@@ -280,12 +287,8 @@ class _Recording:
                 "with CUDA graphs a backward pass runs once, and before the model sees another batch: its activations "
                 "are gone"
             )
-        if any(parameter.grad is not None for parameter in self._shared.parameters):
-            raise RuntimeError(
-                "with CUDA graphs gradients cannot be accumulated: call zero_grad() of the optimizer or the model "
-                "before the backward pass"
-            )
         self._shared.turn += 1
+        self._shared.let_go()
         torch._foreach_copy_(self._output_gradients, list(compress(gradients, self._is_trained)))
         self._backward.replay()
         pairs = zip(self._shared.gradients, self._has_gradient, strict=True)

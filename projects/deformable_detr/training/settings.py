@@ -83,11 +83,6 @@ class TrainingSettings:
         for name in ("compile", "auto_batch") if self.cuda_graphs else ():
             if getattr(self, name):
                 raise ValueError(f"{self.keys['cuda_graphs']} does not go with {self.keys[name]}: both are True")
-        if self.cuda_graphs and self.accumulation_steps > 1:
-            raise ValueError(
-                f"{self.keys['cuda_graphs']} needs {self.keys['accumulation_steps']} to be 1, got "
-                f"{self.accumulation_steps}: gradients of recorded steps cannot be accumulated"
-            )
 
     @classmethod
     def from_config(cls, cfg: CfgNode | DictConfig) -> "TrainingSettings":
