@@ -50,6 +50,19 @@ struct AtomicSum {
   }
 };
 
+// For a kernel that leaves grad_value to others.
+struct NoSum {
+  static constexpr float* grad_value = nullptr;
+
+  template <int VEC>
+  static constexpr int run = VEC;
+
+  __device__ const NoSum& prepare() const { return *this; }
+
+  template <int VEC, int G>
+  __device__ void add(float*, float, const float (&)[VEC]) const {}
+};
+
 // Sums of 64-bit integers do not depend on their order. `bound` is the largest possible |contribution| and
 // `headroom` the number of bits that the largest possible count of them needs. The scale is computed once per thread.
 struct FixedPoint {
@@ -126,10 +139,10 @@ struct StagedWithDots : Staged<A> {
 // G, a power of two of at least 4, divides the warp and is at.lanes; G * VEC divides D if VEC > 1. The threads of a
 // query exchange by shuffles, so every thread walks through all points.
 template <typename T, typename A, int VEC, int G, typename Sum>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    backward_kernel(const Geometry at, const T* __restrict__ grad_output, const T* __restrict__ value,
-                    const A* __restrict__ locations, const A* __restrict__ weights, const Sum grad_value,
-                    A* __restrict__ grad_locations, A* __restrict__ grad_weights) {
+__device__ inline void point_backward(const Geometry& at, const T* __restrict__ grad_output,
+                                      const T* __restrict__ value, const A* __restrict__ locations,
+                                      const A* __restrict__ weights, const Sum& grad_value,
+                                      A* __restrict__ grad_locations, A* __restrict__ grad_weights) {
   const auto total = grad_value.prepare();
   using Total = std::remove_pointer_t<decltype(total.grad_value)>;
   constexpr int run = decltype(total)::template run<VEC>;
@@ -207,6 +220,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       }
     }
   }
+}
+
+template <typename T, typename A, int VEC, int G, typename Sum>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    backward_kernel(const Geometry at, const T* __restrict__ grad_output, const T* __restrict__ value,
+                    const A* __restrict__ locations, const A* __restrict__ weights, const Sum grad_value,
+                    A* __restrict__ grad_locations, A* __restrict__ grad_weights) {
+  point_backward<T, A, VEC, G>(at, grad_output, value, locations, weights, grad_value, grad_locations, grad_weights);
 }
 
 }  // namespace deformable_detr

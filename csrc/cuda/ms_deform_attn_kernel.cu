@@ -13,6 +13,7 @@
 #include "../ms_deform_attn.h"
 #include "ms_deform_attn_backward.cuh"
 #include "ms_deform_attn_forward.cuh"
+#include "ms_deform_attn_owned_backward.cuh"
 #include "ms_deform_attn_sorted_backward.cuh"
 
 namespace deformable_detr {
@@ -40,23 +41,24 @@ bool has_vector_reductions() {
   return major >= 9;
 }
 
-Geometry geometry_of(const at::Tensor& value, at::IntArrayRef spatial_shapes, const Sizes& sizes, int32_t lanes) {
+Geometry geometry_of(const at::Tensor& value, at::IntArrayRef spatial_shapes, const Sizes& sizes, int32_t lanes,
+                     int32_t warps = 0) {
   TORCH_CHECK(sizes.L <= kMaxLevels, "spatial_shapes must hold at most ", kMaxLevels, " levels on CUDA, got ", sizes.L);
   TORCH_CHECK(sizes.Lq < (1 << 30), "sampling_locations must have Lq < 2^30 on CUDA, got ", sizes.Lq);
   TORCH_CHECK(sizes.P < (1 << 14), "sampling_locations must have P < 2^14 on CUDA, got ", sizes.P);
   TORCH_CHECK(sizes.M * sizes.L * sizes.P < (int64_t{1} << 31),
               "sampling_locations must have M * L * P < 2^31 on CUDA, got ", sizes.M, " * ", sizes.L, " * ", sizes.P);
-  const Geometry at = make_geometry(sizes, spatial_shapes.data(), value.strides().data(), lanes);
+  const Geometry at = make_geometry(sizes, spatial_shapes.data(), value.strides().data(), lanes, warps);
   TORCH_CHECK(at.tasks < (int64_t{1} << 31),
               "sampling_locations has too many queries for CUDA: ", sizes.N * sizes.M * sizes.Lq);
   return at;
 }
 
 template <typename Kernel, typename... Arguments>
-void launch(Kernel kernel, const Geometry& at, int64_t threads, int64_t shared, Arguments... arguments) {
+void launch(Kernel kernel, const Geometry& at, int64_t blocks, int64_t shared, Arguments... arguments) {
   if (shared > kDefaultSharedMemory)
     C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-  kernel<<<at.tasks, threads, shared, c10::cuda::getCurrentCUDAStream()>>>(at, arguments...);
+  kernel<<<blocks, at.warps * kWarp, shared, c10::cuda::getCurrentCUDAStream()>>>(at, arguments...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -93,8 +95,8 @@ at::Tensor ms_deform_attn_cuda(const at::Tensor& value, at::IntArrayRef spatial_
     const bool vectors = fits_vectors(source, vector, 1);
     const int32_t lanes = lanes_for(sizes.D, vectors ? vector : 1);
     const Geometry at = geometry_of(source, spatial_shapes, sizes, lanes);
-    launch(vectors ? forward_kernel<T, A, vector> : forward_kernel<T, A, 1>, at, at.warps * kWarp,
-           at.warps * sizeof(Staged<A>), source.template const_data_ptr<T>(), locations.template const_data_ptr<A>(),
+    launch(vectors ? forward_kernel<T, A, vector> : forward_kernel<T, A, 1>, at, at.tasks, at.warps * sizeof(Staged<A>),
+           source.template const_data_ptr<T>(), locations.template const_data_ptr<A>(),
            weights.template const_data_ptr<A>(), output.template mutable_data_ptr<T>());
   });
   return output;
@@ -126,9 +128,23 @@ struct BackwardLaunch {
            fits_vectors(value, 4, kSortedLanes) && has_vector_reductions();
   }
 
+  // grad_value, where owners are for these sizes; otherwise nothing is done and the tensor is undefined.
+  at::Tensor run_owned() const {
+    if (!fits_vectors(value, 4, 8)) return {};
+    const Geometry at = geometry_of(value, spatial_shapes, sizes, 8, owned_warps(sizes));
+    const OwnedTiles owned = make_owned_tiles(at, sizes);
+    if (!owned.pay(at)) return {};
+    const auto grad_value = at::empty(value.sizes(), value.options());
+    launch(owned_backward_kernel<T>, at, at.tasks + owned.tasks, owned_backward_bytes(at, owned), owned,
+           grad_output.const_data_ptr<T>(), value.const_data_ptr<T>(), locations.const_data_ptr<float>(),
+           weights.const_data_ptr<float>(), grad_value.template mutable_data_ptr<T>(),
+           grad_locations.mutable_data_ptr<float>(), grad_weights.mutable_data_ptr<float>());
+    return grad_value;
+  }
+
   void run_sorted(float* grad_value) const {
     const Geometry at = geometry_of(value, spatial_shapes, sizes, kSortedLanes);
-    launch(sorted_backward_kernel<T, kSortedLanes>, at, kThreads, sizeof(SortedMemory<kSortedLanes>),
+    launch(sorted_backward_kernel<T, kSortedLanes>, at, at.tasks, sizeof(SortedMemory<kSortedLanes>),
            grad_output.const_data_ptr<T>(), value.const_data_ptr<T>(), locations.const_data_ptr<float>(),
            weights.const_data_ptr<float>(), grad_value, grad_locations.mutable_data_ptr<float>(),
            grad_weights.mutable_data_ptr<float>());
@@ -137,7 +153,7 @@ struct BackwardLaunch {
   template <int VEC, int G, typename Sum>
   void run(const Sum& grad_value) const {
     const Geometry at = geometry_of(value, spatial_shapes, sizes, G);
-    launch(backward_kernel<T, A, VEC, G, Sum>, at, at.warps * kWarp, at.warps * sizeof(StagedWithDots<A>),
+    launch(backward_kernel<T, A, VEC, G, Sum>, at, at.tasks, at.warps * sizeof(StagedWithDots<A>),
            grad_output.const_data_ptr<T>(), value.const_data_ptr<T>(), locations.const_data_ptr<A>(),
            weights.const_data_ptr<A>(), grad_value, grad_locations.mutable_data_ptr<A>(),
            grad_weights.mutable_data_ptr<A>());
@@ -172,6 +188,8 @@ at::Tensor run_backward(const BackwardLaunch<T, A>& backward) {
       deterministic_backward(backward, grad_value);
       return grad_value;
     }
+    const auto grad_value = backward.run_owned();
+    if (grad_value.defined()) return grad_value;
   } else if (deterministic) {
     at::globalContext().alertNotDeterministic("ms_deform_attn_backward of float64 on CUDA");
   }

@@ -58,8 +58,9 @@ inline int32_t lanes_for(int64_t channels, int64_t vector) {
   return lanes;
 }
 
+// `warps` of a block where other blocks keep the device busy; 0 where the queries must.
 inline Geometry make_geometry(const Sizes& sizes, const int64_t* spatial_shapes, const int64_t* value_strides,
-                              int32_t lanes) {
+                              int32_t lanes, int32_t warps = 0) {
   Geometry at{};
   at.L = sizes.L, at.P = sizes.P, at.M = sizes.M, at.D = sizes.D, at.Lq = sizes.Lq;
   at.points = sizes.L * sizes.P, at.query_points = sizes.M * at.points;
@@ -79,14 +80,15 @@ inline Geometry make_geometry(const Sizes& sizes, const int64_t* spatial_shapes,
   // A decoder has few queries: rather many groups for each than multiprocessors without any work, and small blocks.
   const int64_t queries = sizes.N * sizes.M * sizes.Lq;
   at.parts = 1;
-  while (!at.tiled && 2 * at.parts * lanes <= kWarp && 2 * at.parts <= sizes.L * sizes.P &&
-         queries * lanes * at.parts < kEnoughWarps * kWarp)
+  while (!at.tiled && at.parts < (warps > 0 ? 2 : kWarp) && 2 * at.parts * lanes <= kWarp &&
+         2 * at.parts <= sizes.L * sizes.P && queries * lanes * at.parts < kEnoughWarps * kWarp)
     at.parts *= 2;
   at.queries = kWarp / (lanes * at.parts);
   at.chunk = kStaged / at.queries;
   while ((1u << at.chunk_bits) < at.chunk) ++at.chunk_bits;
-  at.warps = kThreads / kWarp;
-  while (!at.tiled && at.warps > 1 && divide_up(sizes.Lq, at.queries * at.warps) * sizes.N * sizes.M < kEnoughBlocks)
+  at.warps = warps > 0 ? warps : kThreads / kWarp;
+  while (!at.tiled && warps == 0 && at.warps > 1 &&
+         divide_up(sizes.Lq, at.queries * at.warps) * sizes.N * sizes.M < kEnoughBlocks)
     at.warps /= 2;
   at.tile_queries = at.tiled ? kTile * kTile : at.queries * at.warps;
   at.tiles = at.tiled ? tiles : divide_up(sizes.Lq, at.tile_queries);

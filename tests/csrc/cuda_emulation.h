@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #define __global__
@@ -146,8 +147,10 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulation::exchange_with(value, threadIdx.x % 32 ^ mask);
 }
 
+inline int __ffs(unsigned bits) { return __builtin_ffs(bits); }
+
 template <typename T>
-T atomicAdd(T* to, T value) {
+T atomicAdd(T* to, std::type_identity_t<T> value) {
   const T before = *to;
   *to += value;
   return before;

@@ -9,6 +9,7 @@
 #endif
 
 #include "../../csrc/cuda/ms_deform_attn_forward.cuh"
+#include "../../csrc/cuda/ms_deform_attn_owned_backward.cuh"
 #include "../../csrc/cuda/ms_deform_attn_sorted_backward.cuh"
 
 namespace deformable_detr {
@@ -27,27 +28,27 @@ struct Call {
   float bound;
 };
 
-Geometry geometry_of(const Call& call, int32_t lanes) {
-  return make_geometry(call.sizes, call.spatial_shapes, call.strides, lanes);
+Geometry geometry_of(const Call& call, int32_t lanes, int32_t warps = 0) {
+  return make_geometry(call.sizes, call.spatial_shapes, call.strides, lanes, warps);
 }
 
 template <typename Kernel, typename... Arguments>
-void launch(const Geometry& at, size_t shared_bytes, Kernel kernel, const Arguments&... arguments) {
+void launch(const Geometry& at, int64_t blocks, size_t shared_bytes, Kernel kernel, const Arguments&... arguments) {
   if (shared_bytes > sizeof(shared_memory)) throw std::invalid_argument("too much shared memory");
-  emulation::launch(at.tasks, at.warps * kWarp, shared_memory, shared_bytes, kernel, at, arguments...);
+  emulation::launch(blocks, at.warps * kWarp, shared_memory, shared_bytes, kernel, at, arguments...);
 }
 
 template <typename T, typename A, int VEC>
 void forward(const Call& call, int32_t lanes) {
   const Geometry at = geometry_of(call, lanes);
-  launch(at, at.warps * sizeof(Staged<A>), forward_kernel<T, A, VEC>, static_cast<const T*>(call.value),
+  launch(at, at.tasks, at.warps * sizeof(Staged<A>), forward_kernel<T, A, VEC>, static_cast<const T*>(call.value),
          static_cast<const A*>(call.locations), static_cast<const A*>(call.weights), static_cast<T*>(call.output));
 }
 
 template <typename T, typename A, int VEC, int G, typename Sum>
 void backward(const Call& call, const Sum& sum) {
   const Geometry at = geometry_of(call, G);
-  launch(at, at.warps * sizeof(StagedWithDots<A>), backward_kernel<T, A, VEC, G, Sum>,
+  launch(at, at.tasks, at.warps * sizeof(StagedWithDots<A>), backward_kernel<T, A, VEC, G, Sum>,
          static_cast<const T*>(call.grad_output), static_cast<const T*>(call.value),
          static_cast<const A*>(call.locations), static_cast<const A*>(call.weights), sum,
          static_cast<A*>(call.grad_locations), static_cast<A*>(call.grad_weights));
@@ -55,10 +56,23 @@ void backward(const Call& call, const Sum& sum) {
 
 template <typename T>
 void sorted_backward(const Call& call) {
-  launch(geometry_of(call, kSortedLanes), sizeof(SortedMemory<kSortedLanes>), sorted_backward_kernel<T, kSortedLanes>,
+  const Geometry at = geometry_of(call, kSortedLanes);
+  launch(at, at.tasks, sizeof(SortedMemory<kSortedLanes>), sorted_backward_kernel<T, kSortedLanes>,
          static_cast<const T*>(call.grad_output), static_cast<const T*>(call.value),
          static_cast<const float*>(call.locations), static_cast<const float*>(call.weights),
          static_cast<float*>(call.grad_value), static_cast<float*>(call.grad_locations),
+         static_cast<float*>(call.grad_weights));
+}
+
+template <typename T>
+void owned_backward(const Call& call) {
+  const Geometry at = geometry_of(call, 8, owned_warps(call.sizes));
+  const OwnedTiles owned = make_owned_tiles(at, call.sizes);
+  if (!owned.pay(at)) throw std::invalid_argument("owners are not for these sizes");
+  launch(at, at.tasks + owned.tasks, owned_backward_bytes(at, owned), owned_backward_kernel<T>, owned,
+         static_cast<const T*>(call.grad_output), static_cast<const T*>(call.value),
+         static_cast<const float*>(call.locations), static_cast<const float*>(call.weights),
+         static_cast<T*>(call.grad_value), static_cast<float*>(call.grad_locations),
          static_cast<float*>(call.grad_weights));
 }
 
@@ -88,6 +102,7 @@ void run(const Call& call, int32_t vector, int32_t lanes) {
   if (vector == 1) return backward<T, A, 1, 32>(call);
   if constexpr (sizeof(A) == sizeof(float)) {
     if (lanes == 0) return sorted_backward<T>(call);
+    if (lanes == 1) return owned_backward<T>(call);
     if (lanes == 4) return backward<T, A, sums, 4>(call);
     if (lanes == 8) return backward<T, A, sums, 8>(call);
     if (lanes == 16) return backward<T, A, sums, 16>(call);
@@ -99,8 +114,8 @@ void run(const Call& call, int32_t vector, int32_t lanes) {
 }  // namespace
 
 // type: 0 float64, 1 float32, 2 bfloat16, 3 float16. `output` chooses the forward, without it the backward runs.
-// vector: channels a thread loads at once; lanes: threads per row, 0 for the backward pass that sorts. Returns 0 unless
-// the kernel did something that a device would not allow.
+// vector: channels a thread loads at once; lanes: threads per row; for the backward pass 0 is the one that
+// sorts and 1 the one of owners. Returns 0 unless the kernel did something that a device would not allow.
 extern "C" int emulate(int type, int vector, int lanes, const int64_t* sizes, const int64_t* spatial_shapes,
                        const int64_t* strides, const void* value, const void* locations, const void* weights,
                        void* output, const void* grad_output, void* grad_value, void* grad_locations,

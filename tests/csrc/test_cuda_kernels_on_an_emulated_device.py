@@ -17,7 +17,7 @@ from deformable_detr.layers import ms_deform_attn_pytorch
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-SORTED = 0  # in place of the number of threads per row: the backward pass that sorts
+SORTED, OWNED = 0, 1  # in place of the number of threads per row: the backward pass that sorts, that of owners
 SHAPES = ((9, 17), (18, 3), (0, 2), (1, 3))
 
 
@@ -66,10 +66,13 @@ def forward(emulate, case, vector, lanes):
 
 
 def backward(emulate, case, vector, lanes, *, grad_output, deterministic=False):
-    """Gradients of value (before the cast to its dtype), locations and weights."""
+    """Gradients of value (before the cast to its dtype, but for owners), locations and weights."""
     accumulate = torch.promote_types(case.value.dtype, torch.float32)
     gradients = [torch.full_like(t, math.nan, dtype=accumulate) for t in case.tensors]
-    gradients[0] = torch.zeros(case.value.shape, dtype=accumulate)
+    if lanes == OWNED:
+        gradients[0] = torch.full(case.value.shape, math.nan, dtype=case.value.dtype)
+    else:
+        gradients[0] = torch.zeros(case.value.shape, dtype=accumulate)
     run(emulate, case, vector, lanes, grads=(grad_output, *gradients), deterministic=deterministic)
     return gradients
 
@@ -159,6 +162,33 @@ def test_sorted_backward_kernel_adds_up_neighbours(emulate, make_case, sigma):
         assert relative_error(ours, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("shapes", "Lq", "P"), [(SHAPES, 40, 2), (((40, 70), (1, 1), (33, 5)), 300, 4), (SHAPES, 3, 1)]
+)
+def test_owned_backward_kernel_equals_the_twin(emulate, make_case, dtype, shapes, Lq, P):
+    """Tiles of every size, whole ones and such that stick out of the map; with few points and with many."""
+    case = make_case(shapes=shapes, Lq=Lq, D=32, M=2, P=P, N=2 - (Lq == 300)).to(dtype, torch.float32)
+    grad_output = torch.randn(case.value.shape[0], Lq, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    actual = backward(emulate, case, 4, OWNED, grad_output=grad_output)
+    tolerances = TOLERANCE[dtype], 1e-5, 1e-5
+    for ours, theirs, tolerance in zip(actual, expected_gradients(case, grad_output), tolerances, strict=True):
+        assert relative_error(ours, theirs) < tolerance
+
+
+@pytest.mark.parametrize("spread", [0.0, 2.0, 8.0])
+def test_owned_backward_kernel_adds_up_what_all_queries_look_at(emulate, make_case, spread):
+    """600 points around a pixel, or around some: cells for a block, for a warp and for a group of threads."""
+    case = make_case(shapes=[(20, 33)], N=1, M=1, Lq=150, D=32, P=4).to(torch.float32, torch.float32)
+    noise = torch.rand(case.sampling_locations.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+    case.sampling_locations = (torch.tensor([15.9, 8.7]) + spread * noise) / torch.tensor([33, 20])
+    grad_output = torch.randn(1, 150, 32, generator=torch.Generator().manual_seed(0))
+    actual, expected = backward(emulate, case, 4, OWNED, grad_output=grad_output), expected_gradients(case, grad_output)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+    assert torch.equal(actual[0] == 0, expected[0] == 0)
+
+
 @pytest.mark.parametrize("P", [1, 7, 40])
 def test_any_number_of_points_fits_into_shared_memory(emulate, make_case, P):
     """40 points on 4 levels need fewer queries per pass than the block has places for."""
@@ -184,9 +214,11 @@ def test_location_that_is_no_place_contributes_nothing(emulate, make_case, bad):
     case.sampling_locations[0, 2, 1, 0, 1, 0] = bad
     grad_output = torch.ones(2, 5, 96)
     result = forward(emulate, case, 4, 8), *backward(emulate, case, 4, 8, grad_output=grad_output)
+    owned = backward(emulate, case, 4, OWNED, grad_output=grad_output)
     case.sampling_locations[0, 2, 1, 0, 1] = 5.0
     expected = forward(emulate, case, 4, 8), *backward(emulate, case, 4, 8, grad_output=grad_output)
     torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(tuple(owned), expected[1:])
     assert not result[2][0, 2, 1, 0, 1].any() and not result[3][0, 2, 1, 0, 1].any()
 
 

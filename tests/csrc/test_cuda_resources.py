@@ -13,6 +13,7 @@ CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 USUAL_KERNELS = f"""
 #include <c10/util/BFloat16.h>
 #include "{CUDA / "ms_deform_attn_forward.cuh"}"
+#include "{CUDA / "ms_deform_attn_owned_backward.cuh"}"
 #include "{CUDA / "ms_deform_attn_sorted_backward.cuh"}"
 namespace deformable_detr {{
 #define FORWARD(T, VEC) template __global__ void forward_kernel<T, float, VEC>( \\
@@ -21,7 +22,10 @@ namespace deformable_detr {{
     const Geometry, const T*, const T*, const float*, const float*, const AtomicSum<float>, float*, float*);
 #define SORTED(T) template __global__ void sorted_backward_kernel<T, kSortedLanes>( \\
     const Geometry, const T*, const T*, const float*, const float*, float*, float*, float*);
+#define OWNED(T) template __global__ void owned_backward_kernel<T>( \\
+    const Geometry, const OwnedTiles, const T*, const T*, const float*, const float*, T*, float*, float*);
 FORWARD(float, 4) FORWARD(c10::BFloat16, 8) BACKWARD(float) BACKWARD(c10::BFloat16) SORTED(float) SORTED(c10::BFloat16)
+OWNED(float) OWNED(c10::BFloat16)
 }}
 """
 REPORT = re.compile(
@@ -68,5 +72,5 @@ def test_usual_kernels_compile_without_local_memory(tmp_path, architecture):
     source = tmp_path / "kernels.cu"
     source.write_text(USUAL_KERNELS)
     kernels = compile_kernels(source, architecture, tmp_path)
-    assert len(kernels) == 6
+    assert len(kernels) == 8
     assert_kernels_stay_in_registers(kernels)
