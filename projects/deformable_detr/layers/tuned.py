@@ -119,7 +119,7 @@ def relu_and_dropout(x: Tensor, dropout: nn.Module) -> Tensor:
 class _ReLUAndDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropout: Dropout) -> Tensor:
-        out = dropout(x.relu())
+        out = dropout(x).relu_()  # The same numbers in this order, and one tensor less meanwhile.
         ctx.save_for_backward(out)
         ctx.scale = dropout.scale(x.device)
         return out
