@@ -34,12 +34,14 @@ bool fits_vectors(const at::Tensor& value, int64_t vector, int64_t lanes) {
   return fits;
 }
 
-bool has_vector_reductions() {
-  int device = 0, major = 0;
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major >= 9;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
 }
+
+bool has_vector_reductions() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
 
 Geometry geometry_of(const at::Tensor& value, at::IntArrayRef spatial_shapes, const Sizes& sizes, int32_t lanes,
                      int32_t warps = 0) {
@@ -133,12 +135,14 @@ struct BackwardLaunch {
     if (!fits_vectors(value, 4, 8)) return {};
     const Geometry at = geometry_of(value, spatial_shapes, sizes, 8, owned_warps(sizes));
     const OwnedTiles owned = make_owned_tiles(at, sizes);
-    if (!owned.pay(at)) return {};
+    const int64_t shared = owned_backward_bytes(at, owned);
+    // Before the A100 a block has less than many queries need.
+    if (!owned.pay(at) || shared > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) return {};
     const auto grad_value = at::empty(value.sizes(), value.options());
-    launch(owned_backward_kernel<T>, at, at.tasks + owned.tasks, owned_backward_bytes(at, owned), owned,
-           grad_output.const_data_ptr<T>(), value.const_data_ptr<T>(), locations.const_data_ptr<float>(),
-           weights.const_data_ptr<float>(), grad_value.template mutable_data_ptr<T>(),
-           grad_locations.mutable_data_ptr<float>(), grad_weights.mutable_data_ptr<float>());
+    launch(owned_backward_kernel<T>, at, at.tasks + owned.tasks, shared, owned, grad_output.const_data_ptr<T>(),
+           value.const_data_ptr<T>(), locations.const_data_ptr<float>(), weights.const_data_ptr<float>(),
+           grad_value.template mutable_data_ptr<T>(), grad_locations.mutable_data_ptr<float>(),
+           grad_weights.mutable_data_ptr<float>());
     return grad_value;
   }
 
