@@ -133,6 +133,10 @@ struct OwnedMemory {
   __device__ OwnedCell& long_cell(uint32_t i) { return cells[kOwnedEdge * kOwnedEdge - 1 - i]; }
 };
 
+constexpr int64_t kReserved = 1 << 10;  // of the shared memory of each block
+static_assert(4 * (sizeof(OwnedMemory) + kFewOwnedPoints * sizeof(OwnedPoint) + kReserved) <= 228 << 10);
+static_assert(sizeof(OwnedMemory) + kMaxOwnedPoints * sizeof(OwnedPoint) + kReserved <= 100 << 10);
+
 // Shared memory of a block, of either kind.
 inline int64_t owned_backward_bytes(const Geometry& at, const OwnedTiles& owned) {
   return std::max<int64_t>(at.warps * sizeof(StagedWithDots<float>),
