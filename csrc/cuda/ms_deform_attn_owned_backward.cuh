@@ -28,7 +28,7 @@ constexpr int64_t kFewOwnedPoints = 2048, kMaxOwnedPoints = 4800;
 
 inline int32_t owned_warps(const Sizes& sizes) { return sizes.Lq * sizes.P <= kFewOwnedPoints ? 8 : 16; }
 
-// Tiles are numbered from the last level, whose tiles have most points, to the first; heads and images run fastest.
+// Tiles are numbered level by level, each for all heads and images in turn.
 struct OwnedTiles {
   int32_t first[kMaxLevels];                                // number of the first tile of a level
   int32_t width_bits[kMaxLevels], height_bits[kMaxLevels];  // of its tiles: 1 << width_bits cells in a line
@@ -54,7 +54,7 @@ inline OwnedTiles make_owned_tiles(const Geometry& at, const Sizes& sizes) {
   while (2 << owned.points_bits <= at.P) ++owned.points_bits;
   owned.image_heads = sizes.N * sizes.M;
   const int64_t limit = std::max(kTilePoints, owned.points / 6);
-  for (int64_t index = sizes.L - 1; index >= 0; --index) {
+  for (int64_t index = 0; index < sizes.L; ++index) {
     const int64_t height = at.levels[index].height, width = at.levels[index].width;
     // So small that a tile would have at most `limit` points, were they spread evenly.
     int32_t &width_bits = owned.width_bits[index], &height_bits = owned.height_bits[index];
@@ -93,8 +93,8 @@ __device__ inline OwnedTile owned_tile_at(const Geometry& at, const OwnedTiles& 
   const int32_t number = task / owned.image_heads;
   const uint32_t image_head = task % owned.image_heads;
   OwnedTile tile{};
-  tile.image = image_head / at.M, tile.head = image_head % at.M, tile.level = at.L - 1;
-  while (tile.level > 0 && number >= owned.first[tile.level - 1]) --tile.level;
+  tile.image = image_head / at.M, tile.head = image_head % at.M;
+  while (tile.level + 1 < at.L && number >= owned.first[tile.level + 1]) ++tile.level;
   tile.first_point = (int64_t{tile.image} * at.Lq * at.M + tile.head) * at.points + tile.level * at.P;
   const Level& level = at.levels[tile.level];
   const int32_t width = 1 << owned.width_bits[tile.level], height = 1 << owned.height_bits[tile.level];
@@ -209,17 +209,24 @@ __device__ inline void sort_points(const Geometry& at, const OwnedTiles& owned, 
   __syncthreads();
 }
 
-// The channels of a cell that a thread adds up: kLoads times kWidth side by side, 16 bytes.
+// The channels of a cell that a thread adds up: kLoads times kWidth side by side, 16 bytes. The upper half of a warp
+// takes the upper half of the channels first: an instruction that reads the same part of 16 rows would have to fetch
+// them one by one, as they lie in the same banks of the cache.
 template <typename T>
 struct OwnedRow {
   static constexpr int kWidth = 16 / sizeof(T), kLoads = kOwnedChannels / kOwnedLanes / kWidth;
 
   float sum[kLoads * kWidth] = {};
 
+  __device__ static int channel(int load) {
+    const int swapped = threadIdx.x & kWarp / 2 ? kOwnedChannels / 2 : 0;
+    return load * kOwnedLanes * kWidth + (load < kLoads / 2 ? swapped : -swapped);
+  }
+
   __device__ void add(const T* grad, float weight) {
     float g[kLoads][kWidth];
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j) load(grad + j * kOwnedLanes * kWidth, g[j]);
+    for (int j = 0; j < kLoads; ++j) load(grad + channel(j), g[j]);
 #pragma unroll
     for (int j = 0; j < kLoads; ++j)
 #pragma unroll
@@ -242,7 +249,10 @@ struct OwnedRow {
   __device__ float add_groups() {
     static_assert(kOwnedGroups == kLoads * kWidth, "a number for each group");
 #pragma unroll
-    for (int step = 1; step < kOwnedGroups; step *= 2)
+    for (int i = 0; i < kOwnedGroups / 2; ++i)
+      sum[i] += __shfl_xor_sync(0xffffffffu, sum[i + kOwnedGroups / 2], kWarp / 2);
+#pragma unroll
+    for (int step = 2; step < kOwnedGroups; step *= 2)
 #pragma unroll
       for (int i = 0; i < kOwnedGroups / 2 / step; ++i) {
         float &low = sum[i], &high = sum[i + kOwnedGroups / 2 / step];
@@ -265,7 +275,7 @@ struct OwnedRow {
       Pack<T, kWidth> result;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) result.items[i] = static_cast<T>(sum[j * kWidth + i]);
-      *reinterpret_cast<Pack<T, kWidth>*>(to + j * kOwnedLanes * kWidth) = result;
+      *reinterpret_cast<Pack<T, kWidth>*>(to + channel(j)) = result;
     }
   }
 };
