@@ -1,5 +1,7 @@
 """The exported function equals the model, before any format is involved."""
 
+import copy
+
 import pytest
 import torch
 
@@ -83,3 +85,11 @@ def test_a_program_samples_by_the_op_that_was_asked_for(decompose, batch, op, sh
     images = [noise(size, i).permute(1, 2, 0).numpy() for i, size in enumerate(((64, 80), (50, 96)))]
     arguments = pad_images(images[:batch], (64, 96))
     torch.testing.assert_close(captured.module()(*arguments), program(*arguments), rtol=1e-5, atol=1e-5)
+
+
+def test_a_size_that_the_model_takes_for_a_constant_is_named(short_model, capture):
+    program = DetectionProgram(copy.deepcopy(short_model("_single_scale").model))
+    program.model.backbone.register_forward_pre_hook(lambda _, inputs: int(inputs[0].shape[0]) and None)
+    message = "cannot be exported for batch x 3 x 64 x 96: something in it, such as its backbone, takes a size for a"
+    with pytest.raises(ValueError, match=message):
+        capture(program, InputShape(None, (64, 96)), decompose=False)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError  # what torch.export raises
 from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import box_convert
@@ -91,6 +92,9 @@ def capture(program: DetectionProgram, shape: InputShape, *, decompose: bool) ->
         shape: the sizes to keep dynamic.
         decompose: write ms_deform_attn out as grid_sample, which every runtime has; otherwise it stays the op
             ``deformable_detr::ms_deform_attn``, which the runtime must know.
+
+    Raises:
+        ValueError: if something in the model takes a size for a constant that is to stay dynamic.
     """
     stride = coarsest_stride(program.model)
     height, width = shape.size or (3 * stride + 8, 4 * stride + 8)
@@ -107,8 +111,16 @@ def capture(program: DetectionProgram, shape: InputShape, *, decompose: bool) ->
         of_images |= {2: Dim("height", min=stride + 1, max=MAX_SIDE), 3: Dim("width", min=stride + 1, max=MAX_SIDE)}
     mode = _Decompose() if decompose else contextlib.nullcontext()
     folded = DetectionProgram(fold_for_good(copy.deepcopy(program.model)))
-    with torch.no_grad(), mode:
-        return torch.export.export(folded, (images, image_sizes), dynamic_shapes=(of_images, dims))
+    try:
+        with torch.no_grad(), mode:
+            return torch.export.export(folded, (images, image_sizes), dynamic_shapes=(of_images, dims))
+    except UserError as error:
+        if not of_images:
+            raise
+        raise ValueError(
+            f"this model cannot be exported for {shape}: something in it, such as its backbone, takes a size for a "
+            f"constant. Fix the number of images (--batch) or the canvas (--fixed-size): {str(error).splitlines()[0]}"
+        ) from error
 
 
 def coarsest_stride(model: SetPredictionDetector) -> int:
