@@ -21,7 +21,8 @@ namespace {
 
 constexpr int kVectorBytes = 16;
 constexpr int64_t kMaxRowBytes = int64_t{1} << 31;
-constexpr int64_t kDefaultSharedMemory = 48 << 10;
+// What a block may have unasked, less what kernels have besides the memory that is asked for.
+constexpr int64_t kStaticSharedMemory = 64, kDefaultSharedMemory = (48 << 10) - kStaticSharedMemory;
 
 bool aligned(const at::Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kVectorBytes == 0;
@@ -137,7 +138,8 @@ struct BackwardLaunch {
     const OwnedTiles owned = make_owned_tiles(at, sizes);
     const int64_t shared = owned_backward_bytes(at, owned);
     // Before the A100 a block has less than many queries need.
-    if (!owned.pay(at) || shared > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) return {};
+    const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticSharedMemory;
+    if (!owned.pay(at) || shared > most) return {};
     const auto grad_value = at::empty(value.sizes(), value.options());
     launch(owned_backward_kernel<T>, at, at.tasks + owned.tasks, shared, owned, grad_output.const_data_ptr<T>(),
            value.const_data_ptr<T>(), locations.const_data_ptr<float>(), weights.const_data_ptr<float>(),

@@ -164,11 +164,12 @@ def test_sorted_backward_kernel_adds_up_neighbours(emulate, make_case, sigma):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("shapes", "Lq", "P"), [(SHAPES, 40, 2), (((40, 70), (1, 1), (33, 5)), 300, 4), (SHAPES, 3, 1)]
+    ("shapes", "Lq", "P"),
+    [(SHAPES, 40, 2), (((40, 70), (1, 1), (33, 5)), 300, 4), (SHAPES, 3, 1), (((20, 33),), 700, 4)],
 )
 def test_owned_backward_kernel_equals_the_twin(emulate, make_case, dtype, shapes, Lq, P):
     """Tiles of every size, whole ones and such that stick out of the map; with few points and with many."""
-    case = make_case(shapes=shapes, Lq=Lq, D=32, M=2, P=P, N=2 - (Lq == 300)).to(dtype, torch.float32)
+    case = make_case(shapes=shapes, Lq=Lq, D=32, M=2, P=P, N=2 - (Lq >= 300)).to(dtype, torch.float32)
     grad_output = torch.randn(case.value.shape[0], Lq, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     actual = backward(emulate, case, 4, OWNED, grad_output=grad_output)
     tolerances = TOLERANCE[dtype], 1e-5, 1e-5

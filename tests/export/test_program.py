@@ -90,6 +90,6 @@ def test_a_program_samples_by_the_op_that_was_asked_for(decompose, batch, op, sh
 def test_a_size_that_the_model_takes_for_a_constant_is_named(short_model, capture):
     program = DetectionProgram(copy.deepcopy(short_model("_single_scale").model))
     program.model.backbone.register_forward_pre_hook(lambda _, inputs: int(inputs[0].shape[0]) and None)
-    message = "cannot be exported for batch x 3 x 64 x 96: something in it, such as its backbone, takes a size for a"
+    message = "cannot be exported for batch x 3 x 64 x 96: something in it, such as its backbone, may take a size for a"
     with pytest.raises(ValueError, match=message):
         capture(program, InputShape(None, (64, 96)), decompose=False)

@@ -118,8 +118,8 @@ def capture(program: DetectionProgram, shape: InputShape, *, decompose: bool) ->
         if not of_images:
             raise
         raise ValueError(
-            f"this model cannot be exported for {shape}: something in it, such as its backbone, takes a size for a "
-            f"constant. Fix the number of images (--batch) or the canvas (--fixed-size): {str(error).splitlines()[0]}"
+            f"this model cannot be exported for {shape}: something in it, such as its backbone, may take a size for "
+            f"a constant. Fix the number of images (--batch) or the canvas (--fixed-size): {str(error).splitlines()[0]}"
         ) from error
 
 

@@ -42,7 +42,8 @@ def in_slices(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def converted_once(x: Tensor) -> Callable[[], Tensor]:
     """Return what gives ``x`` to one reader after another, as autocast would convert it for each, from one copy.
 
-    Gradients of the readers are added up in the dtype of ``x``, as they are where each has a copy of its own.
+    None of them may write into it. Gradients of the readers are added up in the dtype of ``x``, as they are where each
+    has a copy of its own.
     """
     copy = None if _is_traced() else as_autocast(x.detach())
     return (lambda: x) if copy is None or copy.dtype is x.dtype else lambda: _Converted.apply(x, copy)
@@ -110,6 +111,8 @@ def relu_and_dropout(x: Tensor, dropout: nn.Module) -> Tensor:
     if not torch.is_grad_enabled():
         return dropout(x.relu_())
     known = type(dropout) is Dropout and dropout.training and x.device.type in ("cpu", "cuda") and not _is_traced()
+    # A hook of the dropout sees what has a gradient.
+    known = known and not (dropout._forward_hooks or dropout._forward_pre_hooks)
     if known and 0 < round(dropout.p * 2**16) < 2**16:
         return _ReLUAndDropout.apply(x, dropout)
     # Not in place: a linear layer returns a view, and to write into it costs three copies in the backward pass.
@@ -119,7 +122,8 @@ def relu_and_dropout(x: Tensor, dropout: nn.Module) -> Tensor:
 class _ReLUAndDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropout: Dropout) -> Tensor:
-        out = dropout(x).relu_()  # The same numbers in this order, and one tensor less meanwhile.
+        # Not the other way round, in place: dropout makes NaN of the -inf that a linear layer of float16 may return.
+        out = dropout(x.relu())
         ctx.save_for_backward(out)
         ctx.scale = dropout.scale(x.device)
         return out

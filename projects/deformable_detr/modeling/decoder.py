@@ -88,7 +88,8 @@ class DeformableTransformerDecoder(nn.Module):
 
     Args:
         layer: has the ``forward`` of :class:`DeformableTransformerDecoderLayer`, or a function that makes one. It is
-            given an ``attn_mask`` only where there is one, and under autocast a ``memory`` in its dtype.
+            given an ``attn_mask`` only where there is one, and under autocast a ``memory`` in its dtype, into which it
+            must not write.
         num_layers: copies of ``layer``, or calls of the function; at least one.
         with_box_refine: iterative bounding box refinement.
         look_forward_twice: needs ``with_box_refine``.

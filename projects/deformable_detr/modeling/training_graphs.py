@@ -153,7 +153,7 @@ class TrainingGraphs:
     def clear(self) -> None:
         """Forget all recordings."""
         self._recordings.clear()
-        self._shared = None
+        self._shared, self._made = None, 0
 
     def __call__(self, model: nn.Module, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Predict for images (3, h, w), range 0-255, as the model's ``predict_for_training``.
