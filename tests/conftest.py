@@ -206,3 +206,23 @@ def tiny_lazy(tmp_path: Path) -> Callable[..., list[str]]:
         return ["--config-file", str(path)]
 
     return arguments
+
+
+@pytest.fixture
+def bytes_kept():
+    """A function that tells how much memory autograd keeps for the backward pass of what a function returns."""
+
+    def count(function):
+        kept = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()  # Shared memory counts once.
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = function()  # As long as it lives no memory is used twice.
+        assert result.requires_grad
+        return sum(kept.values())
+
+    return count

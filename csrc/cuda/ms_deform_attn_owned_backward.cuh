@@ -155,13 +155,7 @@ __device__ inline void add_up_pixels(uint32_t* counts) {
   uint32_t count[run], total = 0;
 #pragma unroll
   for (int i = 0; i < run; ++i) total += count[i] = counts[lane * run + i];
-  uint32_t sum = total;
-#pragma unroll
-  for (uint32_t offset = 1; offset < kWarp; offset *= 2) {
-    const uint32_t before = __shfl_up_sync(0xffffffffu, sum, offset);
-    sum += lane >= offset ? before : 0;
-  }
-  sum -= total;
+  uint32_t sum = sum_up_to_lane(total) - total;
 #pragma unroll
   for (int i = 0; i < run; ++i) counts[lane * run + i] = sum, sum += count[i];
 }

@@ -288,6 +288,17 @@ __device__ inline void stage(const Geometry& at, const Task& task, int first, ui
   }
 }
 
+// The sum of the numbers of the first `lanes` threads of a warp, up to and with that of this one.
+template <uint32_t lanes = kWarp>
+__device__ inline uint32_t sum_up_to_lane(uint32_t sum) {
+#pragma unroll
+  for (uint32_t offset = 1; offset < lanes; offset *= 2) {
+    const uint32_t before = __shfl_up_sync(0xffffffffu, sum, offset);
+    sum += threadIdx.x % kWarp >= offset ? before : 0;
+  }
+  return sum;
+}
+
 // VEC channels. As 32-bit words: with 16-bit numbers reading takes twice as many instructions.
 template <typename T, typename A, int VEC>
 __device__ inline void load(const T* from, A (&to)[VEC]) {

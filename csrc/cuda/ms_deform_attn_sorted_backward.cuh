@@ -107,12 +107,7 @@ __device__ inline void add_up_bins(SortedMemory<G>& memory) {
   static_assert(kBins == 2 * kThreads);
   auto& pair = reinterpret_cast<Pack<uint32_t, 2>*>(memory.bins)[threadIdx.x];
   const uint32_t first = pair.items[0], both = first + pair.items[1], lane = threadIdx.x % kWarp;
-  uint32_t sum = both;
-#pragma unroll
-  for (uint32_t offset = 1; offset < kWarp; offset *= 2) {
-    const uint32_t before = __shfl_up_sync(0xffffffffu, sum, offset);
-    sum += lane >= offset ? before : 0;
-  }
+  const uint32_t sum = sum_up_to_lane(both);
   pair = {sum - both, sum - both + first};
   if (lane == kWarp - 1) memory.sums[threadIdx.x / kWarp] = sum;
 }
@@ -126,13 +121,8 @@ struct Totals {
 template <int G>
 __device__ inline Totals add_up_warps(const SortedMemory<G>& memory) {
   constexpr uint32_t warps = kThreads / kWarp;
-  const uint32_t lane = threadIdx.x % kWarp, own = memory.sums[lane % warps];
-  uint32_t sum = own;
-#pragma unroll
-  for (uint32_t offset = 1; offset < warps; offset *= 2) {
-    const uint32_t before = __shfl_up_sync(0xffffffffu, sum, offset);
-    sum += lane >= offset ? before : 0;
-  }
+  const uint32_t own = memory.sums[threadIdx.x % warps];
+  const uint32_t sum = sum_up_to_lane<warps>(own);
   return {static_cast<int>(__shfl_sync(0xffffffffu, sum, warps - 1)), sum - own};
 }
 

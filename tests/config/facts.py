@@ -1,4 +1,6 @@
-"""What models and configurations are made of, for comparing them."""
+"""The configurations of the zoo, and what models and configurations are made of, for comparing them."""
+
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from omegaconf import DictConfig
@@ -6,6 +8,8 @@ from torch import nn
 
 from deformable_detr.modeling import FocalClassification, SoftmaxClassification
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "COCO-Detection"
+BASE = str(CONFIGS / "deformable_detr_R_50.yaml")
 PLAIN = (bool, int, float, str, tuple, type(None), FocalClassification, SoftmaxClassification)
 
 

@@ -1,7 +1,6 @@
 """Reading configurations and overriding what they say."""
 
 import re
-from pathlib import Path
 
 import pytest
 from detectron2.config import CfgNode, LazyConfig
@@ -9,8 +8,7 @@ from omegaconf import DictConfig
 
 from deformable_detr import load_config
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "COCO-Detection"
-BASE = str(CONFIGS / "deformable_detr_R_50.yaml")
+from .facts import BASE
 
 
 def test_yaml_becomes_a_cfg_node_with_overrides():

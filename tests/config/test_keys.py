@@ -13,11 +13,9 @@ from deformable_detr import add_deformable_detr_config, load_config
 from deformable_detr.config import KEYS
 from deformable_detr.modeling import ContrastiveDenoising
 
-from .facts import facts, flatten
+from .facts import BASE, facts, flatten
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "COCO-Detection"
 PACKAGE = Path(deformable_detr.__file__).parent
-BASE = str(CONFIGS / "deformable_detr_R_50.yaml")
 
 
 def test_configuration_only_gains_keys():
@@ -58,22 +56,21 @@ def test_configuration_only_gains_keys():
     }
 
 
-def test_solver_keys_of_another_project_are_kept():
+def config_of_another_project(**solver) -> CfgNode:
+    """Solver keys that are there before ours are added."""
     cfg = get_cfg()
-    cfg.SOLVER.OPTIMIZER = "SGD"
-    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.7
-    cfg.SOLVER.LOCATION_MULTIPLIER = 0.6
+    cfg.SOLVER.update(solver)
     add_deformable_detr_config(cfg)
-    solver = cfg.SOLVER
+    return cfg
+
+
+def test_solver_keys_of_another_project_are_kept():
+    solver = config_of_another_project(OPTIMIZER="SGD", BACKBONE_MULTIPLIER=0.7, LOCATION_MULTIPLIER=0.6).SOLVER
     assert (solver.OPTIMIZER, solver.BACKBONE_MULTIPLIER, solver.LOCATION_MULTIPLIER) == ("SGD", 0.7, 0.6)
 
 
 def test_standard_recipe_does_not_depend_on_another_projects_defaults():
-    cfg = get_cfg()
-    cfg.SOLVER.OPTIMIZER = "SGD"
-    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
-    cfg.SOLVER.LOCATION_MULTIPLIER = 1.0
-    add_deformable_detr_config(cfg)
+    cfg = config_of_another_project(OPTIMIZER="SGD", BACKBONE_MULTIPLIER=1.0, LOCATION_MULTIPLIER=1.0)
     cfg.merge_from_file(BASE)
     assert cfg.SOLVER == load_config(BASE).SOLVER
 

@@ -4,7 +4,6 @@ import copy
 import math
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import detectron2.data.transforms as T
 import pytest
@@ -19,9 +18,8 @@ from deformable_detr.data.augmentation import augmentation_from_config
 from deformable_detr.solver import build_optimizer
 from deformable_detr.training.settings import TrainingSettings
 
-from .facts import facts, flatten
+from .facts import CONFIGS, facts, flatten
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "COCO-Detection"
 STEMS = [
     "deformable_detr_R_50_single_scale",
     "deformable_detr_R_50_single_scale_dc5",
@@ -55,7 +53,6 @@ NEEDED = dict.fromkeys(["deformable_detr_swin_tiny", *SWIN_STEMS], "detectron2.m
 NEEDED |= {"deformable_detr_convnext_tiny": "timm", "deformable_detr_vit_base": "detectron2.modeling.backbone.vit"}
 # In both systems: a second less for each model that is built.
 ONE_LAYER = {"ENC_LAYERS": "num_encoder_layers", "DEC_LAYERS": "num_decoder_layers"}
-BASE = str(CONFIGS / "deformable_detr_R_50.yaml")
 
 
 @dataclass

@@ -66,21 +66,7 @@ def test_checkpointing_keeps_the_input_of_each_layer_alone(make_model, make_inpu
     assert saved[True] < 0.5 * saved[False]
 
 
-def bytes_kept(function):
-    """Of all memory that autograd keeps for the backward pass of what a function returns, shared memory once."""
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function()  # As long as it lives no memory is used twice.
-    assert result.requires_grad
-    return sum(kept.values())
-
-
-def test_an_encoder_layer_keeps_so_many_bytes_of_a_cell():
+def test_an_encoder_layer_keeps_so_many_bytes_of_a_cell(bytes_kept):
     C, hidden, points = 32, 64, 2 * 1 * 4  # heads, levels, points of a head
     layer = DeformableTransformerEncoderLayer(d_model=C, dim_feedforward=hidden, n_levels=1, n_heads=2)
 
@@ -97,7 +83,7 @@ def test_an_encoder_layer_keeps_so_many_bytes_of_a_cell():
     assert bytes_kept(lambda: run(5000)) - bytes_kept(lambda: run(3000)) == 2000 * expected
 
 
-def test_a_decoder_keeps_one_copy_of_the_memory_and_a_value_for_each_layer():
+def test_a_decoder_keeps_one_copy_of_the_memory_and_a_value_for_each_layer(bytes_kept):
     C, layers = 32, 3
     layer = partial(DeformableTransformerDecoderLayer, d_model=C, dim_feedforward=64, n_levels=1, n_heads=2)
     decoder, query = DeformableTransformerDecoder(layer, layers), torch.zeros(1, 4, C)

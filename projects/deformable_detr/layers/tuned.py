@@ -84,16 +84,20 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """(...) -> (...)."""
-        plain = not self.training or _is_traced() or x.device.type != "cpu"
-        if plain or self._dropped in (0, 2**16):
+        if not self.drops_some or _is_traced() or x.device.type != "cpu":
             return super().forward(x)
         count = x.numel()
         random = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         drop = (random.view(torch.int16)[:count] < self._dropped - 2**15).view(x.shape)
         return x.masked_fill(drop, 0.0).mul_(self.scale(x.device))
 
+    @property
+    def drops_some(self) -> bool:
+        """Whether now something is dropped, and not all."""
+        return self.training and 0 < self._dropped < 2**16
+
     def scale(self, device: torch.device) -> float:
-        """Return what is not dropped is multiplied with, where anything may be dropped."""
+        """Return the factor of what is not dropped."""
         return 2**16 / (2**16 - self._dropped) if device.type == "cpu" else 1 / (1 - self.p)
 
     @property
@@ -110,11 +114,10 @@ def relu_and_dropout(x: Tensor, dropout: nn.Module) -> Tensor:
     """
     if not torch.is_grad_enabled():
         return dropout(x.relu_())
-    known = type(dropout) is Dropout and dropout.training and x.device.type in ("cpu", "cuda") and not _is_traced()
-    # A hook of the dropout sees what has a gradient.
-    known = known and not (dropout._forward_hooks or dropout._forward_pre_hooks)
-    if known and 0 < round(dropout.p * 2**16) < 2**16:
-        return _ReLUAndDropout.apply(x, dropout)
+    if type(dropout) is Dropout and dropout.drops_some and x.device.type in ("cpu", "cuda") and not _is_traced():
+        # A hook of the dropout wants to see what has a gradient.
+        if not (dropout._forward_hooks or dropout._forward_pre_hooks):
+            return _ReLUAndDropout.apply(x, dropout)
     # Not in place: a linear layer returns a view, and to write into it costs three copies in the backward pass.
     return dropout(x.relu())
 
