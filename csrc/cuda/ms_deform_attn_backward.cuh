@@ -202,7 +202,7 @@ __device__ inline void point_backward(const Geometry& at, const T* __restrict__ 
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < kStaged / kWarp; ++i) {
-        const Point point = point_at(at, task, first, start, threadIdx.x % kWarp + i * kWarp, offset);
+        const Point point = point_at<1>(at, task, first, start, threadIdx.x % kWarp + i * kWarp, offset);
         if (!point.exists) continue;
         const Level& level = at.levels[point.level];
         const auto place = locate(level, reinterpret_cast<const Pack<A, 2>*>(locations)[point.index]);

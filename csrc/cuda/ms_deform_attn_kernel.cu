@@ -45,13 +45,13 @@ int device_attribute(cudaDeviceAttr attribute) {
 bool has_vector_reductions() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
 
 Geometry geometry_of(const at::Tensor& value, at::IntArrayRef spatial_shapes, const Sizes& sizes, int32_t lanes,
-                     int32_t warps = 0) {
+                     int32_t warps = 0, int32_t heads = 1) {
   TORCH_CHECK(sizes.L <= kMaxLevels, "spatial_shapes must hold at most ", kMaxLevels, " levels on CUDA, got ", sizes.L);
   TORCH_CHECK(sizes.Lq < (1 << 30), "sampling_locations must have Lq < 2^30 on CUDA, got ", sizes.Lq);
   TORCH_CHECK(sizes.P < (1 << 14), "sampling_locations must have P < 2^14 on CUDA, got ", sizes.P);
   TORCH_CHECK(sizes.M * sizes.L * sizes.P < (int64_t{1} << 31),
               "sampling_locations must have M * L * P < 2^31 on CUDA, got ", sizes.M, " * ", sizes.L, " * ", sizes.P);
-  const Geometry at = make_geometry(sizes, spatial_shapes.data(), value.strides().data(), lanes, warps);
+  const Geometry at = make_geometry(sizes, spatial_shapes.data(), value.strides().data(), lanes, warps, heads);
   TORCH_CHECK(at.tasks < (int64_t{1} << 31),
               "sampling_locations has too many queries for CUDA: ", sizes.N * sizes.M * sizes.Lq);
   return at;
@@ -97,10 +97,16 @@ at::Tensor ms_deform_attn_cuda(const at::Tensor& value, at::IntArrayRef spatial_
     constexpr int vector = kVectorBytes / sizeof(T);
     const bool vectors = fits_vectors(source, vector, 1);
     const int32_t lanes = lanes_for(sizes.D, vectors ? vector : 1);
-    const Geometry at = geometry_of(source, spatial_shapes, sizes, lanes);
-    launch(vectors ? forward_kernel<T, A, vector> : forward_kernel<T, A, 1>, at, at.tasks, at.warps * sizeof(Staged<A>),
-           source.template const_data_ptr<T>(), locations.template const_data_ptr<A>(),
-           weights.template const_data_ptr<A>(), output.template mutable_data_ptr<T>());
+    const auto run = [&](auto kernel, int32_t heads) {
+      const Geometry at = geometry_of(source, spatial_shapes, sizes, lanes, 0, heads);
+      launch(kernel, at, at.tasks, at.warps * sizeof(Staged<A>), source.template const_data_ptr<T>(),
+             locations.template const_data_ptr<A>(), weights.template const_data_ptr<A>(),
+             output.template mutable_data_ptr<T>());
+    };
+    if constexpr (sizeof(T) == 2) {
+      if (vectors && pays_in_pairs<T>(sizes)) return run(forward_kernel<T, A, vector, 2>, 2);
+    }
+    run(vectors ? forward_kernel<T, A, vector> : forward_kernel<T, A, 1>, 1);
   });
   return output;
 }

@@ -20,7 +20,7 @@ constexpr int kBlocks = 2;
 constexpr int kWarp = 32;
 constexpr int kEnoughBlocks = 264;      // two for each of the 132 multiprocessors of an H100
 constexpr int kEnoughWarps = 132 * 32;  // what these can hold at a time
-constexpr int kTile = 16;               // a tile of the encoder is kTile x kTile pixels
+constexpr int kTile = 16;               // a tile of the encoder is kTile x kTile pixels, or half as many of two heads
 constexpr int kStaged = 64;             // points that a warp stages at a time
 
 struct Level {
@@ -35,11 +35,11 @@ struct Geometry {
   int64_t image_stride, grad_image_stride;  // likewise
   int64_t head_stride;                      // of value
   int64_t tasks;                            // tiles of all images and heads, each a block
-  uint32_t tiles;                           // per image and head
+  uint32_t tiles;                           // per image and head (or the heads that a block has)
   uint32_t points;                          // L * P
   uint32_t per_level;                       // 2^32 / P rounded up, to divide by P; 0 for P = 1
   uint32_t query_points;                    // M * L * P: from a query to the next
-  int32_t tile_queries;                     // places for queries in a tile
+  int32_t tile_queries;                     // places for queries in a tile, each head's counted
   int32_t warps;                            // of a block
   int32_t lanes;                            // G, threads that share the channels of a row
   int32_t parts;                            // groups of G threads that share the points of a query
@@ -58,9 +58,10 @@ inline int32_t lanes_for(int64_t channels, int64_t vector) {
   return lanes;
 }
 
-// `warps` of a block where other blocks keep the device busy; 0 where the queries must.
+// `warps` of a block where other blocks keep the device busy; 0 where the queries must. `heads` of a block: more than one
+// for tiles alone.
 inline Geometry make_geometry(const Sizes& sizes, const int64_t* spatial_shapes, const int64_t* value_strides,
-                              int32_t lanes, int32_t warps = 0) {
+                              int32_t lanes, int32_t warps = 0, int32_t heads = 1) {
   Geometry at{};
   at.L = sizes.L, at.P = sizes.P, at.M = sizes.M, at.D = sizes.D, at.Lq = sizes.Lq;
   at.points = sizes.L * sizes.P, at.query_points = sizes.M * at.points;
@@ -73,7 +74,7 @@ inline Geometry make_geometry(const Sizes& sizes, const int64_t* spatial_shapes,
     at.levels[level] = {static_cast<int32_t>(height), static_cast<int32_t>(width), static_cast<int32_t>(start),
                         static_cast<int32_t>(tiles)};
     start += height * width;
-    tiles += divide_up(height, kTile) * divide_up(width, kTile);
+    tiles += divide_up(height, kTile / heads) * divide_up(width, kTile);
   }
   at.tiled = sizes.Lq == sizes.S;
   at.lanes = lanes;
@@ -92,7 +93,7 @@ inline Geometry make_geometry(const Sizes& sizes, const int64_t* spatial_shapes,
     at.warps /= 2;
   at.tile_queries = at.tiled ? kTile * kTile : at.queries * at.warps;
   at.tiles = at.tiled ? tiles : divide_up(sizes.Lq, at.tile_queries);
-  at.tasks = at.tiles * sizes.N * sizes.M;
+  at.tasks = at.tiles * sizes.N * (sizes.M / heads);
   return at;
 }
 
@@ -176,18 +177,20 @@ __device__ inline Sample<A> make_sample(const Level& level, const Place<A>& plac
           {top * left, top * right, bottom * left, bottom * right}};
 }
 
-// What a block works on: queries of one head of one image, in lines of kTile places.
+// What a block works on: queries of one head, or of neighbouring heads, of one image, in lines of kTile places.
 struct Task {
-  uint32_t image, head;
+  uint32_t image, head;            // the first head, of several
   int32_t first_query, next_line;  // the query at the first place; what leads from a place to the one below
   int32_t columns, end;            // there are no places further right and no queries from `end` on
 };
 
+template <int HEADS>
 __device__ inline Task task_at(const Geometry& at, uint32_t number) {
   const uint32_t image_head = number / at.tiles;
   const int32_t tile = number % at.tiles;
   Task task{};
-  task.image = image_head / at.M, task.head = image_head % at.M;
+  const uint32_t groups = at.M / HEADS;
+  task.image = image_head / groups, task.head = image_head % groups * HEADS;
   if (!at.tiled) {
     task.first_query = tile * at.tile_queries, task.next_line = task.columns = kTile, task.end = at.Lq;
     return task;
@@ -196,23 +199,24 @@ __device__ inline Task task_at(const Geometry& at, uint32_t number) {
   while (index + 1 < at.L && tile >= at.levels[index + 1].first_tile) ++index;
   const Level& level = at.levels[index];
   const int32_t across = (level.width + kTile - 1) / kTile, number_in_level = tile - level.first_tile;
-  const int32_t line = number_in_level / across * kTile, column = number_in_level % across * kTile;
+  const int32_t line = number_in_level / across * (kTile / HEADS), column = number_in_level % across * kTile;
   task.first_query = level.start + line * level.width + column, task.next_line = level.width;
   task.columns = level.width - column, task.end = level.start + level.height * level.width;
   return task;
 }
 
 // The task of this block.
+template <int HEADS = 1>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 // In shared memory, where the compiler runs out of registers otherwise.
 __device__ inline const Task& own_task(const Geometry& at) {
   __shared__ Task task;
-  if (threadIdx.x == 0) task = task_at(at, blockIdx.x);
+  if (threadIdx.x == 0) task = task_at<HEADS>(at, blockIdx.x);
   __syncthreads();
   return task;
 }
 #else
-__device__ inline Task own_task(const Geometry& at) { return task_at(at, blockIdx.x); }
+__device__ inline Task own_task(const Geometry& at) { return task_at<HEADS>(at, blockIdx.x); }
 #endif
 
 // The query at a place of the tile, -1 where the tile sticks out of the map.
@@ -252,18 +256,20 @@ struct Point {
 
 // Number i < kStaged of the points [start, start + chunk) of the queries of a warp, at place `first` of the tile and
 // after. `offset` is the index of the first point of query 0.
+template <int HEADS>
 __device__ inline Point point_at(const Geometry& at, const Task& task, int first, uint32_t start, uint32_t i,
                                  int64_t offset) {
   const uint32_t slot = i >> at.chunk_bits, number = start + (i & (at.chunk - 1));
-  const int32_t query = query_at(task, first + slot);
+  const int32_t query = query_at(task, (first + slot) / HEADS);
   const bool exists = query >= 0 && number < at.points;
   const uint32_t point = exists ? number : 0;
   const uint32_t level = at.per_level ? multiply_wide(point, at.per_level) >> 32 : point;
-  return {exists, level, offset + static_cast<int64_t>(multiply_wide(exists ? query : 0, at.query_points)) + point,
+  const uint32_t of_query = slot % HEADS * at.points + point;
+  return {exists, level, offset + static_cast<int64_t>(multiply_wide(exists ? query : 0, at.query_points)) + of_query,
           i + slot};
 }
 
-template <typename A>
+template <int HEADS = 1, typename A>
 __device__ inline void stage(const Geometry& at, const Task& task, int first, uint32_t start, const A* locations,
                              const A* weights, Staged<A>& staged) {
   constexpr int count = kStaged / kWarp;
@@ -273,7 +279,7 @@ __device__ inline void stage(const Geometry& at, const Task& task, int first, ui
   A weight[count];
 #pragma unroll
   for (int i = 0; i < count; ++i) {
-    points[i] = point_at(at, task, first, start, threadIdx.x % kWarp + i * kWarp, offset);
+    points[i] = point_at<HEADS>(at, task, first, start, threadIdx.x % kWarp + i * kWarp, offset);
     location[i] = reinterpret_cast<const Pack<A, 2>*>(locations)[points[i].index];
     weight[i] = weights[points[i].index];
   }

@@ -28,8 +28,8 @@ struct Call {
   float bound;
 };
 
-Geometry geometry_of(const Call& call, int32_t lanes, int32_t warps = 0) {
-  return make_geometry(call.sizes, call.spatial_shapes, call.strides, lanes, warps);
+Geometry geometry_of(const Call& call, int32_t lanes, int32_t warps = 0, int32_t heads = 1) {
+  return make_geometry(call.sizes, call.spatial_shapes, call.strides, lanes, warps, heads);
 }
 
 template <typename Kernel, typename... Arguments>
@@ -38,11 +38,12 @@ void launch(const Geometry& at, int64_t blocks, size_t shared_bytes, Kernel kern
   emulation::launch(blocks, at.warps * kWarp, shared_memory, shared_bytes, kernel, at, arguments...);
 }
 
-template <typename T, typename A, int VEC>
+template <typename T, typename A, int VEC, int HEADS = 1>
 void forward(const Call& call, int32_t lanes) {
-  const Geometry at = geometry_of(call, lanes);
-  launch(at, at.tasks, at.warps * sizeof(Staged<A>), forward_kernel<T, A, VEC>, static_cast<const T*>(call.value),
-         static_cast<const A*>(call.locations), static_cast<const A*>(call.weights), static_cast<T*>(call.output));
+  const Geometry at = geometry_of(call, lanes, 0, HEADS);
+  launch(at, at.tasks, at.warps * sizeof(Staged<A>), forward_kernel<T, A, VEC, HEADS>,
+         static_cast<const T*>(call.value), static_cast<const A*>(call.locations),
+         static_cast<const A*>(call.weights), static_cast<T*>(call.output));
 }
 
 template <typename T, typename A, int VEC, int G, typename Sum>
@@ -98,6 +99,9 @@ template <typename T, typename A>
 void run(const Call& call, int32_t vector, int32_t lanes) {
   constexpr int whole = 16 / sizeof(T);
   constexpr int sums = 16 / sizeof(A);
+  if constexpr (sizeof(T) == 2) {
+    if (call.output && vector == whole && pays_in_pairs<T>(call.sizes)) return forward<T, A, whole, 2>(call, lanes);
+  }
   if (call.output) return vector == 1 ? forward<T, A, 1>(call, lanes) : forward<T, A, whole>(call, lanes);
   if (vector == 1) return backward<T, A, 1, 32>(call);
   if constexpr (sizeof(A) == sizeof(float)) {

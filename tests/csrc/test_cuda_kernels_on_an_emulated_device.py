@@ -2,6 +2,7 @@
 barriers and wrong sums without a GPU; tells nothing about speed or about races between blocks."""
 
 import ctypes
+import dataclasses
 import math
 import os
 import shlex
@@ -94,6 +95,19 @@ def test_forward_kernel_equals_the_twin(emulate, make_case, dtype, D, load_bytes
     vector = max(1, load_bytes // dtype.itemsize)
     expected = ms_deform_attn_pytorch(*case.to(torch.float64, torch.float64).args)
     assert relative_error(forward(emulate, case, vector, lanes or D // vector), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shapes", "M", "P"), [(SHAPES, 4, 2), (((20, 33), (3, 5), (1, 1)), 2, 5)])
+def test_forward_kernel_of_two_heads_at_a_time_gives_the_bits_of_one(emulate, make_case, dtype, shapes, M, P):
+    """Tiles of 8 lines, whole and not. Heads are worked on one by one where their number is odd."""
+    Lq = sum(h * w for h, w in shapes)
+    case = make_case(shapes=shapes, Lq=Lq, D=32, M=M + 1, P=P).to(dtype, torch.float32)
+    alone = forward(emulate, case, 8, 4).unflatten(2, (M + 1, 32))[:, :, :M].flatten(2)
+    value, locations, weights = (tensor[:, :, :M] for tensor in case.tensors)
+    locations, weights = locations.contiguous(), weights.contiguous()
+    pairs = dataclasses.replace(case, value=value, sampling_locations=locations, attention_weights=weights)
+    assert torch.equal(forward(emulate, pairs, 8, 4), alone)
 
 
 BACKWARD = [

@@ -16,7 +16,7 @@ USUAL_KERNELS = f"""
 #include "{CUDA / "ms_deform_attn_owned_backward.cuh"}"
 #include "{CUDA / "ms_deform_attn_sorted_backward.cuh"}"
 namespace deformable_detr {{
-#define FORWARD(T, VEC) template __global__ void forward_kernel<T, float, VEC>( \\
+#define FORWARD(T, VEC, HEADS) template __global__ void forward_kernel<T, float, VEC, HEADS>( \\
     const Geometry, const T*, const float*, const float*, T*);
 #define BACKWARD(T) template __global__ void backward_kernel<T, float, 4, 8, AtomicSum<float>>( \\
     const Geometry, const T*, const T*, const float*, const float*, const AtomicSum<float>, float*, float*);
@@ -24,7 +24,8 @@ namespace deformable_detr {{
     const Geometry, const T*, const T*, const float*, const float*, float*, float*, float*);
 #define OWNED(T) template __global__ void owned_backward_kernel<T>( \\
     const Geometry, const OwnedTiles, const T*, const T*, const float*, const float*, T*, float*, float*);
-FORWARD(float, 4) FORWARD(c10::BFloat16, 8) BACKWARD(float) BACKWARD(c10::BFloat16) SORTED(float) SORTED(c10::BFloat16)
+FORWARD(float, 4, 1) FORWARD(c10::BFloat16, 8, 1) FORWARD(c10::BFloat16, 8, 2)
+BACKWARD(float) BACKWARD(c10::BFloat16) SORTED(float) SORTED(c10::BFloat16)
 OWNED(float) OWNED(c10::BFloat16)
 }}
 """
@@ -72,5 +73,5 @@ def test_usual_kernels_compile_without_local_memory(tmp_path, architecture):
     source = tmp_path / "kernels.cu"
     source.write_text(USUAL_KERNELS)
     kernels = compile_kernels(source, architecture, tmp_path)
-    assert len(kernels) == 8
+    assert len(kernels) == 9
     assert_kernels_stay_in_registers(kernels)

@@ -61,35 +61,35 @@ def test_tensors_on_another_than_the_current_device_work(make_case):
         torch.testing.assert_close(actual.to("cuda:0"), reference)
 
 
-def assert_gradients_equal_the_twin(case):
-    grad_output = torch.randn(ms_deform_attn(*case.args).shape, generator=torch.Generator().manual_seed(0)).to(
-        case.value
-    )
+def assert_output_and_gradients_equal_the_twin(case):
     ours, reference = case.with_grad(), case.to(torch.float64, torch.float64).with_grad()
-    actual = torch.autograd.grad(ms_deform_attn(*ours.args), ours.tensors, grad_output)
-    expected = torch.autograd.grad(ms_deform_attn_pytorch(*reference.args), reference.tensors, grad_output.double())
-    for gradient, exact in zip(actual, expected, strict=True):
-        tolerance = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}[gradient.dtype]
-        assert (gradient.double() - exact).norm() / exact.norm() < tolerance
+    output, exact_output = ms_deform_attn(*ours.args), ms_deform_attn_pytorch(*reference.args)
+    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(case.value)
+    actual = output, *torch.autograd.grad(output, ours.tensors, grad_output)
+    expected = exact_output, *torch.autograd.grad(exact_output, reference.tensors, grad_output.double())
+    for tensor, exact in zip(actual, expected, strict=True):
+        tolerance = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}[tensor.dtype]
+        assert (tensor.double() - exact).norm() / exact.norm() < tolerance
 
 
 @pytest.mark.parametrize("P", [3, 4, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gradients_of_an_encoder_of_many_tiles_equal_those_of_the_twin(device, make_case, dtype, P):
-    """One query per pixel and 32 channels: contributions are added up within blocks, where the device can."""
+def test_an_encoder_of_many_tiles_equals_the_twin(device, make_case, dtype, P):
+    """One query per pixel and 32 channels: blocks take two heads at a time in 16 bits, and add up gradients where the
+    device can."""
     shapes = [(50, 71), (25, 36), (13, 18), (1, 1), (3, 5)]
     Lq = sum(h * w for h, w in shapes)
     case = make_case(shapes=shapes, N=2, M=2, D=32, Lq=Lq, P=P).to(dtype, torch.float32)
-    assert_gradients_equal_the_twin(case)
+    assert_output_and_gradients_equal_the_twin(case)
 
 
 @pytest.mark.parametrize(("Lq", "margin"), [(1, 0.2), (300, 0.2), (300, -0.499), (1100, -0.35), (1300, 0.2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gradients_of_a_decoder_equal_those_of_the_twin(device, make_case, dtype, Lq, margin):
+def test_a_decoder_equals_the_twin(device, make_case, dtype, Lq, margin):
     """Few queries and 32 channels: blocks own cells of grad_value. 1300 queries are too many for them."""
     shapes = [(100, 167), (50, 84), (25, 42), (13, 21)]
     case = make_case(shapes=shapes, N=2, M=2, D=32, Lq=Lq, P=4, margin=margin)  # negative: all look at the middle
-    assert_gradients_equal_the_twin(case.to(dtype, torch.float32))
+    assert_output_and_gradients_equal_the_twin(case.to(dtype, torch.float32))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
