@@ -16,7 +16,8 @@ help:
 	@echo "make stress   reliability figures: fuzzing, kills, memory, broken data (about an hour)"
 	@echo "make setup    only create $(VENV), install PyTorch and Detectron2, build the operator"
 	@echo "make lint     check the style of Python, C++ and CUDA;  make format applies it"
-	@echo "make clean    remove what was built and drawn (not $(VENV): remove that to start afresh)"
+	@echo "make clean    remove what was built and drawn (not your trainings in output/, and not $(VENV):"
+	@echo "              remove that to start afresh)"
 	@echo "Variables: PYTHON=$(PYTHON) (3.10 or newer), VENV=$(VENV)"
 
 setup: $(OPERATOR)
@@ -42,7 +43,7 @@ format: $(ENVIRONMENT)
 	$(BIN)/clang-format -i $(CSRC)
 
 clean:
-	rm -rf build output .pytest_cache .ruff_cache .hypothesis $(OPERATOR)
+	rm -rf build output/demo .pytest_cache .ruff_cache .hypothesis $(OPERATOR)
 	rm -f projects/deformable_detr/*.so
 	rm -rf projects/*.egg-info
 	find configs projects tests tools -name __pycache__ -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
-"""docs/options.md has a row for every key, and nothing else."""
+"""What the documents say of names, links and messages; docs/options.md has a row for every key, and nothing else."""
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,16 @@ def test_links_between_pages_lead_somewhere(page):
             titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert anchor in anchors, f"{page.name} links to {target}#{anchor}, which {path.name} does not have"
+
+
+@pytest.mark.parametrize("page", [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)
+def test_what_the_documents_import_exists(page):
+    imports = re.findall(
+        r"^ *from (deformable_detr[\w.]*) import ([\w, ]+)", page.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    for module, names in imports:
+        for name in names.replace(" ", "").split(","):
+            assert hasattr(importlib.import_module(module), name), f"{page.name}: {module} has no {name}"
 
 
 # Messages of the troubleshooting page that are not this project's.

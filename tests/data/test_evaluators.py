@@ -1,10 +1,13 @@
 """Images with more objects than COCO's standard figures count detections."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Boxes, Instances
 
@@ -63,6 +66,17 @@ def test_all_detections_that_the_model_returns_count(parts, objects, limit, ap):
     """200 objects, all found: 100 detections have a precision of 1 at 51 of the 101 recalls from 0 to 0.5."""
     evaluator, _ = parts(limit)
     assert ap_of_perfect_detections(evaluator, objects) == pytest.approx(ap)
+
+
+def test_an_object_with_id_0_counts(parts, objects):
+    """Some tools number objects from 0, with which pycocotools marks detections that match nothing."""
+    path = Path(MetadataCatalog.get(NAME).json_file)
+    content = json.loads(path.read_text())
+    for number, annotation in enumerate(content["annotations"]):
+        annotation["id"] = number
+    path.write_text(json.dumps(content))
+    evaluator, _ = parts(200)
+    assert ap_of_perfect_detections(evaluator, objects) == pytest.approx(100)
 
 
 def test_images_with_more_objects_than_detections_are_pointed_out(parts, objects, caplog):

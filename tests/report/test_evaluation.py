@@ -36,6 +36,18 @@ def test_a_loose_box_counts_at_low_thresholds_only(run_folder):
     assert means == pytest.approx({"IoU .50": 1, "IoU .75": 0, "IoU .50:.95": 0.5})
 
 
+def test_an_object_with_id_0_counts(run_folder):
+    """Some tools number objects from 0, with which pycocotools marks detections that match nothing."""
+    run_folder.write_truth((1, CAT, BOX))
+    path = run_folder.data / "val.json"
+    path.write_text(path.read_text().replace('"annotations": [{"id": 1,', '"annotations": [{"id": 0,'))
+    run_folder.write_detections((1, CAT, BOX, 0.9))
+    evaluation = load(run_folder)
+    assert evaluation.truth["annotations"][0]["id"] == 0
+    assert evaluation.precision_recall().ap_per_class() == pytest.approx([np.nan, 100], nan_ok=True)
+    assert evaluation.best_scores()[0] == BestScore(0.45, 1.0, 1.0, 1.0)
+
+
 def test_ap_per_category_equals_that_of_detectron2s_evaluator(run_folder):
     rng = np.random.default_rng(0)
 

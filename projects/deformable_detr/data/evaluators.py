@@ -1,9 +1,12 @@
 """Detectron2's evaluator for a dataset, or why there is none."""
 
+import contextlib
 import importlib
+import io
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from pycocotools.coco import COCO
 
 # COCO's panoptic datasets carry boxes in the same format as its detection datasets.
 EVALUATOR_TYPES = ("coco", "coco_panoptic_seg", "lvis", "pascal_voc")
@@ -61,7 +64,19 @@ def build_evaluator(
     if evaluator_type == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
     limit = _limit_beyond(_COCO_DETECTIONS, max_detections)
-    return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir, max_dets_per_image=limit)
+    evaluator = COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir, max_dets_per_image=limit)
+    _number_objects_from_one(evaluator._coco_api)
+    return evaluator
+
+
+def _number_objects_from_one(truth: COCO) -> None:
+    """pycocotools marks a detection with the id of the object that it matches, and 0 means none."""
+    if 0 not in truth.anns:
+        return
+    for number, annotation in enumerate(truth.dataset["annotations"], start=1):
+        annotation["id"] = number
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
 
 
 def _limit_beyond(standard: int, max_detections: int | None) -> int | None:

@@ -182,9 +182,7 @@ class Evaluation:
     def matches(self) -> Matches:
         """Pairs by COCO's own matching at IoU 0.50, without regard to classes, sizes and the number of detections."""
         objects = self.truth["annotations"]
-        # A match is told by the id of its annotation, with 0 for none: whatever the file says, they count from 1.
-        renumbered = [{**entry, "id": number} for number, entry in enumerate(objects, start=1)]
-        evaluator = self._coco_eval(renumbered)
+        evaluator = self._coco_eval()
         evaluator.params.useCats = 0
         evaluator.params.iouThrs = np.array([0.5])
         evaluator.params.maxDets = [max(len(self.detections), 1)]
@@ -237,16 +235,21 @@ class Evaluation:
 
     @cached_property
     def _by_category(self) -> COCOeval:
-        evaluator = self._coco_eval(self.truth["annotations"])
+        evaluator = self._coco_eval()
         _silently(evaluator.evaluate)
         _silently(evaluator.accumulate)
         return evaluator
 
-    def _coco_eval(self, annotations: Sequence[Mapping]) -> COCOeval:
+    def _coco_eval(self) -> COCOeval:
         """Return an evaluation of objects of every size; of COCO's four ranges, this is the only one that is shown."""
         truth, found = COCO(), COCO()
-        # pycocotools writes into the entries that it is given.
-        truth.dataset = {**self.truth, "annotations": [{"iscrowd": 0, "area": 0, **entry} for entry in annotations]}
+        # pycocotools writes into the entries that it is given. It tells a match by the id of its annotation, with 0
+        # for none: whatever the file says, they count from 1.
+        objects = [
+            {"iscrowd": 0, "area": 0, **entry, "id": number}
+            for number, entry in enumerate(self.truth["annotations"], start=1)
+        ]
+        truth.dataset = {**self.truth, "annotations": objects}
         entries = [
             {**entry, "id": number, "area": entry["bbox"][2] * entry["bbox"][3]}
             for number, entry in enumerate(self.detections, start=1)
