@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from deformable_detr.checkpoint import CheckpointError
 from deformable_detr.training.checkpointer import DeformableDETRCheckpointer
+from deformable_detr.training.ema import ModelEMA
 
 
 def assert_same_parameters(model, expected):
@@ -199,3 +200,13 @@ def test_own_files_give_their_averages_with_and_without_asking(build, tmp_path):
         ours = build()
         DeformableDETRCheckpointer(ours).load(f"{tmp_path}/x.pth{query}")
         assert_same_parameters(ours, averaged)
+
+
+def test_a_new_run_begins_with_the_averages_whether_or_not_it_averages_itself(build, tmp_path):
+    ours = build()
+    averages = {key: torch.full_like(value, 3) for key, value in ours.state_dict().items()}
+    torch.save({"model": ours.state_dict(), "ema": {"model": averages, "updates": 7}}, tmp_path / "x.pth")
+    checkpointer = DeformableDETRCheckpointer(ours, ema=ModelEMA(ours, 0.9))
+    checkpointer.resume_or_load(str(tmp_path / "x.pth"), resume=False)
+    assert all((value == 3).all() for value in ours.state_dict().values())
+    assert checkpointer.report.note == "Weights averaged over 7 updates (ema)"

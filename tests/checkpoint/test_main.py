@@ -8,6 +8,8 @@ from deformable_detr.checkpoint.__main__ import main
 from deformable_detr.config import load_config
 from deformable_detr.loading import build_model
 
+from .conftest import SMALL_NODE, SMALL_RESNET, as_opts
+
 CONFIGS = Path(__file__).parents[2] / "configs" / "COCO-Detection"
 
 
@@ -73,3 +75,14 @@ def test_averaged_weights_are_converted_when_asked_for(two_stage, tmp_path, caps
         run_for_two_stage(f"{tmp_path}/x.pth{query}", tmp_path / "y.pth")
         assert found in capsys.readouterr().out
     assert (read_checkpoint(str(tmp_path / "y.pth"))["model"]["transformer.level_embed"] == 3).all()
+
+
+def test_averages_of_own_files_are_converted_without_asking(build, tmp_path, capsys):
+    trained = build().state_dict()
+    averaged = {key: torch.full_like(value, 3) for key, value in trained.items()}
+    torch.save({"model": trained, "ema": {"model": averaged, "updates": 7}}, tmp_path / "x.pth")
+    sizes = as_opts("MODEL.DEFORMABLE_DETR", SMALL_NODE) + as_opts("MODEL.RESNETS", SMALL_RESNET)
+    files = [f"{tmp_path}/x.pth", f"{tmp_path}/y.pth", "--to", "official"]
+    main([*files, "--config-file", str(CONFIGS / "deformable_detr_R_50.yaml"), *sizes])
+    assert (read_checkpoint(f"{tmp_path}/y.pth")["model"]["transformer.level_embed"] == 3).all()
+    assert "Weights averaged over 7 updates (ema)" in capsys.readouterr().out

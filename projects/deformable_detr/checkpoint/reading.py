@@ -115,12 +115,15 @@ def split_options(path: str) -> tuple[str, bool]:
     return address, options.get("ema", "").casefold() == "true"
 
 
-def select_weights(checkpoint: Mapping[str, Any], *, averaged: bool) -> tuple[Mapping[str, Any], str]:
-    """Choose between the trained and the averaged weights that other projects keep in one file.
+def select_weights(
+    checkpoint: Mapping[str, Any], *, averaged: bool, own_averages: bool = True
+) -> tuple[Mapping[str, Any], str]:
+    """Choose between the trained and the averaged weights that are kept in one file.
 
     Args:
         checkpoint: what :func:`read_checkpoint` returns.
-        averaged: whether to take the averaged ones.
+        averaged: whether the averages of another project's file are asked for.
+        own_averages: whether to take those of our own files, which were evaluated; a run that is resumed does not.
 
     Returns:
         The state dict, and a sentence for the report where the file has both.
@@ -129,10 +132,9 @@ def select_weights(checkpoint: Mapping[str, Any], *, averaged: bool) -> tuple[Ma
         CheckpointError: if averaged weights are asked for and there are none.
     """
     weights, own = checkpoint["model"], checkpoint.get("ema")
+    if (averaged or own_averages) and isinstance(own, Mapping) and own.keys() >= {"model", "updates"}:
+        return own["model"], f"Weights averaged over {own['updates']} updates (ema)"
     found = {name: checkpoint[name] for name in _AVERAGES_KEYS if isinstance(checkpoint.get(name), Mapping)}
-    if averaged and isinstance(own, Mapping) and isinstance(own.get("model"), Mapping):
-        # Those of our own files, which trainings and tools take without being asked.
-        found = {"ema": own["model"]}
     for name, averages in found.items():
         if averages.keys() & weights.keys():
             if averaged:

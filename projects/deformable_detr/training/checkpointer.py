@@ -3,7 +3,7 @@
 import glob
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         path, averaged = split_options(path)
         content = self.read(self._fetch(path))
         # A run that is resumed needs the trained weights, everybody else the better ones.
-        self._load_weights(content, takes_averages=not wanted, averaged=averaged)
+        self._load_weights(content, *select_weights(content, averaged=averaged, own_averages=not wanted))
         for name in wanted:
             if name in content:
                 self.checkpointables[name].load_state_dict(content.pop(name))
@@ -177,20 +177,11 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         check_weights_file(local_path)
         return local_path
 
-    def _load_weights(self, checkpoint: dict[str, Any], *, takes_averages: bool, averaged: bool) -> None:
-        """Load the weights; they and what means nothing to our runs are taken out of the checkpoint.
-
-        Args:
-            takes_averages: whether to take those of our own checkpoints where there are some.
-            averaged: whether the user asks for those of another project.
-        """
-        weights, note = select_weights(checkpoint, averaged=averaged)
+    def _load_weights(self, checkpoint: dict[str, Any], weights: Mapping[str, Any], note: str) -> None:
+        """Load these weights; take them and what means nothing to our runs out of the checkpoint."""
         del checkpoint["model"]
         if "ema" not in self.checkpointables:
-            averages = checkpoint.pop("ema", None)
-            if takes_averages and isinstance(averages, dict) and "updates" in averages:
-                self.logger.info("Taking the weights averaged over %s updates (ema)", averages["updates"])
-                weights = averages["model"]
+            checkpoint.pop("ema", None)
         state_dict, self.report = convert(
             weights,
             model=self.model,
