@@ -102,6 +102,13 @@ def test_pair_has_two_pictures_of_the_image_that_differ_by_their_boxes_only(data
     assert (truth != GRAY[0]).any()
 
 
+def test_image_of_which_hardly_a_row_would_be_left_is_drawn(dataset_dicts, metadata):
+    """4000 x 2 pixels are a fifth of a row as high."""
+    Image.new("RGB", (4000, 2), GRAY).save(dataset_dicts[0]["file_name"])
+    truth, found = draw_pair(dataset_dicts[0], metadata, group_coco_detections([], dataset_dicts, metadata)[11])
+    assert truth.shape == found.shape == (1, PANEL_SIZE, 3)
+
+
 def test_label_of_a_box_that_begins_outside_is_whole(dataset_dicts, metadata):
     """Wherever it begins, the left end of its label is at the border."""
     labels = []

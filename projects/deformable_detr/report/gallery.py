@@ -122,7 +122,7 @@ def draw_pair(
     picture = Image.fromarray(read_file(image["file_name"]))
     scale = side / max(picture.size)
     # The image itself is enlarged, so that lines and letters are as sharp on a small one as on a large one.
-    size = round(picture.width * scale), round(picture.height * scale)
+    size = tuple(max(1, round(length * scale)) for length in picture.size)
     pixels = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
     return (
         draw_boxes(pixels, np.multiply(true_boxes, scale), true_classes, [names[index] for index in true_classes]),
