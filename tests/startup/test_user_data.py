@@ -11,12 +11,14 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 
 from deformable_detr import load_config
 from deformable_detr.config import RunConfig
 from deformable_detr.data.coco_format import DatasetError
 from deformable_detr.engine import argument_parser, main
+from deformable_detr.solver import build_lr_multiplier, build_lr_scheduler
 from deformable_detr.startup.schedule import FINETUNE_EPOCHS, apply_schedule, plan_schedule
 from deformable_detr.startup.user_data import apply_user_data
 
@@ -167,6 +169,22 @@ def test_schedules_without_steps_get_their_length_alone(caplog):
     assert lazy.train.max_iter == yaml.SOLVER.MAX_ITER == 6
     assert "milestones" not in lazy.lr_multiplier.scheduler and yaml.SOLVER.STEPS == (147840,)
     assert "dropped" not in caplog.text
+
+
+@pytest.mark.parametrize("typed", (False, True), ids=("one image", "max_iter"))
+def test_a_run_of_one_iteration_has_no_drop(configure, write_coco, caplog, typed):
+    caplog.set_level(logging.INFO)
+    data = write_coco() if typed else write_coco(sizes=[(80, 60)])
+    length = {"yaml": ("SOLVER.MAX_ITER", "1"), "lazy": ("train.max_iter=1",)} if typed else {}
+    cfg = configure(*data.flags("train"), "--epochs", "1", **length)
+    assert RunConfig(cfg).get("max_iter") == 1
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    if isinstance(cfg, CfgNode):
+        build_lr_scheduler(cfg, optimizer)
+    else:
+        LRMultiplier(optimizer, build_lr_multiplier(cfg.lr_multiplier), max_iter=1)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert "1 iterations. " in caplog.text and "dropped" not in caplog.text
 
 
 # Weights and classes

@@ -32,7 +32,8 @@ def plan_schedule(
             ``SOLVER.REFERENCE_WORLD_SIZE`` of Detectron2 does.
 
     Returns:
-        "batch", "lr", "max_iter", "drop", "eval_period" and "checkpoint_period"; the last four in iterations.
+        "batch", "lr", "max_iter", "drop" (0 for none), "eval_period" and "checkpoint_period"; the last four in
+        iterations.
     """
     for name, value in {"num_images": num_images, "epochs": epochs, "batch": batch}.items():
         if value < 1:
@@ -73,7 +74,8 @@ def apply_schedule(run: RunConfig, *, reference: RunConfig, epochs: int, num_ima
     )
     if "max_iter" in given:
         plan |= _fit_to(run.get("max_iter"), plan)
-    plan["milestones"] = (plan["drop"], plan["max_iter"])
+    # A single iteration has no room for a drop: whatever the file says of drops has no effect on it.
+    plan["milestones"] = (plan["drop"], plan["max_iter"]) if plan["drop"] else run.get("milestones")
     plan["amp_enabled"] = run.get("device").startswith("cuda")
     for name in names:
         if name not in given:
@@ -101,7 +103,8 @@ def drops_of(run: RunConfig) -> list[int]:
         return []
     # A LazyConfig's are shares of the last one, whatever train.max_iter is.
     *steps, end = milestones
-    return [int(step * max_iter / end) for step in steps if step < end]
+    drops = [math.ceil(step * max_iter / end) for step in steps]
+    return [drop for drop in drops if drop < max_iter]
 
 
 def _describe_drops(run: RunConfig) -> str:
