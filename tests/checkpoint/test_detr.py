@@ -134,12 +134,31 @@ def test_classes_without_names_leave_the_head_as_initialised(detr):
     assert report.mismatch.startswith("The file has 5 classes, the configuration 3: set")
 
 
-@pytest.mark.parametrize("of", ["masks", "ids"])
+def for_detectron2(model: nn.Module, prefix: str = "detr.") -> dict[str, Tensor]:
+    """The parameters as DETR's own code for Detectron2 saves them."""
+    names = renamed(model, "official", resnet={})
+    return {prefix + key.replace("backbone.0.body.", "backbone.0.backbone."): names[key] for key in names}
+
+
+def test_detrs_own_code_for_detectron2_has_its_names_and_contiguous_classes(detr):
+    theirs = detr(NUM_CLASSES=80)
+    weights = for_detectron2(theirs)
+    assert {"detr.backbone.0.backbone.stem.conv1.norm.weight", "detr.class_embed.bias"} <= weights.keys()
+    converted, report = convert(weights | {"criterion.empty_weight": torch.ones(81)}, model=detr(NUM_CLASSES=80))
+    assert_same(converted, theirs)
+    assert report.source == "official DETR for Detectron2" and not report.note
+    assert report.dropped.keys() == {"criterion.empty_weight"}
+    assert len(report.class_names) == 80 and report.class_names[11] == "stop sign"
+
+
+@pytest.mark.parametrize("of", ["masks", "masks in Detectron2", "ids"])
 def test_panoptic_files_are_refused_for_what_they_are(detr, of):
     weights = renamed(detr(NUM_CLASSES=250), "official")
     if of == "masks":
         weights = {f"detr.{key}": tensor for key, tensor in weights.items()}
         weights["mask_head.lay1.weight"] = torch.zeros(1)
+    if of == "masks in Detectron2":
+        weights = for_detectron2(detr(), "detr.detr.") | {"detr.bbox_attention.q_linear.weight": torch.zeros(1)}
     with pytest.raises(CheckpointError, match="a DETR for panoptic segmentation.*such as detr-r50-e632da11.pth"):
         convert(weights, model=detr())
 

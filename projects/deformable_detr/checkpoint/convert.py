@@ -24,10 +24,14 @@ from .variants import (
 
 _HEAD_ALIAS = re.compile(r"^transformer\.decoder\.((?:class|bbox)_embed\.)")
 _QKV = re.compile(r"^(?P<stem>.*\.(?:self|multihead)_attn)\.(?P<letter>[qkv])_proj\.(?P<rest>weight|bias)$")
+# Also in DETR's code for Detectron2, where all names begin with "detr.".
+_MASKS = re.compile(r"^(detr\.)?(mask_head|bbox_attention)\.")
+_CLASS_HEADS_OF_DETR = ("class_embed.weight", "detr.class_embed.weight", "class_labels_classifier.weight")
 # 250 ids and "no object".
 _PANOPTIC_OUTPUTS = 251
 _BOOKKEEPING = {
     re.compile(r"(^|\.)total_(params|ops)$"): "a counter of the profiler thop, not a weight",
+    re.compile(r"^criterion\.empty_weight$"): "weights of DETR's loss, which the configuration gives",
     re.compile(r"\.num_batches_tracked$"): "a counter of batch norm, not used at inference",
 }
 
@@ -41,9 +45,9 @@ def convert(
 ) -> tuple[dict[str, Tensor], ConversionReport]:
     """Rename a checkpoint's parameters to ours and fit its classes to the model's.
 
-    Known are the names of the official repositories of DETR, Deformable DETR, H-Deformable-DETR and DINO, of
-    transformers 4.x and 5.x, of detrex and mmdetection, of torchvision's and Detectron2's ImageNet backbones, and our
-    own. The class heads of a model with other classes are treated so:
+    Known are the names of the official repositories of DETR (also for Detectron2), Deformable DETR, H-Deformable-DETR
+    and DINO, of transformers 4.x and 5.x, of detrex and mmdetection, of torchvision's and Detectron2's ImageNet
+    backbones, and our own. The class heads of a model with other classes are treated so:
 
     - Where the classes of both are known, every class of the model takes the row of its name, whatever its position;
       the others keep the rows that the model was initialised with. 91 rows are known as raw COCO category ids, and a
@@ -132,10 +136,8 @@ def _as_tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _refuse_panoptic(tensors: Mapping[str, Tensor]) -> None:
     """Say of DETR's files for panoptic segmentation what they are: their names alone would be of no known kind."""
-    head = tensors.get("class_embed.weight", tensors.get("class_labels_classifier.weight"))
-    if any(key.startswith(("detr.", "mask_head.")) for key in tensors) or (
-        head is not None and len(head) == _PANOPTIC_OUTPUTS
-    ):
+    outputs = [len(tensors[key]) for key in _CLASS_HEADS_OF_DETR if key in tensors]
+    if _PANOPTIC_OUTPUTS in outputs or any(_MASKS.match(key) for key in tensors):
         raise CheckpointError(
             "This is a DETR for panoptic segmentation, with masks or with the 250 ids of things and stuff: it is no "
             "detector of objects. Take one of the files for detection, such as detr-r50-e632da11.pth"

@@ -103,6 +103,14 @@ DETR = Source(
     rules=((r"^backbone\.0\.body\.", BOTTOM_UP), *RESNET, *_DETR_NAMES),
 )
 
+# DETR's own code for Detectron2, its trainings and what its converter makes of the official files.
+DETR_FOR_DETECTRON2 = Source(
+    "official DETR for Detectron2",
+    settings=DETR.settings,
+    rules=((r"^detr\.", ""), (r"^backbone\.0\.backbone\.", BOTTOM_UP), *_DETR_NAMES),
+    has_contiguous_classes=True,
+)
+
 # What DINO has beyond two-stage models, there and in detrex.
 _DINO_NAMES: tuple[Rule, ...] = (
     (r"^transformer\.tgt_embed\.", "query_embed."),
@@ -239,6 +247,7 @@ SOURCES = (
     H_DEFORMABLE_DETR,
     DINO,
     DETR,
+    DETR_FOR_DETECTRON2,
     TRANSFORMERS,
     TRANSFORMERS_DETR,
     DETREX,
@@ -278,6 +287,8 @@ def detect_source(keys: Collection[str]) -> Source | None:
             return DETR
         has_learned_content = "query_embed.weight" in keys and "transformer.enc_output.weight" in keys
         return H_DEFORMABLE_DETR if has_learned_content else OFFICIAL
+    if "detr.input_proj.weight" in keys and any(key.startswith("detr.backbone.0.backbone.") for key in keys):
+        return DETR_FOR_DETECTRON2
     if any(key.startswith("model.backbone.") for key in keys):
         return TRANSFORMERS_DETR if "model.input_projection.weight" in keys else TRANSFORMERS
     if any(key.startswith("bbox_head.cls_branches.") for key in keys):
