@@ -54,3 +54,16 @@ def test_two_variants_are_trained_timed_and_shown_and_a_killed_one_goes_on(tmp_p
 def test_a_study_without_the_variants_asked_for_is_refused(tmp_path):
     with pytest.raises(ValueError, match="convergence has none of the variants two_stage_30"):
         main(["convergence", "--variants", "two_stage_30", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [(["--fill", "notes.md"], "notes.md must have the marks"), (["--size", "gpu"], "cuda needs a GPU")],
+)
+def test_what_would_fail_after_hours_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, arguments, reason):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "notes.md").write_text("nothing")
+    with pytest.raises(ValueError, match=reason):
+        main(["convergence", "--output", "study", *arguments])
+    assert not (tmp_path / "study" / "data").exists()

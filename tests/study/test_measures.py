@@ -80,14 +80,20 @@ def test_a_mean_curve_has_the_points_that_all_seeds_have():
     assert point["AP"]["mean"] == 12.0 and point["APs"]["mean"] == 6.0
 
 
+def test_a_mean_curve_pairs_evaluations_of_the_same_iteration():
+    cells = [cell((2, 1.0, 10.0), (4, 2.0, 20.0)), cell((4, 4.0, 30.0))]
+    (point,) = mean_curve(cells)
+    assert (point["iteration"], point["seconds"]["mean"], point["AP"]["mean"]) == (4, 3.0, 25.0)
+
+
 def test_at_a_time_the_last_evaluation_until_then_counts():
     points = curve((2, 1.0, 10.0), (4, 2.0, 20.0))
     assert [at_time(points, seconds) for seconds in (0.5, 1.0, 1.9, 9.0)] == [0.0, 10.0, 10.0, 20.0]
 
 
-def test_equal_time_is_that_of_the_fastest_variant_on_average():
-    slow, fast = [cell((4, 8.0, 1.0))], [cell((4, 2.0, 1.0)), cell((4, 4.0, 1.0))]
-    assert equal_time({"slow": slow, "fast": fast, "missing": []}) == 3.0
+def test_equal_time_lets_all_trainings_of_the_fastest_variant_end():
+    slow, fast = [cell((4, 3.5, 1.0))], [cell((4, 2.0, 1.0)), cell((4, 4.0, 1.0))]
+    assert equal_time({"slow": slow, "fast": fast, "missing": []}) == 4.0
     assert equal_time({"missing": []}) is None
 
 

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..cli import make_parser, run
+from ..cli import check_device, make_parser, run
 from ..startup.processors import available_cores, share_processors
 from .cells import Workshop
-from .page import as_markdown, fill_markdown
+from .page import as_markdown, fill_markdown, read_marked
 from .run import count_finished, make_page, run_studies, summaries
 from .table import Table, read_table
 
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         table = table.only(args.variants)
         if unknown := [study for study in args.studies if study not in table.studies]:
             raise ValueError(f"{' and '.join(unknown)} has none of the variants {', '.join(args.variants)}")
+    if args.fill:
+        read_marked(args.fill)  # refused before hours of training
     workshop = Workshop(
         args.output,
         table,
@@ -70,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for cell in table.cells(args.studies, seeds=args.seeds):
             print(f"{workshop.state(cell):10}{cell}")
         return
+    if not args.page:
+        check_device(workshop.size.device)
     _end_as_with_ctrl_c(signal.SIGTERM, signal.SIGHUP)
     make = make_page if args.page else run_studies
     try:

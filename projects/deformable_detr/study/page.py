@@ -11,6 +11,7 @@ from . import figures
 from .summary import show
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+MARKED = f"(?s){re.escape(BEGIN)}.*?{re.escape(END)}"
 
 Summary = Mapping[str, Any]
 
@@ -125,14 +126,23 @@ def as_markdown(summaries: Mapping[str, Summary], *, size: str) -> str:
     return "\n\n".join(parts)
 
 
+def read_marked(path: Path) -> str:
+    """Return what a Markdown file holds.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it does not have each mark once, in their order.
+    """
+    content = path.read_text(encoding="utf-8")
+    if len(re.findall(MARKED, content)) != 1 or content.count(BEGIN) != 1:
+        raise ValueError(f"{path} must have the marks {BEGIN} and {END} once, in this order")
+    return content
+
+
 def fill_markdown(path: Path, text: str) -> None:
     """Put a text between the two marks of a Markdown file, in place of what stands there.
 
     Raises:
-        ValueError: if the file does not have each mark once, in their order.
+        What :func:`read_marked` does.
     """
-    content = path.read_text(encoding="utf-8")
-    pattern = f"(?s){re.escape(BEGIN)}.*?{re.escape(END)}"
-    if len(re.findall(pattern, content)) != 1 or content.count(BEGIN) != 1:
-        raise ValueError(f"{path} must have the marks {BEGIN} and {END} once, in this order")
-    write_text(path, re.sub(pattern, lambda _: f"{BEGIN}\n\n{text}\n\n{END}", content))
+    write_text(path, re.sub(MARKED, lambda _: f"{BEGIN}\n\n{text}\n\n{END}", read_marked(path)))

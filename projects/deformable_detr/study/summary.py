@@ -31,13 +31,14 @@ def show(value: Spread | None, digits: int = 1) -> str:
 
 def mean_curve(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the points of a learning curve that all seeds have, with the spread of "seconds", "AP" and "APs"."""
-    points = zip(*(cell["curve"] for cell in cells), strict=False)
+    # A training that ended during an evaluation goes on without it.
+    points = [{point["iteration"]: point for point in cell["curve"]} for cell in cells]
     return [
         {
-            "iteration": point[0]["iteration"],
-            **{name: spread(p.get(name, math.nan) for p in point) for name in ("seconds", "AP", "APs")},
+            "iteration": iteration,
+            **{name: spread(p[iteration].get(name, math.nan) for p in points) for name in ("seconds", "AP", "APs")},
         }
-        for point in points
+        for iteration in sorted(set.intersection(*map(set, points)))
     ]
 
 
@@ -48,9 +49,9 @@ def at_time(curve: Sequence[Mapping[str, float]], seconds: float, name: str = "A
 
 
 def equal_time(results: Results) -> float | None:
-    """Return the time that the fastest variant took on average: all have an evaluation by then, or count as 0."""
-    means = [spread(cell["curve"][-1]["seconds"] for cell in cells) for cells in results.values() if cells]
-    return min((mean["mean"] for mean in means if mean), default=None)
+    """Return the time in which all trainings of the fastest variant, on average, had ended; None without any."""
+    ends = [[cell["curve"][-1]["seconds"] for cell in cells] for cells in results.values() if cells]
+    return max(min(ends, key=statistics.fmean)) if ends else None
 
 
 def summarise_study(table: Table, name: str, results: Results, latency: Mapping[str, Any] | None) -> dict[str, Any]:
