@@ -17,6 +17,7 @@ class ImitatedGraph:
 
     def __init__(self):
         self.operations = []
+        self.stream = None
 
     def replay(self):
         with torch.no_grad():
@@ -32,6 +33,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, graph, *, pool, stream, capture_error_mode):
         super().__init__()
         self.graph = graph
+        self.graph.stream = stream
         self.random = torch.get_rng_state()
         self.before = []
 
@@ -49,16 +51,20 @@ class Recorder(TorchDispatchMode):
         if func._schema.is_mutable or "batch_norm" in name:
             self.before += [(tensor, tensor.clone()) for tensor in tensors_in((args, kwargs))]
         results = func(*args, **(kwargs or {}))
-        self.graph.operations.append((func, args, kwargs or {}, tensors_in(results)))
+        # What another device does than that of the stream is done, but not recorded.
+        if self.graph.stream.device == torch.device("cpu"):
+            self.graph.operations.append((func, args, kwargs or {}, tensors_in(results)))
         return results
 
 
 class ImitatedStream:
-    def __init__(self, *args):
-        pass
+    """Of a device; as with PyTorch's, without one it is of the current device, which is no model's here."""
+
+    def __init__(self, device=None):
+        self.device = device
 
     def wait_stream(self, other):
-        pass
+        assert other.device == self.device
 
     def __enter__(self):
         pass
@@ -72,12 +78,18 @@ def tensors_in(tree):
 
 
 @contextmanager
-def imitated_graphs() -> Iterator[None]:
-    """Let the CPU record."""
+def imitated_graphs() -> Iterator[list[ImitatedStream]]:
+    """Let the CPU record, and list the streams on which it does."""
+    streams = []
+
+    def graph(recorded, *, stream, **options):
+        streams.append(stream)
+        return Recorder(recorded, stream=stream, **options)
+
     with mock.patch.multiple(
         torch.cuda,
         CUDAGraph=ImitatedGraph,
-        graph=Recorder,
+        graph=graph,
         Stream=ImitatedStream,
         stream=ImitatedStream,
         current_stream=ImitatedStream,
@@ -85,4 +97,4 @@ def imitated_graphs() -> Iterator[None]:
         get_rng_state=lambda device: torch.get_rng_state(),
         set_rng_state=lambda state, device: torch.set_rng_state(state),
     ):
-        yield
+        yield streams

@@ -1,11 +1,15 @@
 """Models prepared for inference against the models that they were made of."""
 
+import gc
+
 import pytest
 import torch
 
 from deformable_detr import prepare_for_inference
 from deformable_detr.modeling import inference
-from deformable_detr.modeling.cuda_graphs import MAX_GRAPHS
+from deformable_detr.modeling.cuda_graphs import MAX_GRAPHS, GraphCache
+
+from .imitated_graphs import imitated_graphs
 
 VARIANTS = {
     "base": {},
@@ -123,6 +127,19 @@ def test_new_weights_type_forgets_what_was_kept(model, batches):
     assert_same_detections(prepared.double()(batches[0]), model.double()(batches[0]), score_bound=1e-6)
 
 
+@torch.no_grad()
+def test_graphs_are_recorded_on_one_stream_of_the_models_device(make_model, make_input, randomize):
+    model = randomize(make_model(with_box_refine=True, two_stage=True)).eval()
+    prepared = prepare_for_inference(model)
+    prepared._graphs = GraphCache(prepared._detect)
+    with imitated_graphs() as streams:
+        for seed in range(3):
+            for batch in ([make_input(64, 64, seed=seed)], [make_input(80, 64, seed=seed), make_input(64, 48, seed=9)]):
+                assert_same_detections(prepared(batch), model(batch), score_bound=1e-6, box_bound=1e-3)
+    assert len(prepared._graphs) == 2
+    assert len(streams) == 2 and streams[0] is streams[1] and streams[0].device == model.device
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
@@ -146,6 +163,32 @@ def test_graphs_outlive_what_is_kept_for_few_canvases(make_model, make_input, ra
             batch = [make_input(height, 64)]
             assert_same_detections(graphs(batch), eager(batch), box_bound=0)
     assert len(graphs._graphs) == MAX_GRAPHS
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_graphs_of_another_than_the_current_device_detect_what_it_detects_eagerly(model, batches, make_input):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device only")
+    model.to("cuda:1")
+    eager, graphs = prepare_for_inference(model, cuda_graphs=False), prepare_for_inference(model)
+    for seed in range(4):
+        for batch in [*batches, [make_input(128, 96, seed=seed)]]:
+            assert_same_detections(graphs(batch), eager(batch), box_bound=0)
+    assert len(graphs._graphs) == 3 and torch.cuda.current_device() == 0
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_on_a_gpu_canvases_share_their_memory(make_model, make_input):
+    prepared, reserved = prepare_for_inference(make_model(d_model=64).eval().cuda()), []
+    for height in (512, 480, 448, 416, 384, 352):
+        for _ in range(3):
+            prepared([make_input(height, 512)])
+        gc.collect()
+        torch.cuda.empty_cache()
+        reserved.append(sum(s["total_size"] for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] != (0, 0)))
+    assert len(prepared._graphs) == 6 and 0 < reserved[-1] < 2 * reserved[0]
 
 
 @pytest.mark.cuda

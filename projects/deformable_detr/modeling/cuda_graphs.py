@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 # Graphs that are kept, the least recently used being dropped. They share one pool of memory, as they never run at the
-# same time; each adds its input and what it holds of the canvas.
+# same time, and one stream, without which PyTorch would share nothing; each adds its input and what it holds of the
+# canvas.
 MAX_GRAPHS = 16
 # Kinds of batches that are remembered to have been seen.
 MAX_SEEN = 256
@@ -39,6 +40,7 @@ class GraphCache:
         self._detect = detect
         self._graphs: Recordings[_Graph] = Recordings()
         self._pool: tuple[int, int] | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -46,7 +48,7 @@ class GraphCache:
     def clear(self) -> None:
         """Forget all graphs."""
         self._graphs.clear()
-        self._pool = None
+        self._pool = self._stream = None
 
     def __call__(self, images: Sequence[Tensor], sizes: Sequence[Size], canvas: Size, device: torch.device) -> Tensor:
         """Run for images (3, h, w) of ``sizes``. The result is valid until the next call."""
@@ -59,8 +61,9 @@ class GraphCache:
 
     def _record(self, kind: tuple, images: Sequence[Tensor], sizes: Sequence[Size], device: torch.device) -> "_Graph":
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return _Graph(self._detect, StaticBatch(*kind, device=device).fill(images, sizes), self._pool)
+            # A stream of that device: on one of another device nothing would be recorded.
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        return _Graph(self._detect, StaticBatch(*kind, device=device).fill(images, sizes), self._pool, self._stream)
 
 
 class Recordings(Generic[R]):
@@ -118,11 +121,11 @@ class StaticBatch:
 
 
 class _Graph:
-    def __init__(self, detect: Detect, batch: StaticBatch, pool: tuple[int, int]) -> None:
+    def __init__(self, detect: Detect, batch: StaticBatch, pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
         self.batch = batch
-        # Once more before it is recorded, on a stream of its own as recording needs: this fills what ``detect`` keeps
-        # between calls, and the workspaces of that stream.
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        # Once more before it is recorded, on the stream of recordings: this fills what ``detect`` keeps between calls,
+        # and the workspaces of that stream.
+        current = torch.cuda.current_stream(batch.pixels.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             batch.run(detect)
