@@ -1,11 +1,13 @@
-"""What is said of a model before it is trained."""
+"""What is said of a configuration and of a model before it is trained."""
 
 import pytest
 from detectron2.modeling import build_model
 
 from deformable_detr import load_config
 from deformable_detr.config import find_config_file
+from deformable_detr.data.datasets import register_coco_data
 from deformable_detr.startup.checks import check_unused_parameters
+from deformable_detr.startup.setup import argument_parser, setup
 
 MODEL = "deformable_detr_R_50"
 
@@ -48,3 +50,31 @@ def test_nothing_is_said_of_a_model_whose_parameters_are_all_used(tiny_yaml, con
     _, path, *opts = tiny_yaml()
     check_unused_parameters(build_model(load_config(path, opts)), config_of(False))
     assert not caplog.records
+
+
+@pytest.fixture
+def set_up(tiny_yaml, write_coco, monkeypatch):
+    """A function (processes, KEY, VALUE, ...) -> the yaml configuration that a training on so many begins with."""
+    data = write_coco()
+    register_coco_data("here", data.json, data.images)
+    datasets = ["DATASETS.TRAIN", "('here',)", "DATASETS.TEST", "()", "MODEL.DEFORMABLE_DETR.NUM_CLASSES", "3"]
+    monkeypatch.setattr("deformable_detr.startup.setup.default_setup", lambda *_: None)
+
+    def start(processes: int, *opts: str):
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: processes)
+        return setup(argument_parser().parse_args([*tiny_yaml(), *datasets, *opts]))
+
+    return start
+
+
+def test_a_batch_is_checked_as_it_is_scaled_to_the_processes(set_up):
+    recipe = ("SOLVER.IMS_PER_BATCH", "32", "SOLVER.REFERENCE_WORLD_SIZE", "16")
+    # No multiple of 6 before; 2 of a process.
+    assert set_up(6, *recipe).SOLVER.IMS_PER_BATCH == 12
+    with pytest.raises(ValueError, match=r"STEPS is 16, but the batch of a process has 2 images \(.* is 2\)"):
+        set_up(1, *recipe, "SOLVER.ACCUMULATION_STEPS", "16")
+
+
+def test_a_batch_that_the_gpus_it_is_meant_for_cannot_share_is_refused(set_up):
+    with pytest.raises(ValueError, match=r"multiple of SOLVER\.REFERENCE_WORLD_SIZE \(16\), got 2$"):
+        set_up(1, "SOLVER.REFERENCE_WORLD_SIZE", "16")

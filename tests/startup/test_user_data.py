@@ -19,7 +19,7 @@ from deformable_detr.config import RunConfig
 from deformable_detr.data.coco_format import DatasetError
 from deformable_detr.engine import argument_parser, main
 from deformable_detr.solver import build_lr_multiplier, build_lr_scheduler
-from deformable_detr.startup.schedule import FINETUNE_EPOCHS, apply_schedule, plan_schedule
+from deformable_detr.startup.schedule import FINETUNE_EPOCHS, apply_schedule, plan_schedule, scale_to_processes
 from deformable_detr.startup.user_data import apply_user_data
 
 CONFIG = Path(__file__).parents[2] / "configs" / "COCO-Detection" / "deformable_detr_R_50"
@@ -169,6 +169,13 @@ def test_schedules_without_steps_get_their_length_alone(caplog):
     assert lazy.train.max_iter == yaml.SOLVER.MAX_ITER == 6
     assert "milestones" not in lazy.lr_multiplier.scheduler and yaml.SOLVER.STEPS == (147840,)
     assert "dropped" not in caplog.text
+
+
+def test_a_schedule_for_these_gpus_is_not_scaled_to_them_again(configure, write_coco):
+    flags = (*write_coco().flags("train"), "--epochs", "25")
+    cfg = configure(*flags, yaml=("SOLVER.REFERENCE_WORLD_SIZE", "16"))
+    expected = schedule_of(configure(*flags))
+    assert expected["batch"] == 2 and schedule_of(scale_to_processes(cfg, 8)) == expected
 
 
 @pytest.mark.parametrize("typed", (False, True), ids=("one image", "max_iter"))

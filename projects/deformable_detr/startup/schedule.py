@@ -4,6 +4,10 @@ import logging
 import math
 from typing import Any
 
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from omegaconf import DictConfig
+
 from ..config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -55,7 +59,8 @@ def apply_schedule(run: RunConfig, *, reference: RunConfig, epochs: int, num_ima
     """Give a configuration a schedule of some epochs; what the user set on the command line stays as it is.
 
     The batch is ``IMAGES_PER_GPU`` for every GPU, never above the configuration's, in mixed precision on GPUs; it is
-    the configuration's where the parts that fit into a GPU are found out.
+    the configuration's where the parts that fit into a GPU are found out. The schedule is for this number of GPUs:
+    ``SOLVER.REFERENCE_WORLD_SIZE`` is 0 then, and scales nothing once more.
 
     Args:
         run: the configuration with the user's overrides; changed.
@@ -80,6 +85,9 @@ def apply_schedule(run: RunConfig, *, reference: RunConfig, epochs: int, num_ima
     for name in names:
         if name not in given:
             run.set(name, plan[name])
+    # A LazyConfig has no such key.
+    if "SOLVER" in run.cfg:
+        run.cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     length = f"{epochs} epochs" if "max_iter" not in given else f"{plan['max_iter'] * batch / num_images:.3g} epochs"
     scaling = "" if "lr" in given else f" = {file_lr:g} x {batch}/{file_batch}"
     logger.info(
@@ -88,6 +96,25 @@ def apply_schedule(run: RunConfig, *, reference: RunConfig, epochs: int, num_ima
     )
     if given:
         logger.info("As set on the command line: %s", ", ".join(map(run.key, given)))
+
+
+def scale_to_processes(cfg: CfgNode | DictConfig, num_processes: int) -> CfgNode | DictConfig:
+    """Return the configuration with batch, rate and length as ``SOLVER.REFERENCE_WORLD_SIZE`` asks: Detectron2's rule.
+
+    Raises:
+        ValueError: if the batch cannot be divided among so many GPUs.
+    """
+    # A LazyConfig has no such key.
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE if "SOLVER" in cfg else 0
+    if reference == 0:
+        return cfg
+    # Detectron2 tells of it by an assertion.
+    if cfg.SOLVER.IMS_PER_BATCH % reference:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH must be a multiple of SOLVER.REFERENCE_WORLD_SIZE ({reference}), "
+            f"got {cfg.SOLVER.IMS_PER_BATCH}"
+        )
+    return DefaultTrainer.auto_scale_workers(cfg, num_processes)
 
 
 def _fit_to(max_iter: int, plan: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..training.precision import DTYPES
 from .checks import check_before_start
 from .console import describing_environment, log_configuration, log_load, set_up_console
 from .flags import add_training_flags, flags_as_overrides
+from .schedule import scale_to_processes
 from .user_data import add_user_data_arguments, apply_user_data, record_user_data
 
 logger = logging.getLogger(__name__)
@@ -79,8 +80,11 @@ def setup(args: argparse.Namespace) -> CfgNode | DictConfig:
     set_up_console(output_dir)
     log_load()
     files = apply_user_data(cfg, args)
-    check_before_start(cfg, args)
     is_training = not (args.eval_only or args.replay)
+    if is_training:
+        # What is checked, logged and saved is what runs.
+        cfg = scale_to_processes(cfg, comm.get_world_size())
+    check_before_start(cfg, args)
     with nullcontext() if is_training else _keeping(os.path.join(output_dir, "config.yaml")), describing_environment():
         default_setup(cfg, args)
     log_configuration(args, output_dir)
