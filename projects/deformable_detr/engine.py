@@ -225,8 +225,8 @@ def _run_yaml(cfg: CfgNode, args: argparse.Namespace) -> Any:
 
 
 def do_test(cfg: DictConfig, model: nn.Module) -> dict | None:
-    """Evaluate a model on the LazyConfig's ``dataloader.test``; None where there is no ``dataloader.evaluator``."""
-    if "evaluator" not in cfg.dataloader:
+    """Evaluate a model on the LazyConfig's ``dataloader.test``; None where it has no dataset or no evaluator."""
+    if not RunConfig(cfg).evaluated_datasets():
         return None
     settings = TrainingSettings.from_config(cfg)
     precision = Precision.of(settings, model)

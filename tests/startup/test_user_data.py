@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.data import DatasetCatalog
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -55,6 +55,15 @@ def schedule_of(cfg) -> dict[str, object]:
             *periods,
         )
     return dict(zip(("batch", "lr", "max_iter", "drop", "amp", "checkpoints", "evaluations"), values, strict=True))
+
+
+def save(cfg, path: Path) -> str:
+    """Write the config.yaml that a run with this configuration leaves."""
+    if isinstance(cfg, CfgNode):
+        path.write_text(cfg.dump(), encoding="utf-8")
+    else:
+        LazyConfig.save(cfg, str(path))
+    return str(path)
 
 
 # The schedule
@@ -284,6 +293,22 @@ def test_checkpoint_names_its_classes(start, write_coco, tmp_path):
     start(write_coco().flags("train"))
     checkpoint = torch.load(tmp_path / "output" / "model_final.pth", weights_only=False)
     assert checkpoint["class_names"] == ["square", "bar", "disc"]
+
+
+def test_after_a_run_without_validation_data_they_can_be_named(configure, write_coco, tmp_path):
+    begun = configure(*write_coco("train").flags("train"))
+    assert RunConfig(begun).evaluated_datasets() == ()
+    # The last --config-file counts: the run's own.
+    again = configure(*write_coco("val").flags("val"), "--config-file", save(begun, tmp_path / "config.yaml"))
+    assert RunConfig(again).evaluated_datasets() == ("user_val",)
+
+
+def test_validation_data_for_a_lazy_config_without_an_evaluator_are_refused(write_coco):
+    flags = ["--config-file", f"{CONFIG}.py", *write_coco().flags("val")]
+    cfg = load_config(f"{CONFIG}.py")
+    del cfg.dataloader.evaluator
+    with pytest.raises(ValueError, match=r"^--val-json needs an evaluator, .* no dataloader\.evaluator$"):
+        apply_user_data(cfg, argument_parser().parse_args(flags))
 
 
 # Checked data

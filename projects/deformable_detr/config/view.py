@@ -94,9 +94,6 @@ class RunConfig:
 
     def set(self, name: str, value: Any) -> None:
         """Set a setting to a value of the form in which :meth:`get` returns it."""
-        if name == "test_datasets" and not value and not self._is_yaml:
-            # It evaluates where it has an evaluator.
-            self.cfg.dataloader.pop("evaluator", None)
         if name == "milestones":
             value = value[:-1] if self._is_yaml else list(value)
         if name.endswith("_datasets") and not self._is_yaml:
@@ -115,11 +112,16 @@ class RunConfig:
         return [f"+{self.key(name)}={value}" for name, value in values.items()]
 
     def evaluated_datasets(self) -> tuple[str | None, ...]:
-        """Names of what is evaluated; None for an evaluator of another project that does not say."""
+        """Names of what is evaluated; None for an evaluator of another project that does not say.
+
+        A LazyConfig evaluates where it has an evaluator, unless its test loader has an empty list of names.
+        """
         if self._is_yaml:
             return self.get("test_datasets", ())
         evaluator = self.lazy_node("dataloader.evaluator")
-        return () if evaluator is None else (evaluator.get("dataset_name"),)
+        if evaluator is None or self.get("test_datasets") == ():
+            return ()
+        return (evaluator.get("dataset_name"),)
 
     def lazy_node(self, key: str) -> DictConfig | None:
         """Return what a LazyConfig has under a key; None where it has nothing, and in yaml."""

@@ -114,7 +114,7 @@ def _check_evaluators(run: RunConfig) -> None:
 
     A LazyConfig's evaluator of another kind than :func:`build_evaluator` is built, as nothing is known about it.
     """
-    if not _has_own_evaluator(run):
+    if run.evaluated_datasets() and not _has_own_evaluator(run):
         instantiate(run.lazy_node("dataloader.evaluator"))
         return
     for name in run.evaluated_datasets():

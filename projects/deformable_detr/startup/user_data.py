@@ -300,6 +300,8 @@ def _set_datasets(run: RunConfig, files: dict[str, tuple[str, str]], *, num_clas
     _set(run, "num_classes", num_classes, flag=flag)
     for split, name in {"train": "train_datasets", "val": "test_datasets"}.items():
         _set(run, name, (f"user_{split}",) if split in files else (), flag=flag)
+    if "val" in files and not run.evaluated_datasets():
+        raise ValueError("--val-json needs an evaluator, and the LazyConfig has no dataloader.evaluator")
 
 
 def _set(run: RunConfig, name: str, value: Any, *, flag: str) -> None:
