@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from safetensors.torch import save_file
 
@@ -80,6 +81,26 @@ def test_resuming_another_model_is_refused(build, tmp_path):
     with pytest.raises(CheckpointError, match=r"(?s)Cannot resume: .*model_final\.pth.*80 classes in the file, 5 in"):
         checkpointer.resume_or_load("", resume=True)
     assert checkpointer.resume_or_load(str(tmp_path / "model_final.pth"), resume=False) == {}
+
+
+@pytest.mark.parametrize(
+    "found, told",
+    [
+        (["model_0000041.pth", "model_0000041.pth", ""], r"model_0000041\.pth to process 0 and none to process 2"),
+        (["", "model_0000041.pth"], r"none to process 0 and model_0000041\.pth to process 1"),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_find_different_checkpoints_do_not_resume(rank, found, told, tmp_path, monkeypatch):
+    """Machines without a common folder would train different weights on averaged gradients."""
+    checkpointer = DeformableDETRCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
+    if found[rank]:
+        checkpointer.save("model_0000041")
+    everybody = {found[rank]: found}
+    monkeypatch.setattr(comm, "all_gather", everybody.__getitem__)
+    with pytest.raises(CheckpointError, match=rf"Cannot resume: .*{told}.*the same for all machines"):
+        checkpointer.resume_or_load("", resume=True)
+    assert checkpointer.resume_or_load("", resume=False) == {}
 
 
 def test_what_became_of_the_parameters_is_logged(build, official_names, tmp_path, caplog):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 from detectron2.utils.file_io import Detectron2Handler
 from torch import nn
 
@@ -93,16 +94,18 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         """Resume from the last checkpoint of ``save_dir`` where asked and there is one, else load ``path``.
 
         Raises:
-            CheckpointError: if the last checkpoint is of another model than the present one, besides the cases of
-                :meth:`load`.
+            CheckpointError: if the last checkpoint is of another model than the present one, or if processes find
+                different ones, besides the cases of :meth:`load`.
         """
-        if not (resume and self.has_checkpoint()):
+        last = self._newest_whole_file() if resume and self.has_checkpoint() else ""
+        if resume:
+            self._check_that_all_find(os.path.basename(last))
+        if not last:
             return super().resume_or_load(path, resume=False)
-        path = self._newest_whole_file()
-        extra = self.load(path)
+        extra = self.load(last)
         if not self.report.exact:
             raise CheckpointError(
-                f"Cannot resume: {path} holds another model than the config describes. "
+                f"Cannot resume: {last} holds another model than the config describes. "
                 f"Start in another output folder, with {self._weights_key} set to that file.\n{self.report}"
             )
         return extra
@@ -135,6 +138,16 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         """Record the file to resume from."""
         with replacing(os.path.join(self.save_dir, "last_checkpoint")) as stream:
             stream.write(last_filename_basename.encode())
+
+    def _check_that_all_find(self, name: str) -> None:
+        """Refuse to go on from different checkpoints; DistributedDataParallel compares no weights after it is built."""
+        found = [name or "none" for name in comm.all_gather(name)]
+        for rank, other in enumerate(found):
+            if other != found[0]:
+                raise CheckpointError(
+                    f"Cannot resume: the last checkpoint in {self.save_dir} is {found[0]} to process 0 and {other} to "
+                    f"process {rank}. The output folder must be one and the same for all machines"
+                )
 
     def _newest_whole_file(self) -> str:
         """Return the file that ``last_checkpoint`` names, or the newest one before it that can be read if it cannot.
