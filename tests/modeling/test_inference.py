@@ -98,6 +98,23 @@ def test_pixels_of_any_type_and_canvases_that_the_model_asks_for(model, make_inp
     assert_same_detections(prepare_for_inference(model)(batch), model(batch), score_bound=1e-6, box_bound=1e-3)
 
 
+@pytest.mark.parametrize("second", [(64, 64), (64, 48)], ids=["a canvas for all", "padding"])
+@torch.no_grad()
+def test_pixels_of_several_types_in_a_batch_are_not_truncated(make_model, make_input, randomize, second):
+    model = randomize(make_model()).eval()
+    prepared = prepare_for_inference(model)
+    integers, fractions = make_input(64, 64, seed=1), make_input(*second, seed=2)
+    fractions["image"] = fractions["image"] / 255
+    batch = [integers, fractions]
+    expected = model(batch)
+    assert_same_detections(prepared(batch), expected, score_bound=1e-6, box_bound=1e-3)
+    prepared._graphs = GraphCache(prepared._detect)
+    with imitated_graphs():
+        for _ in range(3):
+            assert_same_detections(prepared(batch), expected, score_bound=1e-6, box_bound=1e-3)
+    assert len(prepared._graphs) == 1
+
+
 @torch.no_grad()
 def test_the_geometry_of_few_canvases_is_kept_and_of_no_padded_batch(model, make_input, monkeypatch):
     monkeypatch.setattr(inference, "MAX_GEOMETRIES", 2)

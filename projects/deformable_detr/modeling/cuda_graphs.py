@@ -5,7 +5,7 @@ Shapes: N images on a canvas of (H, W) pixels.
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Generic, TypeVar
 
 import torch
@@ -53,7 +53,7 @@ class GraphCache:
     def __call__(self, images: Sequence[Tensor], sizes: Sequence[Size], canvas: Size, device: torch.device) -> Tensor:
         """Run for images (3, h, w) of ``sizes``. The result is valid until the next call."""
         padded = any(size != canvas for size in sizes)
-        kind = (len(images), images[0].shape[0], canvas, padded, images[0].dtype)
+        kind = (len(images), images[0].shape[0], canvas, padded, common_type(images))
         graph = self._graphs.find(kind, partial(self._record, kind, images, sizes, device), limit=MAX_GRAPHS)
         if graph is None:
             return StaticBatch(*kind, device=device).fill(images, sizes).run(self._detect)[0]
@@ -151,6 +151,11 @@ def canvas_of(sizes: Sequence[Size], divisor: int) -> Size:
     """Height and width of the canvas that Detectron2's ImageList gives to images of these sizes."""
     sides = (max(side) for side in zip(*sizes, strict=True))
     return tuple(-(-side // divisor) * divisor if divisor > 1 else side for side in sides)
+
+
+def common_type(images: Sequence[Tensor]) -> torch.dtype:
+    """Type that holds the pixels of all images."""
+    return reduce(torch.promote_types, (image.dtype for image in images))
 
 
 def _remember(cache: OrderedDict, key: Hashable, value: object, limit: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..layers.ms_deform_attn import pixel_sizes
 from .cells import get_cells, get_sampled_pixels
-from .cuda_graphs import GraphCache, canvas_of
+from .cuda_graphs import GraphCache, canvas_of, common_type
 from .detections import to_instances
 from .detector import SetPredictionDetector
 from .frozen_bn import fold_for_good
@@ -193,7 +193,9 @@ class PreparedDETR(nn.Module):
         if all(size == canvas for size in sizes):
             pixels = images[0][None] if len(images) == 1 else torch.stack(list(images))
             return Batch(pixels.to(self.device), None)
-        pixels = images[0].new_zeros(len(images), images[0].shape[0], *canvas)
+        pixels = torch.zeros(
+            len(images), images[0].shape[0], *canvas, dtype=common_type(images), device=images[0].device
+        )
         for target, image, (height, width) in zip(pixels, images, sizes, strict=True):
             target[:, :height, :width] = image
         return Batch(pixels.to(self.device), torch.tensor(sizes, device=self.device))

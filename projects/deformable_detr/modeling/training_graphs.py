@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from itertools import compress
 from typing import Any, NamedTuple
 from weakref import ref
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..layers.precision import autocast_dtype
-from .cuda_graphs import Recordings, Size, StaticBatch, canvas_of
+from .cuda_graphs import Recordings, Size, StaticBatch, canvas_of, common_type
 from .matcher import PaddedTargets, Target, pad_targets
 from .padding import padding_mask
 from .step_weights import ready_weights
@@ -65,10 +65,10 @@ class Batch(NamedTuple):
     def of(cls, model: nn.Module, images: Sequence[Tensor], targets: Sequence[Target]) -> Batch:
         sizes = [tuple(image.shape[-2:]) for image in images]
         canvas, autocast = canvas_of(sizes, model.size_divisibility), autocast_dtype(model.device.type)
-        pixels = reduce(torch.promote_types, (image.dtype for image in images))
         padded = pad_targets(targets) if model.reads_targets else None
         objects = None if padded is None else padded.labels.shape[1]
-        return cls(Kind(len(images), images[0].shape[0], canvas, pixels, autocast, objects), images, sizes, padded)
+        kind = Kind(len(images), images[0].shape[0], canvas, common_type(images), autocast, objects)
+        return cls(kind, images, sizes, padded)
 
 
 class Inputs:
