@@ -20,6 +20,7 @@ from deformable_detr.data.augmentation import build_detr_augmentation
 from deformable_detr.data.datasets import register_coco_data
 from deformable_detr.data.mapper import NamedErrorsMapper
 from deformable_detr.engine import argument_parser, main, train_net
+from deformable_detr.report.run import find_dataset, read_run
 
 # No input may hang; the slowest of these tests takes seconds.
 pytestmark = pytest.mark.timeout(120)
@@ -380,6 +381,7 @@ def test_an_output_folder_is_evaluated_with_its_model_and_its_data(start, write_
     detections.unlink()
     main(argument_parser().parse_args(["--eval-only", "--config-file", str(output)]))
     assert detections.read_text() == before
+    assert find_dataset(read_run(output)) == "user_val"  # for a report
 
 
 def test_an_output_folder_trains_on_with_its_data(tiny_yaml, write_coco, tmp_path):

@@ -2,13 +2,14 @@
 
 import json
 import os
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from detectron2.config import CfgNode
 from PIL import Image
 
-from deformable_detr.data.datasets import register_coco_data
+from deformable_detr.data.datasets import USER_DATA, register_coco_data
 
 CAT, DOG = 7, 3  # COCO ids; the contiguous classes are in their order: 0 is the dog, 1 the cat
 IMAGE_SIZE = (120, 100)
@@ -26,10 +27,15 @@ class RunFolder:
         self.write_metrics({"iteration": 19, "total_loss": 3.0})
         config = {"MODEL": {"WEIGHTS": ""}, "DATASETS": {"TEST": ("user_val",)}, "SOLVER": {"MAX_ITER": 100}}
         (self.path / "config.yaml").write_text(CfgNode(config).dump())
-        flags = f"val_json='{self.data / 'val.json'}', val_images='{self.data}', repair=False"
-        (self.path / "log.txt").write_text(
-            f"[11/22 10:00:00] detectron2 INFO: Command line arguments: Namespace({flags})\n"
-        )
+        self.log_command(val_json=str(self.data / "val.json"), val_images=str(self.data), repair=False)
+
+    def log_command(self, **arguments: object) -> None:
+        with (self.path / "log.txt").open("a") as log:
+            log.write(f"[11/22 10:00:00] detectron2 INFO: Command line arguments: {Namespace(**arguments)}\n")
+
+    def record(self, json_file: Path) -> None:
+        """Write down what a training was evaluated on."""
+        (self.path / USER_DATA).write_text(json.dumps({"val": [str(json_file), str(self.data)]}))
 
     def write_metrics(self, *rows: dict, end: str = "\n") -> None:
         (self.path / "metrics.json").write_text("\n".join(map(json.dumps, rows)) + end)

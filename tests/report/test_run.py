@@ -1,5 +1,6 @@
 import pytest
 from detectron2.config import CfgNode, LazyConfig
+from detectron2.data import MetadataCatalog
 from omegaconf import OmegaConf
 
 from deformable_detr.report.run import NoData, find_dataset, read_run
@@ -85,6 +86,67 @@ def test_repaired_annotations_are_preferred_where_the_run_repaired_them(evaluate
     (evaluated.data / "val.json").write_text("{}")
     log.write_text(log.read_text().replace("repair=False", "repair=True"))
     assert find_dataset(read_run(evaluated.path)) == "user_val"
+
+
+def evaluated_file(run_folder):
+    """The annotation file that a report takes for that of the last evaluation."""
+    return MetadataCatalog.get(find_dataset(read_run(run_folder.path))).json_file
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        {"data": "my/yolo", "val_json": None},
+        {"val_json": "my/xml", "val_images": "my/jpg"},
+        {"val_json": "relative/val.json", "val_images": "relative"},
+        {"eval_only": True, "data": None, "val_json": None, "val_images": None},
+    ],
+)
+def test_data_of_a_training_are_those_that_it_has_recorded(evaluated, command):
+    """Whatever it was started with, and in an evaluation of the folder as well."""
+    evaluated.record(evaluated.data / "val.json")
+    evaluated.log_command(**command)
+    assert evaluated_file(evaluated) == evaluated.data / "val.json"
+
+
+def test_recorded_data_are_named_on_the_page_where_the_command_names_none(evaluated):
+    evaluated.record(evaluated.data / "val.json")
+    evaluated.log_command(data="my/yolo", val_json=None)
+    assert read_run(evaluated.path).dataset_names("test") == [str(evaluated.data / "val.json")]
+
+
+def test_an_evaluation_on_other_data_is_not_on_the_recorded_ones(evaluated):
+    evaluated.record(evaluated.data / "absent.json")
+    evaluated.log_command(eval_only=True, val_json=str(evaluated.data / "val.json"), val_images=str(evaluated.data))
+    assert evaluated_file(evaluated) == evaluated.data / "val.json"
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"data": "my/yolo"}, {"val_json": "data.yaml", "val_images": "my"}, {"val_json": ".", "data": None}]
+)
+def test_an_evaluation_on_folders_asks_for_their_images(evaluated, arguments):
+    evaluated.record(evaluated.data / "val.json")
+    evaluated.log_command(eval_only=True, **arguments)
+    with pytest.raises(NoData, match=r"on folders, .*: give --val-json .*val_coco\.json and --val-images"):
+        find_dataset(read_run(evaluated.path))
+
+
+def test_recorded_file_that_the_run_has_written_may_have_moved_with_its_folder(evaluated):
+    evaluated.record(evaluated.path / "val_coco.json")
+    (evaluated.data / "val.json").rename(evaluated.path / "val_coco.json")
+    evaluated.path = evaluated.path.rename(evaluated.path.with_name("renamed"))
+    assert evaluated_file(evaluated) == evaluated.path / "val_coco.json"
+
+
+def test_arguments_are_read_as_python_writes_them(run_folder):
+    values = {"opts": ["a.val_json=1", "x, y"], "val_json": 'Anna\'s "data"/val.json', "data": None, "eval_only": True}
+    run_folder.log_command(**values)
+    run = read_run(run_folder.path)
+    assert [run.argument(name) for name in ("val_json", "data", "eval_only", "absent")] == [*values.values()][1:] + [
+        None
+    ]
+    run_folder.log_command(val_json="Anna's/val.json")
+    assert read_run(run_folder.path).argument("val_json") == "Anna's/val.json"
 
 
 def test_versions_are_those_of_the_last_start(run_folder):

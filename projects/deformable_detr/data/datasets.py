@@ -27,6 +27,8 @@ from .dataset_dict import describe_image, get_objects
 logger = logging.getLogger(__name__)
 
 _MAX_NAMED = 10
+# In the output folder of a training: split -> annotation file and image folder of the user's data.
+USER_DATA = "user_data.json"
 
 
 def check_dataset_files(names: Sequence[str]) -> None:
@@ -203,6 +205,19 @@ def register_coco_data(
     DatasetCatalog.remove(name)
     DatasetCatalog.register(name, partial(_load, name, json_file, image_root, boxes_only=boxes_only))
     return classes
+
+
+def read_user_data(folder: str | os.PathLike) -> dict[str, tuple[str, str]]:
+    """Return the user's data that an output folder has recorded of its training.
+
+    Returns:
+        Split -> annotation file and image folder; nothing where there is no record.
+    """
+    path = os.path.join(folder, USER_DATA)
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return {split: tuple(paths) for split, paths in json.load(file).items()}
 
 
 def _load(name: str, json_file: str, image_root: str, *, boxes_only: bool) -> list[dict]:

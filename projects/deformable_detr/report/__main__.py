@@ -25,7 +25,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--val-json",
         metavar="FILE",
-        help="annotations that the run was evaluated on, where its own configuration and log do not lead to them",
+        help="annotations that the run was evaluated on, where its folder does not lead to them",
     )
     parser.add_argument("--val-images", metavar="FOLDER", help="their images")
     args = parser.parse_args(argv)

@@ -1,5 +1,6 @@
-"""What train_net.py leaves in its output folder: metrics.json, config.yaml, log.txt, inference/."""
+"""What train_net.py leaves in its output folder: metrics.json, config.yaml, user_data.json, log.txt, inference/."""
 
+import ast
 import re
 import time
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from detectron2.config import LazyConfig
 from omegaconf import DictConfig
 
 from ..config import RunConfig
-from ..data.datasets import register_coco_data
+from ..data.datasets import read_user_data, register_coco_data
 from ..training.metrics import Metrics, read_metrics, series
 from ..training.settings import TrainingSettings
 
@@ -51,6 +52,7 @@ class Run:
     Attributes:
         metrics: iteration -> name -> value.
         config: of either kind, as plain data; None where the folder has no config.yaml.
+        recorded: split -> annotation file and image folder of the user's data that the training was on.
         log: text of log.txt without colours; empty where there is none.
         changed: seconds since the epoch at which the newest of metrics.json and log.txt was written.
     """
@@ -58,6 +60,7 @@ class Run:
     folder: Path
     metrics: Metrics
     config: DictConfig | None
+    recorded: dict[str, tuple[str, str]]
     log: str
     changed: float
 
@@ -68,14 +71,15 @@ class Run:
     def dataset_names(self, split: str) -> list[str]:
         """Return the datasets of "train" or "test" as a reader knows them: the user's own by its annotation file."""
         names = self.setting(f"{split}_datasets") or ()
-        own = {f"user_{part}": self.argument(f"{part}_json") for part in ("train", "val")}
-        return [own.get(name) or name for name in names]
+        own = {f"user_{part}": files[0] for part, files in self.recorded.items()}
+        own |= {f"user_{part}": path for part in ("train", "val") if (path := self.argument(f"{part}_json"))}
+        return [own.get(name, name) for name in names]
 
-    def argument(self, name: str) -> str | None:
+    def argument(self, name: str) -> str | bool | None:
         """Return a value of the run's last command line; None where it was not given or log.txt does not have it."""
         command = self.log.rpartition("Command line arguments: Namespace(")[2].partition("\n")[0]
-        found = re.search(rf"\b{name}=(?:'([^']*)'|(?!None)(\w+))", command)
-        return found and (found[1] or found[2])
+        found = re.search(rf"""(?:^|, ){name}=((['"])(?:\\.|(?!\2).)*\2|True|False)""", command)
+        return found and ast.literal_eval(found[1])
 
     def progress(self, now: float | None = None) -> Progress:
         """Says whether the run has come to its end, and otherwise whether it still writes.
@@ -138,6 +142,7 @@ def read_run(folder: str | Path) -> Run:
         folder=folder,
         metrics=metrics,
         config=LazyConfig.load(str(config)) if config.is_file() else None,
+        recorded=read_user_data(folder),
         log=_ANSI_COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else "",
         changed=max(path.stat().st_mtime for path in (metrics_file, log) if path.is_file()),
     )
@@ -146,7 +151,8 @@ def read_run(folder: str | Path) -> Run:
 def find_dataset(run: Run) -> str:
     """Name of the registered dataset that the run's last evaluation was on.
 
-    The user's own data is registered again, from the files that the run's command line in log.txt names.
+    The user's own data is registered again, from the files of the training's record or, where a later command line in
+    log.txt names others to evaluate on, from those.
 
     Raises:
         NoData: the configuration names no test dataset, or the user's files are not known.
@@ -164,15 +170,36 @@ def find_dataset(run: Run) -> str:
 
 
 def _user_files(run: Run) -> tuple[Path, Path]:
-    """Annotation file and image folder of ``--val-json`` and ``--val-images`` in the run's last command line."""
-    found = run.argument("val_json"), run.argument("val_images")
-    if None in found:
-        raise NoData("The run was evaluated on data of your own that log.txt does not name; give --val-json.")
-    json_file, images = map(Path, found)
-    repaired = run.folder / "val_repaired.json"
-    if run.argument("repair") == "True" and repaired.is_file():
-        json_file = repaired
+    """Annotation file and image folder of the last evaluation: of the training, or of a command line after it."""
+    # A command that only evaluates is not recorded, and takes the recorded data unless it names others.
+    evaluates_others = run.argument("eval_only") and _named_data(run) is not None
+    if "val" in run.recorded and not evaluates_others:
+        json_file, images = map(Path, run.recorded["val"])
+        if not json_file.exists() and (run.folder / json_file.name).exists():
+            # The run has written it into its folder, which has another name now.
+            json_file = run.folder / json_file.name
+    else:
+        json_file, images = _files_in_log(run)
     for path in (json_file, images):
         if not path.exists():
             raise NoData(f"The test data has moved: there is no {path}, which the run was started with.")
     return json_file, images
+
+
+def _named_data(run: Run) -> str | None:
+    """Return the file or folder to evaluate on in the run's last command line."""
+    return run.argument("val_json") or run.argument("data")
+
+
+def _files_in_log(run: Run) -> tuple[Path, Path]:
+    """Annotation file and image folder of ``--val-json`` and ``--val-images`` in the run's last command line."""
+    named, images = _named_data(run), run.argument("val_images")
+    if named is None:
+        raise NoData("The run was evaluated on data of your own that log.txt does not name; give --val-json.")
+    json_file = Path(named)
+    if images is None or json_file.is_dir() or json_file.suffix in (".yaml", ".yml"):
+        # The run has converted them; where their images are is not written down.
+        converted = run.folder / "val_coco.json"
+        raise NoData(f"The last evaluation was on folders, {named}: give --val-json {converted} and --val-images.")
+    repaired = run.folder / "val_repaired.json"
+    return repaired if run.argument("repair") and repaired.is_file() else json_file, Path(images)

@@ -1,7 +1,6 @@
 """``--train-json`` and its companions: the user's own data, weights and schedule from the command line."""
 
 import argparse
-import json
 import logging
 import os
 from collections.abc import Callable, Container, Sequence
@@ -16,7 +15,7 @@ from omegaconf import DictConfig
 from ..config import RunConfig, load_config
 from ..data.checks import CocoData, Problems, drop_overlap, load_coco_data
 from ..data.coco_format import DatasetError, has_byte_order_mark, read_coco_json
-from ..data.datasets import register_coco_data
+from ..data.datasets import USER_DATA, read_user_data, register_coco_data
 from ..data.mapper import NamedErrorsMapper
 from ..files import write_json
 from .folders import Folder, convert_folders, find_folder, find_folders
@@ -27,8 +26,6 @@ logger = logging.getLogger(__name__)
 SPLITS = {"train": "to train on", "val": "to evaluate on"}
 # Of the coarsest map of the backbone.
 _COARSE_STRIDE = 32
-# In the output folder: split -> annotation file and image folder of a run.
-RECORD = "user_data.json"
 
 
 def add_user_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +131,7 @@ def record_user_data(files: dict[str, tuple[str, str]], output_dir: str) -> None
     """Write down the files of a training, for later runs with its ``config.yaml``."""
     if files and comm.is_main_process():
         absolute = {split: list(map(os.path.abspath, paths)) for split, paths in files.items()}
-        write_json(os.path.join(output_dir, RECORD), absolute, indent=1)
+        write_json(os.path.join(output_dir, USER_DATA), absolute, indent=1)
 
 
 def check_user_data_given(split: str, names: Sequence[str]) -> None:
@@ -200,13 +197,9 @@ def _named_files(args: argparse.Namespace, *, without: Container[str] = ()) -> d
 
 def _recorded_files(run: RunConfig, args: argparse.Namespace) -> dict[str, tuple[str, str]]:
     """Return the files that lie recorded beside the ``config.yaml`` of a run, of the splits that it asks for."""
-    record = os.path.join(os.path.dirname(args.config_file), RECORD)
-    if args.replay or not os.path.isfile(record):
-        return {}
-    with open(record, encoding="utf-8") as file:
-        recorded = json.load(file)
+    recorded = {} if args.replay else read_user_data(os.path.dirname(args.config_file))
     wanted = {"val": run.evaluated_datasets(), "train": () if args.eval_only else run.get("train_datasets", ())}
-    files = {split: tuple(paths) for split, paths in recorded.items() if f"user_{split}" in wanted[split]}
+    files = {split: paths for split, paths in recorded.items() if f"user_{split}" in wanted[split]}
     for split, paths in files.items():
         logger.info("Data %s, as in the run of %s: %s in %s", SPLITS[split], args.config_file, *paths)
     return files
