@@ -118,6 +118,12 @@ def test_an_image_that_does_not_fit_is_an_error_with_what_to_lower(loop):
         AutoBatch(loop, (48, 64), sizes_key="INPUT.MAX_SIZE_TRAIN").before_train()
 
 
+def test_a_loader_that_does_not_say_its_batch_is_named(loop):
+    loop.data_loader = []
+    with pytest.raises(TypeError, match=r"^SOLVER\.AUTO_BATCH needs a TrainLoader, .* total_batch_size, got list$"):
+        AutoBatch(loop, (48, 64), sizes_key="INPUT.MAX_SIZE_TRAIN")
+
+
 def test_the_largest_images_lie_and_stand_and_have_valid_boxes():
     samples = largest_images(3, (48, 64))
     assert [tuple(sample["image"].shape) for sample in samples] == [(3, 48, 64), (3, 64, 48), (3, 48, 64)]

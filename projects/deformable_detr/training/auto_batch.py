@@ -36,9 +36,15 @@ class AutoBatch(HookBase):
     Args:
         size: (height, width) in pixels of the largest training image.
         sizes_key: of what limits the images in the user's configuration, for the error text.
+
+    Raises:
+        TypeError: if the loader does not say how large a batch is.
     """
 
     def __init__(self, loop: TrainingLoop, size: tuple[int, int], *, sizes_key: str) -> None:
+        if not hasattr(loop.data_loader, "total_batch_size"):
+            key, loader = loop.settings.keys["auto_batch"], type(loop.data_loader).__name__
+            raise TypeError(f"{key} needs a TrainLoader, or another one with total_batch_size, got {loader}")
         self._loop = loop
         self._size = size
         self._sizes_key = sizes_key
