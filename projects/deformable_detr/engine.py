@@ -172,8 +172,7 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
-        if self.start_iter > 0 and comm.is_main_process():
-            cut_metrics(self.cfg.OUTPUT_DIR, self.start_iter - 1)
+        _go_on_from(self.start_iter, self.cfg)
 
     def state_dict(self) -> dict[str, Any]:
         # As DefaultTrainer's own since version 0.6, which has none.
@@ -307,9 +306,26 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     # A checkpoint stores the iteration it has finished.
     start = loop.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    if start > 0 and comm.is_main_process():
-        cut_metrics(settings.output_dir, start - 1)
+    _go_on_from(start, cfg)
     ending_early(loop.train, start, cfg.train.max_iter)
+
+
+def _go_on_from(start: int, cfg: CfgNode | DictConfig) -> None:
+    """Take out of the metrics what a resumed run writes again.
+
+    Raises:
+        ValueError: if it has done more iterations than it is to have. Its last checkpoint, which is in the middle of
+            some other schedule, would be called final.
+    """
+    run = RunConfig(cfg)
+    if start > run.get("max_iter"):
+        raise ValueError(
+            f"{run.key('max_iter')} is {run.get('max_iter')}, but the last checkpoint in {run.get('output_dir')} has "
+            f"done {start} iterations: set it to {start} to end the run there. Where it follows from the number of "
+            "GPUs, go on with as many as before"
+        )
+    if start > 0 and comm.is_main_process():
+        cut_metrics(run.get("output_dir"), start - 1)
 
 
 def _build_lazy_writers(cfg: DictConfig, settings: TrainingSettings) -> list[EventWriter]:

@@ -116,6 +116,21 @@ def test_batch_grows_with_the_gpus_up_to_the_configurations(configure):
         assert schedule_of(cfg)["lr"] == pytest.approx(2e-4 * batch / 32)
 
 
+def test_a_resumed_run_keeps_its_batch_and_length_on_another_number_of_gpus(configure, write_coco, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    output = {"yaml": ("OUTPUT_DIR", str(tmp_path)), "lazy": (f"train.output_dir={tmp_path}",)}
+    flags = (*write_coco().flags("train"), "--epochs", "12", "--resume")
+    here = configure(*flags, **output)
+    begun = copy.deepcopy(here)
+    apply_schedule(RunConfig(begun), reference=RunConfig(configure()), epochs=12, num_images=4, num_gpus=2)
+    save(begun, tmp_path / "config.yaml")
+    # As long as there is no checkpoint a new run begins.
+    assert schedule_of(configure(*flags, **output)) == schedule_of(here) and schedule_of(here)["batch"] == 2
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    assert schedule_of(configure(*flags, **output)) == schedule_of(begun) and schedule_of(begun)["batch"] == 4
+    assert "12 epochs of 4 images in batches of 4 (the resumed run's) are 12 iterations" in caplog.text
+
+
 def test_what_is_set_on_the_command_line_stays_and_the_rest_follows_from_it(configure, write_coco):
     cfg = configure(
         *(*write_coco().flags("train"), "--epochs", "12"),

@@ -8,7 +8,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from detectron2.solver import LRMultiplier
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+from torch import nn
+
+from deformable_detr.training.loop import TrainingLoop
+from deformable_detr.training.settings import TrainingSettings
 
 from .conftest import Runner, differences, losses_of, read_checkpoint
 
@@ -117,6 +124,33 @@ def test_run_killed_right_before_its_last_file_gets_it_when_resumed(run, tmp_pat
     run(tmp_path / "run", "--resume", max_iter=4, checkpoint_period=2)
     assert differences(read_checkpoint(tmp_path / "run"), whole) == []
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_final.pth"
+    # But what was to be shorter, such as by the number of GPUs, is no end.
+    with pytest.raises(
+        ValueError, match=r"(MAX_ITER|max_iter) is 3, but the last .* has done 4 iterations: set it to 4 "
+    ):
+        run(tmp_path / "run", "--resume", max_iter=3, checkpoint_period=2)
+
+
+@pytest.mark.parametrize("scheduled", [True, False], ids=["yaml", "lazy"])
+def test_a_learning_rate_that_was_changed_before_a_resume_is_told_of(tmp_path, caplog, scheduled):
+    def build(lr: float, *, scheduled: bool) -> TrainingLoop:
+        model = nn.Linear(1, 1)
+        groups = [{"params": [model.weight], "lr": lr}, {"params": [model.bias], "lr": lr / 10}]
+        optimizer = torch.optim.SGD(groups, lr=lr)
+        if scheduled:
+            LRMultiplier(optimizer, MultiStepParamScheduler([1.0, 0.1], milestones=[1, 2]), max_iter=2)
+        return TrainingLoop(model, [], optimizer, TrainingSettings(output_dir=str(tmp_path), seed=1))
+
+    stopped = build(2e-4, scheduled=True)
+    # Behind the drop: what counts is the rate before it.
+    stopped.optimizer.param_groups[0]["lr"] = 2e-5
+    stopped.iter = 1
+    build(2e-4, scheduled=scheduled).load_state_dict(stopped.state_dict())
+    assert not caplog.records
+    # A LazyConfig's schedule is built behind the checkpoint.
+    build(5e-5, scheduled=scheduled).load_state_dict(stopped.state_dict())
+    assert "goes on with the learning rate 0.0002 of its checkpoint, not 5e-05" in caplog.text
+    assert "with MODEL.WEIGHTS set to that file" in caplog.text
 
 
 def test_a_detr_resumes_bitwise_and_is_evaluated_layer_by_layer(tiny_lazy, data, tmp_path):

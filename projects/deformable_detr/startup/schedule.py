@@ -55,7 +55,15 @@ def plan_schedule(
     }
 
 
-def apply_schedule(run: RunConfig, *, reference: RunConfig, epochs: int, num_images: int, num_gpus: int) -> None:
+def apply_schedule(
+    run: RunConfig,
+    *,
+    reference: RunConfig,
+    epochs: int,
+    num_images: int,
+    num_gpus: int,
+    resumed_batch: int | None = None,
+) -> None:
     """Give a configuration a schedule of some epochs; what the user set on the command line stays as it is.
 
     The batch is ``IMAGES_PER_GPU`` for every GPU, never above the configuration's, in mixed precision on GPUs; it is
@@ -67,13 +75,15 @@ def apply_schedule(run: RunConfig, *, reference: RunConfig, epochs: int, num_ima
         reference: the configuration as in its file, whose learning rate and batch fit each other.
         num_images: training images.
         num_gpus: over all machines; 0 counts as one.
+        resumed_batch: of the run that goes on, perhaps on another number of GPUs: it stays, and with it the learning
+            rate and the length. None where a run begins.
     """
     # A cosine follows the number of iterations by itself.
     names = [name for name in _NAMES if name != "milestones" or run.get("milestones") is not None]
     given = [name for name in names if run.overridden(name)]
     file_batch, file_lr = reference.get("batch"), reference.get("lr")
     fitting = file_batch if run.get("auto_batch") else min(file_batch, IMAGES_PER_GPU * max(num_gpus, 1))
-    batch = run.get("batch") if "batch" in given else fitting
+    batch = run.get("batch") if "batch" in given else resumed_batch or fitting
     plan = plan_schedule(
         num_images=num_images, epochs=epochs, batch=batch, reference_lr=file_lr, reference_batch=file_batch
     )
@@ -89,9 +99,10 @@ def apply_schedule(run: RunConfig, *, reference: RunConfig, epochs: int, num_ima
     if "SOLVER" in run.cfg:
         run.cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     length = f"{epochs} epochs" if "max_iter" not in given else f"{plan['max_iter'] * batch / num_images:.3g} epochs"
+    kept = " (the resumed run's)" if batch == resumed_batch else ""
     scaling = "" if "lr" in given else f" = {file_lr:g} x {batch}/{file_batch}"
     logger.info(
-        f"Schedule: {length} of {num_images} images in batches of {batch} are {plan['max_iter']} iterations. "
+        f"Schedule: {length} of {num_images} images in batches of {batch}{kept} are {plan['max_iter']} iterations. "
         f"Learning rate {run.get('lr'):g}{scaling}{_describe_drops(run)}. {_describe_periods(run)}."
     )
     if given:

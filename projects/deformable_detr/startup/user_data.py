@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
@@ -112,6 +112,8 @@ def apply_user_data(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> dict
             epochs=epochs,
             num_images=num_images["train"],
             num_gpus=comm.get_world_size(),
+            # Before the main process writes another file there.
+            resumed_batch=_in_main_process(_resumed_batch, run.get("output_dir")) if args.resume else None,
         )
     return {**files, **checked}
 
@@ -203,6 +205,14 @@ def _recorded_files(run: RunConfig, args: argparse.Namespace) -> dict[str, tuple
     for split, paths in files.items():
         logger.info("Data %s, as in the run of %s: %s in %s", SPLITS[split], args.config_file, *paths)
     return files
+
+
+def _resumed_batch(output_dir: str) -> int | None:
+    """Return the batch of the run that goes on; None where none does, or where its configuration is gone."""
+    config = os.path.join(output_dir, "config.yaml")
+    if not (os.path.isfile(os.path.join(output_dir, "last_checkpoint")) and os.path.isfile(config)):
+        return None
+    return RunConfig(LazyConfig.load(config)).get("batch")
 
 
 def _in_main_process(work: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -1,6 +1,7 @@
 """The loop itself."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -133,7 +134,9 @@ class TrainingLoop(SimpleTrainer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        configured = _base_rates(self.optimizer)
         super().load_state_dict(state_dict)
+        self._warn_of_kept_rates(configured)
         if state_dict.get("grad_scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(state_dict["grad_scaler"])
         if "seed" not in state_dict:
@@ -146,6 +149,17 @@ class TrainingLoop(SimpleTrainer):
         self.seed = state_dict["seed"]
         self.images_seen = state_dict["images_seen"]
         self.skipped_steps = state_dict["skipped_steps"]
+
+    def _warn_of_kept_rates(self, configured: list[float]) -> None:
+        """Warn where the optimiser of the checkpoint has brought other learning rates than the configuration's."""
+        rates = zip(_base_rates(self.optimizer), configured, strict=True)
+        if changed := [pair for pair in rates if not math.isclose(*pair)]:
+            kept, asked = max(changed)
+            logger.warning(
+                f"The run goes on with the learning rate {kept:g} of its checkpoint, not {asked:g}: a resumed run "
+                f"keeps its optimiser. For another rate start a new one, with {self.settings.keys['weights']} set to "
+                "that file"
+            )
 
     def _next_batch(self) -> list[dict[str, Any]]:
         if self._batches is None:
@@ -217,3 +231,8 @@ class TrainingLoop(SimpleTrainer):
             f"{explanation}\nThe batch and the weights before it are in {path}; this repeats the step:\n"
             f"  python train_net.py --config-file {config} --replay {path}"
         )
+
+
+def _base_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Return the learning rate of every group, before a schedule multiplies it."""
+    return [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
