@@ -16,6 +16,7 @@ from detectron2.engine import (
     TrainerBase,
     create_ddp_model,
 )
+from detectron2.engine.hooks import CallbackHook
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
@@ -349,6 +350,8 @@ def _build_writers(cfg: CfgNode | DictConfig, settings: TrainingSettings) -> lis
 def _before_first_step(cfg: CfgNode | DictConfig, loop: TrainingLoop) -> list[HookBase]:
     """Hooks that are asked for and have done their work when the first step begins."""
     run, hooks = RunConfig(cfg), []
+    if loop.ema:
+        hooks.append(CallbackHook(before_train=lambda _: loop.ema.start(loop.model)))
     if loop.settings.auto_batch:
         hooks.append(AutoBatch(loop, largest_image(run), sizes_key=run.key("max_size_train")))
     if loop.settings.show_data:

@@ -47,6 +47,16 @@ def test_averaged_weights_are_evaluated_and_taken_as_weights(run, tmp_path):
     assert (tmp_path / "again" / "inference" / "coco_instances_results.json").read_text() == detections
 
 
+def test_a_finished_run_that_averages_only_now_is_evaluated_as_it_was(run_yaml, tmp_path, monkeypatch):
+    evaluated = []
+    monkeypatch.setattr(
+        "deformable_detr.engine.Trainer.test", lambda _, cfg, model: evaluated.append(model.query_embed.weight.clone())
+    )
+    run_yaml(tmp_path / "run", max_iter=1)
+    run_yaml(tmp_path / "run", "--resume", max_iter=1, ema=True)
+    assert len(evaluated) == 2 and torch.equal(*evaluated)
+
+
 def test_resumed_model_gets_its_trained_weights_and_not_the_average(model_and_batch, tmp_path):
     model, _ = model_and_batch
     ema = ModelEMA(model, 0.9)

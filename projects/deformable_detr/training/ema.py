@@ -30,6 +30,11 @@ class ModelEMA:
         self.updates = 0
         self.model = copy.deepcopy(unwrap(model))
 
+    def start(self, model: nn.Module) -> None:
+        """Be the present weights until there is an average: those that were loaded after this copy was made."""
+        if self.updates == 0:
+            self.model.load_state_dict(unwrap(model).state_dict())
+
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take the present weights into the average; the first time they are the average."""
