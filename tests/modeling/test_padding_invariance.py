@@ -13,6 +13,8 @@ from deformable_detr.modeling.proposals import block_padding
 
 VARIANTS = ["_single_scale", "_single_scale_dc5", "", "_box_refine", "_two_stage"]
 DETR = "configs/COCO-Detection/detr_R_50.yaml"
+# The first block has then a 1x1 convolution right behind the pooling, as bottlenecks have, where nothing is masked.
+NARROW_STEM = ["MODEL.RESNETS.STEM_OUT_CHANNELS", "32"]
 BOTTLENECKS = ["MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256"]
 
 
@@ -57,6 +59,14 @@ def test_an_image_is_computed_as_if_it_were_alone_on_every_canvas_and_beside_eve
             torch.testing.assert_close(outputs[key][:, 0], alone[key][:, 0], rtol=0, atol=1e-5)
 
 
+def test_a_1x1_convolution_behind_the_pooling_finds_nothing_infinite(tiny_yaml, batches):
+    """DETR's attention would multiply it by weights of zero."""
+    flag, _, *opts = tiny_yaml()
+    model = build([flag, DETR, *opts, *NARROW_STEM])
+    alone, beside = [model.predict_raw(batch)["pred_logits"] for batch in batches[:2]]
+    torch.testing.assert_close(beside[:, 0], alone[:, 0], rtol=0, atol=1e-5)
+
+
 def test_without_the_key_nothing_is_masked(tiny_yaml, batches, monkeypatch):
     model = build(tiny_yaml("_two_stage"), invariant=False)
     monkeypatch.setattr(MaskedPadding, "__init__", lambda *_: pytest.fail("entered"))
@@ -96,13 +106,16 @@ def test_a_prepared_copy_is_as_invariant(tiny_yaml, batches):
         torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=0, atol=1e-3)
 
 
-def test_it_trains(tiny_yaml, make_input):
-    model = build(tiny_yaml("_two_stage")).train()
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_it_trains(tiny_yaml, make_input, norm):
+    opts = ["MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.RESNETS.NORM", norm]
+    model = build([*tiny_yaml("_two_stage"), *NARROW_STEM, *opts]).train()
     boxes, classes = [[5, 5, 40, 60]], [1]
     losses = model([make_input(70, 45, boxes, classes), make_input(90, 130, boxes, classes)])
     sum(losses.values()).backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
 
 
 def test_group_norm_leaves_padding_out():
@@ -126,6 +139,7 @@ def test_what_looks_at_neighbours_sees_the_border_of_the_image(pool):
         found = pool(x)
     expected = pool(x[:, :, :5, :4])
     torch.testing.assert_close(found[:, :, : expected.shape[2], : expected.shape[3]], expected)
+    assert found.isfinite().all()
 
 
 def test_queries_of_padding_are_seen_by_themselves_alone():
@@ -159,6 +173,17 @@ def test_a_backbone_whose_features_depend_on_the_canvas_is_refused(tiny_yaml, mo
         ValueError, match=r"padding_invariant is for .*: level0 of this ResNet changes with the canvas by"
     ):
         build(tiny_yaml())
+
+
+def test_a_backbone_whose_features_are_not_finite_at_padding_is_refused(tiny_backbone, monkeypatch):
+    def with_logarithm(self, x):
+        features = forward(self, x)
+        return features | {"res3": features["res3"] + nn.functional.avg_pool2d(x[:, :1], 8).log()}
+
+    forward = type(tiny_backbone).forward
+    monkeypatch.setattr(type(tiny_backbone), "forward", with_logarithm)
+    with pytest.raises(ValueError, match=r"res3 of this _TinyBackbone is not finite where there is padding"):
+        check_invariance(tiny_backbone)
 
 
 def test_checking_leaves_model_and_random_numbers_alone(tiny_backbone):

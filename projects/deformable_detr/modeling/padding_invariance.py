@@ -73,7 +73,9 @@ class MaskedPadding(TorchFunctionMode):
         return pool(self._without_padding(x), *args, **kwargs)
 
     def _maximum(self, pool: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return pool(torch.where(self._padding(x), -torch.inf, x), *args, **kwargs)
+        pooled = pool(torch.where(self._padding(x), -torch.inf, x), *args, **kwargs)
+        # Not to leave infinities behind: of one of each sign, a 1x1 convolution would make NaN.
+        return self._without_padding(pooled)
 
     def _global_average(self, pool: Callable, x: Tensor, output_size: Any) -> Tensor:
         if output_size not in (1, (1, 1)):
@@ -120,7 +122,8 @@ def check_invariance(backbone: Backbone) -> None:
     a scale of zero at the end of a block does.
 
     Raises:
-        ValueError: naming the backbone.
+        ValueError: naming the backbone. Also if its features are infinite or NaN at padding: attention weights of zero,
+            and gradients of zero, would not hide that.
     """
     shapes = backbone.output_shape()
     stride = max(shape.stride for shape in shapes.values())
@@ -143,9 +146,11 @@ def check_invariance(backbone: Backbone) -> None:
         valid = (slice(None), slice(None), slice(-(-height // shape.stride)), slice(-(-width // shape.stride)))
         one, other = found[0][name][valid], found[1][name][valid]
         change = ((one - other).abs().max() / one.abs().max()).item()
-        if not change < _TOLERANCE:
-            kind = type(getattr(backbone, "bottom_up", backbone)).__name__
-            raise ValueError(
-                f"padding_invariant is for backbones that convolve and pool: {name} of this {kind} changes with the "
-                f"canvas by {change:.1g} of its largest value"
-            )
+        if not all(features[name].isfinite().all() for features in found):
+            fault = "is not finite where there is padding"
+        elif not change < _TOLERANCE:
+            fault = f"changes with the canvas by {change:.1g} of its largest value"
+        else:
+            continue
+        kind = type(getattr(backbone, "bottom_up", backbone)).__name__
+        raise ValueError(f"padding_invariant is for backbones that convolve and pool: {name} of this {kind} {fault}")
