@@ -11,14 +11,14 @@ from deformable_detr.export.__main__ import main, new_file
 def fails(tiny_yaml, tmp_path, capsys, monkeypatch):
     """A function that runs the command with flags, and returns its error message and leaves no file."""
 
-    def run(*flags, output="model.onnx"):
+    def run(*flags, output="model.onnx", opts=()):
         monkeypatch.chdir(tmp_path)
-        _, path, *opts = tiny_yaml()
+        _, path, *tiny = tiny_yaml()
         required = ["--model", path, "--weights", "", "--device", "cpu"]
         target = [] if output is None else ["--output", str(tmp_path / output)]
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit, match="2"):
-            run_command(main, [*required, *target, *flags, "--opts", *opts])
+            run_command(main, [*required, *target, *flags, "--opts", *tiny, *opts])
         assert sorted(tmp_path.rglob("*")) == before
         return capsys.readouterr().err
 
@@ -79,6 +79,12 @@ def test_output_that_is_a_folder(fails, tmp_path):
 def test_size_below_the_coarsest_stride(fails):
     message = fails("--format", "onnx", "--fixed-size", "32", "800")
     assert "height and width must be at least 64 pixels, the stride of the coarsest level, got 32 800" in message
+
+
+def test_size_to_which_the_model_never_pads(fails):
+    opts = "MODEL.DEFORMABLE_DETR.SIZE_DIVISIBILITY", "32"
+    message = fails("--format", "onnx", "--fixed-size", "800", "1333", opts=opts)
+    assert "must be multiples of 32 pixels, to which this model pads its images, got 800 1333: give 800 1344" in message
 
 
 def test_batch_without_images(fails):

@@ -14,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from deformable_detr import cli
 from deformable_detr.data.augmentation import ResizeShortestEdge
 from deformable_detr.data.images import read_file
 from deformable_detr.detect import prepare_image
 from deformable_detr.detect.__main__ import parse_args as detect_arguments
 from deformable_detr.export import DisagreementError, InputShape, export_model, exporter
+from deformable_detr.export.__main__ import parse_args
 from deformable_detr.export.agreement import draw_pictures
 
 onnx = pytest.importorskip("onnx")
@@ -127,6 +129,24 @@ def test_formats_of_pytorch_load_without_this_package(short_model, capture, tmp_
     assert len(export_model(loaded, script, format_name="torchscript", shape=InputShape(size=size))) == 2
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(LOAD_WITHOUT_THIS_PACKAGE), program, script]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["96", "96"]
+
+
+def test_a_canvas_that_is_left_open_is_one_that_the_model_pads_to(short_model, tmp_path, monkeypatch):
+    def stop(program, shape, *, decompose):
+        raise InterruptedError(str(shape))
+
+    monkeypatch.setattr(exporter, "capture", stop)
+    loaded = short_model("_two_stage", "MODEL.DEFORMABLE_DETR.SIZE_DIVISIBILITY", "40")
+    # Images are tested with sides of 64 and 96 pixels.
+    with pytest.raises(InterruptedError, match="1 x 3 x 80 x 120"):
+        export_model(loaded, tmp_path / "model.pt", format_name="torchscript")
+
+
+def test_a_file_is_for_the_cpu_unless_asked_otherwise(monkeypatch):
+    monkeypatch.setattr(cli, "default_device", lambda: "cuda")
+    required = ["--model", "deformable_detr_R_50", "--format", "torch_export"]
+    assert parse_args(required).device == "cpu"
+    assert parse_args([*required, "--device", "cuda:1"]).device == "cuda:1"
 
 
 def test_torchscript_keeps_the_op_on_demand(short_model, capture, tmp_path):

@@ -27,7 +27,7 @@ The file holds the class names and the sizes to resize to. It gets its name afte
 EPILOG = """examples:
   python -m deformable_detr.export --model output/demo --format onnx --output model.onnx
   python tools/run_onnx.py photo.jpg --model model.onnx
-  python -m deformable_detr.export --model output/demo --format onnx --fixed-size 800 1333 --batch 1
+  python -m deformable_detr.export --model output/demo --format onnx --fixed-size 800 1344 --batch 1
 
 formats:
   onnx          batch and image size are dynamic. --op custom leaves nodes deformable_detr::MSDeformAttn in it, for
@@ -36,12 +36,16 @@ formats:
                 (64 pixels with four levels, 32 with one, 16 with DC5). --op custom leaves
                 deformable_detr::ms_deform_attn in it: import deformable_detr.layers before loading.
   torchscript   for torch.jit.load and LibTorch; sizes are fixed, by default batch 1 and the config's test size as
-                height and width. PyTorch has deprecated TorchScript: prefer torch_export where you can choose."""
+                height and width, rounded up to multiples of what the model pads to. PyTorch has deprecated TorchScript:
+                prefer torch_export where you can choose.
+Files of the last two compute on the --device that they were exported on, and load where there is one."""
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("export", description=DESCRIPTION, epilog=EPILOG)
     add_model_arguments(parser)
+    # Whatever this machine has: a file is for others.
+    parser.set_defaults(device="cpu")
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument(
         "--output",
@@ -51,7 +55,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--opset", type=int, help=f"of ONNX, {OLDEST_OPSET} to {NEWEST_OPSET} (default: {DEFAULT_OPSET})"
     )
-    parser.add_argument("--fixed-size", type=int, nargs=2, metavar=("H", "W"), help="constant height and width, pixels")
+    parser.add_argument(
+        "--fixed-size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="constant height and width of the canvas, pixels; multiples of what the model pads to",
+    )
     parser.add_argument("--batch", type=int, metavar="N", help="constant number of images")
     parser.add_argument(
         "--op",

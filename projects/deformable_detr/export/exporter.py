@@ -60,7 +60,8 @@ def export_model(
         path: of the file, with the suffix of the format.
         format_name: a key of ``FORMATS``.
         shape: constant sizes of the input (default: none). Where the format has no dynamic sizes, those that are not
-            given are one image and the short and long side that the configuration tests with, as height and width.
+            given are one image and the short and long side that the configuration tests with, as height and width,
+            rounded up to multiples of the model's ``size_divisibility``.
         decompose: see :func:`capture`.
         opset: of ONNX.
         pictures: (H, W, 3) uint8 RGB to compare on; without any, two are drawn.
@@ -106,6 +107,11 @@ def _check_arguments(
         raise ValueError(
             f"height and width must be at least {least} pixels, the stride of the coarsest level, got {height} {width}"
         )
+    if shape.size is not None and (canvas := _canvas(loaded, shape.size)) != shape.size:
+        raise ValueError(
+            f"height and width must be multiples of {loaded.model.size_divisibility} pixels, to which this model pads "
+            f"its images, got {shape.size[0]} {shape.size[1]}: give {canvas[0]} {canvas[1]}"
+        )
     if kind.write is not write_onnx:
         if opset is not None:
             raise ValueError(f"opset {opset} was given, but only ONNX has opsets")
@@ -121,9 +127,15 @@ def _complete(shape: InputShape, kind: Format, loaded: LoadedModel) -> InputShap
     """Set what the format cannot leave open."""
     if kind.dynamic:
         return shape
-    return InputShape(
-        1 if shape.batch is None else shape.batch, _test_sizes(loaded) if shape.size is None else shape.size
-    )
+    batch = 1 if shape.batch is None else shape.batch
+    return InputShape(batch, shape.size or _canvas(loaded, _test_sizes(loaded)))
+
+
+def _canvas(loaded: LoadedModel, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the smallest canvas that an image of a size (height, width) gets from the model."""
+    multiple = max(1, loaded.model.size_divisibility)
+    height, width = (-(-side // multiple) * multiple for side in size)
+    return height, width
 
 
 def _test_sizes(loaded: LoadedModel) -> tuple[int, int]:
