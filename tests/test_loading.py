@@ -37,7 +37,7 @@ def test_an_output_folder_gives_its_last_checkpoint_and_its_class_names(config, 
     names = [f"name {index}" for index in range(80)]
     torch.save({"model": trained.state_dict(), "class_names": names}, tmp_path / "model_0000009.pth")
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
-    loaded = load_model(str(tmp_path))
+    loaded = load_model(tmp_path)
     assert torch.equal(loaded.model.transformer.level_embed, trained.transformer.level_embed)
     assert loaded.class_names == names
 
@@ -59,7 +59,7 @@ def test_weights_of_a_backbone_alone_cannot_detect(config, tmp_path):
     backbone = build_model(load_config(path, opts)).backbone.bottom_up
     torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
     with pytest.raises(CheckpointError, match="cannot detect"):
-        load_model(path, str(tmp_path / "backbone.pth"), opts=opts)
+        load_model(path, tmp_path / "backbone.pth", opts=opts)
 
 
 def test_a_file_of_other_classes_is_told_by_their_numbers(tiny_yaml, tmp_path):

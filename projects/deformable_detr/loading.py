@@ -44,7 +44,11 @@ class LoadedModel:
 
 
 def load_model(
-    model: str, weights: str | None = None, *, device: str | torch.device = "cpu", opts: Sequence[str] = ()
+    model: str | os.PathLike,
+    weights: str | os.PathLike | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    opts: Sequence[str] = (),
 ) -> LoadedModel:
     """Build a model and load its weights.
 
@@ -63,9 +67,9 @@ def load_model(
             PyTorch has here, if ``opts`` are values that their keys cannot take.
     """
     check_device(device)
+    model = os.fspath(model)
     cfg = load_config(model, opts)
-    if weights is None:
-        weights = _default_weights(model, cfg, opts)
+    weights = _default_weights(model, cfg, opts) if weights is None else os.fspath(weights)
     built = build_model(cfg, device).eval()
     # Without names of ours: what the outputs mean is for the file to say, and only then for the config's dataset.
     checkpointer = DeformableDETRCheckpointer(built, weights_key="--weights")

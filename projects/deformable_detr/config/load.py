@@ -23,7 +23,7 @@ _NEAR = 0.8
 _CONFIGS = (Path(__file__).parents[3] / "configs", Path(__file__).parents[1] / "model_zoo" / "configs")
 
 
-def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode | DictConfig:
+def load_config(path: str | os.PathLike, opts: Sequence[str] = ()) -> CfgNode | DictConfig:
     """Read a configuration and apply overrides.
 
     Args:
@@ -58,7 +58,7 @@ def load_config(path: str, opts: Sequence[str] = ()) -> CfgNode | DictConfig:
     return cfg
 
 
-def find_config_file(config: str, *, suffix: str = ".yaml") -> str:
+def find_config_file(config: str | os.PathLike, *, suffix: str = ".yaml") -> str:
     """Return the path of a configuration, which need not exist.
 
     Args:
@@ -68,6 +68,7 @@ def find_config_file(config: str, *, suffix: str = ".yaml") -> str:
     Raises:
         ValueError: on anything else.
     """
+    config = os.fspath(config)
     if config.endswith((".yaml", ".yml", ".py")):
         return config
     if os.path.isdir(config):

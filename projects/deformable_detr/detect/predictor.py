@@ -1,5 +1,6 @@
 """Detection in Python: a model by name, images in, Detectron2's Instances out."""
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -58,8 +59,8 @@ class Predictor:
 
     def __init__(
         self,
-        model: str | LoadedModel,
-        weights: str | None = None,
+        model: str | os.PathLike | LoadedModel,
+        weights: str | os.PathLike | None = None,
         *,
         # Model:
         device: str | torch.device | None = None,
