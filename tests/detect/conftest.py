@@ -64,7 +64,7 @@ def gray(level: int) -> np.ndarray:
 def serve(handler: Callable) -> Iterator[str]:
     """Answer requests on this machine; yields the address, without a slash at its end."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
@@ -72,6 +72,24 @@ def serve(handler: Callable) -> Iterator[str]:
 def serve_folder(folder: Path) -> AbstractContextManager[str]:
     """As :func:`serve`, with the files of a folder."""
     return serve(functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder)))
+
+
+def guarded(handler: type, challenge: str) -> type:
+    """A handler that answers those alone who come with the password "secret" of "me", as Basic or Digest has it."""
+
+    class Guarded(handler):
+        def do_GET(self) -> None:
+            answer = self.headers.get("Authorization", "")
+            # The first is "me:secret" in base64.
+            if answer == "Basic bWU6c2VjcmV0" or ('username="me"' in answer and challenge.startswith("Digest")):
+                super().do_GET()
+                return
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", challenge)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    return Guarded
 
 
 class MjpegHandler(http.server.BaseHTTPRequestHandler):

@@ -176,6 +176,17 @@ def test_another_codec_than_usual_is_announced(detect, pixels, tmp_path, capsys,
     assert f"wrote MJPG to {tmp_path}/out/clip.avi" in capsys.readouterr().err
 
 
+def test_no_input_is_written_over_by_another_codec_either(detect, pixels, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("deformable_detr.detect.video.CODECS", (("none", ".mp4"), ("MJPG", ".avi")))
+    clip = tmp_path / "out" / "clip.avi"
+    clip.parent.mkdir()
+    write_video(clip, [pixels], codec="MJPG")
+    before = clip.read_bytes()
+    assert detect(clip) == 1
+    assert f"video {clip}: {clip} would be written over an input; choose another" in capsys.readouterr().err
+    assert clip.read_bytes() == before
+
+
 def test_a_video_that_cannot_be_written_is_named(detect, pixels, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("deformable_detr.detect.video.CODECS", ())
     write_video(tmp_path / "clip.mp4", [pixels])

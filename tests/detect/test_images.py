@@ -109,6 +109,13 @@ def test_a_file_name_that_is_not_utf8_can_be_read_and_printed(tmp_path, pixels):
     assert str(caught.value).encode()
 
 
+@pytest.mark.parametrize("scheme", ["http", "ftp"])
+def test_an_address_that_cannot_be_read_is_named_without_its_password(scheme, caplog, capfd):
+    with pytest.raises(ImageError, match=f"cannot read image {scheme}://127.0.0.1:1/a.jpg: .*refused"):
+        read_image(f"{scheme}://me:secret@127.0.0.1:1/a.jpg")
+    assert "secret" not in caplog.text + "".join(capfd.readouterr())
+
+
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
 def test_a_prepared_image_is_what_evaluation_gives_the_model(tiny_model, pixels, order):
     tiny_model.model.input_format = order

@@ -1,5 +1,7 @@
 """What arguments name, and where results go."""
 
+import functools
+import http.server
 import os
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from deformable_detr.detect.inputs import (
     without_repetitions,
 )
 
-from .conftest import gray, serve_folder
+from .conftest import MjpegHandler, gray, guarded, serve, serve_folder
 
 OUT = Path("out")
 
@@ -102,6 +104,45 @@ def test_the_server_says_whether_an_address_without_a_suffix_is_a_stream(mjpeg_s
     with serve_folder(touch(tmp_path, "photo")) as server:
         for name in ("photo", "missing"):
             assert find_sources(f"{server}/{name}", output=OUT) == [Source(f"{server}/{name}", name, False)]
+
+
+CHALLENGES = ['Basic realm="camera"', 'Digest realm="camera", nonce="1", qop="auth"']
+
+
+@pytest.mark.parametrize("challenge", CHALLENGES)
+def test_a_server_is_asked_with_the_password_of_its_address(challenge):
+    with serve(guarded(MjpegHandler, challenge)) as server:
+        address = f"{server.replace('//', '//me:secret@')}/video"
+        assert find_sources(address, output=OUT) == [Source(address, "video", is_video=True, is_live=True)]
+        assert not find_sources(address.replace("me:", "you:"), output=OUT)[0].is_live
+
+
+@pytest.mark.parametrize("challenge", CHALLENGES)
+def test_a_file_behind_a_password_is_fetched(challenge, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"content")
+    handler = functools.partial(
+        guarded(http.server.SimpleHTTPRequestHandler, challenge), directory=str(touch(tmp_path))
+    )
+    with serve(handler) as server, local_file(f"{server.replace('//', '//me:s%65cret@')}/a.jpg") as local:
+        assert Path(local).read_bytes() == b"content" and local.endswith(".jpg")
+
+
+@pytest.mark.parametrize(
+    "address, reason",
+    [
+        ("http://127.0.0.1:1/my clip.mp4", "control characters"),
+        ("http://me:secret@host:port/clip.mp4", "nonnumeric port: 'port'"),
+        ("s3://bucket/clip.mp4", "cache_dir"),
+    ],
+)
+def test_an_address_that_nothing_can_fetch_is_an_error_like_any_other_input(address, reason):
+    with pytest.raises(OSError, match=reason), local_file(address):
+        pass
+
+
+def test_what_is_no_address_is_named():
+    with pytest.raises(SourceError, match=r"^http://\[host/clip.mp4 is not an address: Invalid IPv6 URL"):
+        find_sources("http://me:secret@[host/clip.mp4", output=OUT)
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,18 @@
 
 import threading
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageGrab
 
+from deformable_detr.detect.inputs import find_sources
 from deformable_detr.detect.live import LiveReader, RealTimeWriter, ScreenReader, open_live
 from deformable_detr.detect.video import VideoError, VideoReader
 
-from .conftest import gray, serve_folder
+from .conftest import MjpegHandler, gray, guarded, serve, serve_folder
 
 
 class Camera:
@@ -113,6 +115,15 @@ def test_a_stream_over_http_is_decoded_as_it_comes(mjpeg_server):
     frame = next(iter(reader))
     reader.close()
     assert frame.shape == (48, 64, 3) and abs(int(frame[0, 0, 0]) - 200) < 5
+
+
+def test_a_camera_behind_a_password_is_found_and_seen():
+    with serve(guarded(type("Camera", (MjpegHandler,), {"frames": [gray(200)] * 3}), 'Basic realm="camera"')) as server:
+        [source] = find_sources(f"{server.replace('//', '//me:secret@')}/video", output=Path("out"))
+        assert source.is_live and source.title == f"{server}/video"
+        reader = open_live(source.path)
+        assert next(iter(reader)).shape == (48, 64, 3)
+        reader.close()
 
 
 def test_a_recording_that_is_sent_as_a_stream_is_read_frame_by_frame(tmp_path):

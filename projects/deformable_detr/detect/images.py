@@ -11,7 +11,7 @@ from PIL import Image
 from ..data.images import ImageError, array_to_rgb, describe_failure, from_rgb, pillow_to_rgb, read_file
 from ..files import replacing_file, show
 from ..loading import LoadedModel
-from .inputs import local_file
+from .inputs import local_file, without_password
 
 # What the images of a Predictor may be: a path or address, an image of Pillow's, or an array (H, W, 3).
 ImageSource = str | os.PathLike | Image.Image | np.ndarray
@@ -42,9 +42,10 @@ def read_image(source: ImageSource, *, input_format: str = "RGB") -> np.ndarray:
     try:
         with local_file(source) as path:
             return read_file(path)
-    # What fetching an address lets out depends on its handler.
-    except Exception as error:
-        raise ImageError(f"cannot read image {show(source)}: {describe_failure(error)}") from error
+    # The latter of an address that is none.
+    except (OSError, ValueError) as error:
+        name = show(without_password(os.fsdecode(source)))
+        raise ImageError(f"cannot read image {name}: {describe_failure(error)}") from error
 
 
 def prepare_image(loaded: LoadedModel, rgb: np.ndarray) -> dict:

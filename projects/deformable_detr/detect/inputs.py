@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -9,9 +10,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
-from urllib.request import url2pathname, urlopen
+from urllib.request import (
+    HTTPBasicAuthHandler,
+    HTTPDigestAuthHandler,
+    HTTPPasswordMgrWithDefaultRealm,
+    build_opener,
+    url2pathname,
+    urlopen,
+)
 
 from detectron2.utils.file_io import PathManager
+
+from ..wording import ignoring_records
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".pnm", ".ppm")
 IMAGE_SUFFIXES += (".tif", ".tiff", ".webp")
@@ -24,6 +34,8 @@ _STREAM_SUFFIXES = (".m3u8", ".mjpeg", ".mjpg", ".mpd")
 _STREAM_TYPES = ("application/dash+xml", "application/vnd.apple.mpegurl", "application/x-mpegurl")
 _STREAM_TYPES += ("multipart/mixed", "multipart/x-mixed-replace")
 _PATIENCE = 10  # s, for a server to tell the type
+# "me:secret@" of http://me:secret@host/a.
+_USER = re.compile(r"(?<=://)[^/?#]*@")
 # Pictures are written as JPEG where they came as such, and without loss where not.
 _JPEG_SUFFIXES = (".jfif", ".jpe", ".jpeg", ".jpg")
 
@@ -51,12 +63,7 @@ class Source:
     @property
     def title(self) -> str:
         """The path, or what is live, for people and for results; without the password that an address may carry."""
-        if "://" not in self.path:
-            return self.name if self.is_live else self.path
-        netloc = urlsplit(self.path).netloc
-        if "@" not in netloc:
-            return self.path
-        return urlsplit(self.path)._replace(netloc=netloc.rpartition("@")[2]).geturl()
+        return self.name if self.is_live and "://" not in self.path else without_password(self.path)
 
 
 def find_sources(argument: str, *, output: Path) -> list[Source]:
@@ -69,8 +76,9 @@ def find_sources(argument: str, *, output: Path) -> list[Source]:
     annotated pictures of the run before.
 
     Raises:
-        SourceError: if a folder holds no image and no video, or cannot be listed.
+        SourceError: if a folder holds no image and no video, or cannot be listed, or an address is none.
     """
+    _check_address(argument)
     if live := _live_source(argument):
         return [live]
     if not os.path.isdir(argument):
@@ -98,13 +106,18 @@ def without_repetitions(sources: Sequence[Source]) -> list[Source]:
     return list(first.values())
 
 
+def files_of(sources: Sequence[Source]) -> set[str]:
+    """Return the files and addresses of sources; links are followed."""
+    return {_identity(source.path) for source in sources}
+
+
 def name_outputs(sources: Sequence[Source], output: Path) -> list[Path]:
     """Return a file below ``output`` for each source, under its name; of equal names the later get ``_2``, ``_3``, ...
 
     Raises:
         SourceError: if one would be written over a source.
     """
-    inputs = {_identity(source.path) for source in sources}
+    inputs = files_of(sources)
     taken: set[str] = set()
     paths = []
     for source in sources:
@@ -127,9 +140,18 @@ def distinct_name(path: PurePosixPath, taken: set[str]) -> PurePosixPath:
     return path
 
 
+def without_password(address: str) -> str:
+    """Return an address without the user and the password that it may carry, and anything else as it is."""
+    return _USER.sub("", address)
+
+
 @contextmanager
 def local_file(path: str | os.PathLike) -> Iterator[str]:
-    """Yield a file on this machine for a path or address; what was downloaded is removed afterwards."""
+    """Yield a file on this machine for a path or address; what was downloaded is removed afterwards.
+
+    Raises:
+        OSError: if an address cannot be fetched.
+    """
     path = os.fspath(path)
     if "://" not in path:
         yield path
@@ -139,7 +161,7 @@ def local_file(path: str | os.PathLike) -> Iterator[str]:
         # iopath's own cache knows an address by its path alone, without the host, and keeps it for ever.
         folder = tempfile.mkdtemp(prefix="deformable_detr_")
         try:
-            yield PathManager.get_local_path(path, cache_dir=folder)
+            yield _download(path, folder)
         finally:
             shutil.rmtree(folder)
 
@@ -159,6 +181,13 @@ def _live_source(argument: str) -> Source | None:
     return Source(argument, name, is_video=True, is_live=True)
 
 
+def _check_address(argument: str) -> None:
+    try:
+        urlsplit(argument if "://" in argument else "")
+    except ValueError as error:
+        raise SourceError(f"{without_password(argument)} is not an address: {error}") from error
+
+
 def _is_stream(address: str) -> bool:
     scheme, suffix = urlsplit(address).scheme, _suffix(_address_name(address))
     if scheme not in ("http", "https"):
@@ -166,11 +195,43 @@ def _is_stream(address: str) -> bool:
     if suffix in IMAGE_SUFFIXES + VIDEO_SUFFIXES + _STREAM_SUFFIXES:
         return suffix in _STREAM_SUFFIXES
     try:
-        with urlopen(address, timeout=_PATIENCE) as response:
+        with _open(address, timeout=_PATIENCE) as response:
             return response.headers.get_content_type() in _STREAM_TYPES
     except (OSError, ValueError, http.client.HTTPException):
         # An image, which cannot be read; reading it tells why.
         return False
+
+
+def _download(address: str, folder: str) -> str:
+    """Fetch an address into a folder; return the file."""
+    try:
+        if _USER.search(address) and urlsplit(address).scheme in ("http", "https"):
+            # Which iopath's handler cannot take.
+            file = os.path.join(folder, f"download{_suffix(_address_name(address))}")
+            with _open(address) as response, open(file, "wb") as stream:
+                shutil.copyfileobj(response, stream)
+            return file
+        # The error that follows says the same, without the password.
+        with ignoring_records("iopath.common.download", "Failed to download"):
+            return PathManager.get_local_path(address, cache_dir=folder)
+    except OSError:
+        raise
+    # What else fetching an address lets out depends on its handler.
+    except Exception as error:
+        raise SourceError(str(error) or type(error).__name__) from error
+
+
+def _open(address: str, **options: float) -> http.client.HTTPResponse:
+    """Open an address under http; its user and password are for the server that asks for them, and no other."""
+    user = _USER.search(address)
+    if user is None:
+        return urlopen(address, **options)
+    name, _, password = user[0][:-1].partition(":")
+    address = without_password(address)
+    passwords = HTTPPasswordMgrWithDefaultRealm()
+    passwords.add_password(None, urlsplit(address).netloc, unquote(name), unquote(password))
+    opener = build_opener(HTTPBasicAuthHandler(passwords), HTTPDigestAuthHandler(passwords))
+    return opener.open(address, **options)
 
 
 def _address_name(address: str) -> str:

@@ -16,7 +16,7 @@ from ..files import show
 from ..wording import counted
 from .drawing import LARGEST_PICTURE, draw_detections, draw_frame
 from .images import ImageError, prepare_image, read_image, save_image, shrink
-from .inputs import Source, local_file
+from .inputs import Source, files_of, local_file
 from .live import RealTimeWriter, Video, open_live
 from .outputs import SideFiles
 from .predictor import Predictor
@@ -43,10 +43,12 @@ class Job:
         self.side_files = side_files
         self.seconds = seconds
         self.verbose = verbose
+        self._inputs: set[str] = set()
         self.images = self.frames = self.detections = self.failures = 0
 
     def detect_all(self, tasks: Sequence[tuple[Source, Path]]) -> None:
         """Detect in all images, then in all videos; with a progress bar where there is someone to see it."""
+        self._inputs = files_of([source for source, _ in tasks])
         images = [task for task in tasks if not task[0].is_video]
         self.detect_images(tqdm(images, unit="image", disable=True if len(images) < 2 else None))
         for source, path in tasks:
@@ -106,7 +108,8 @@ class Job:
             self._say(path, instances.pred_classes.tolist())
 
     def _detect_frames(self, video: Video, source: Source, output: Path) -> None:
-        writer = (VideoWriter if isinstance(video, VideoReader) else RealTimeWriter)(output, video.fps)
+        kind = VideoWriter if isinstance(video, VideoReader) else RealTimeWriter
+        writer = kind(output, video.fps, inputs=self._inputs)
         before, classes = self.frames, []
         total, title = video.num_frames or None, show(source.name)
         bar = tqdm(self._in_time(video, source), total=total, unit="frame", desc=title, disable=None)

@@ -3,7 +3,7 @@
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -104,11 +104,14 @@ class RealTimeWriter(VideoWriter):
     A frame is shown until the next one comes, and not at all if that comes at once.
 
     Args:
+        inputs: as of :class:`VideoWriter`.
         clock: seconds, from any start.
     """
 
-    def __init__(self, path: Path, fps: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(path, fps)
+    def __init__(
+        self, path: Path, fps: float, *, inputs: Collection[str] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(path, fps, inputs=inputs)
         self._clock = clock
         self._start: float | None = None
         self._last: np.ndarray | None = None

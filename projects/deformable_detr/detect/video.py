@@ -1,7 +1,7 @@
 """Video files through OpenCV, as RGB frames."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import cv2
@@ -86,13 +86,17 @@ class VideoWriter:
 
     Of an odd number of rows or columns mp4v drops the last one.
 
+    Args:
+        inputs: real paths of files over which nothing may be written.
+
     Attributes:
         path: what is written: ``.mp4``, or ``.avi`` where OpenCV cannot write that.
         codec: of ``CODECS``; None before the first frame.
     """
 
-    def __init__(self, path: Path, fps: float) -> None:
+    def __init__(self, path: Path, fps: float, *, inputs: Collection[str] = ()) -> None:
         self.path = path
+        self._inputs = inputs
         self.codec: str | None = None
         self._fps = fps
         self._size: tuple[int, int] | None = None
@@ -101,7 +105,7 @@ class VideoWriter:
         """Append a frame, uint8 (H, W, 3).
 
         Raises:
-            VideoError: if no codec can write the file, or a frame has another size than the first.
+            VideoError: if no codec can write the file, it is an input, or a frame has another size than the first.
         """
         size = (rgb.shape[1], rgb.shape[0])
         if self._size is None:
@@ -127,6 +131,8 @@ class VideoWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for codec, suffix in CODECS:
             path = self.path.with_suffix(suffix)
+            if os.path.realpath(path) in self._inputs:
+                raise VideoError(f"{path} would be written over an input; choose another output folder")
             writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), self._fps, size)
             if writer.isOpened():
                 self._writer, self.path, self.codec, self._size = writer, path, codec, size
