@@ -88,6 +88,13 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def positive_int(text: str) -> int:
+    """Read a number of things of which there must be one at least: the ``type`` of an argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def check_device(device: str | torch.device) -> None:
     """Refuse a device that PyTorch does not know, or has not got here, with a ValueError."""
     try:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deformable_detr.benchmark.__main__ import main
+from deformable_detr.benchmark.inference import Contender
 from deformable_detr.benchmark.shapes import SHAPES, Shape, make_inputs
 from deformable_detr.benchmark.timing import CLOCKS, time_cold_and_settled, time_in_turns
 
@@ -64,6 +65,57 @@ def test_op_benchmark_leaves_out_peers_and_sums_in_any_order_again_afterwards(mo
     assert seen == {True} and not torch.are_deterministic_algorithms_enabled()
     output = capsys.readouterr().out
     assert "deformable_detr" in output and "twin" not in output
+
+
+@pytest.mark.parametrize("command", ["op", "model", "train"])
+@pytest.mark.parametrize("option", ["--batches", "--rounds", "--threads"])
+def test_there_must_be_one_at_least_of_what_is_counted(monkeypatch, capsys, command, option):
+    monkeypatch.setattr("sys.argv", ["benchmark", command, option, "0"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err.endswith(f"argument {option}: must be a whole number of at least 1, got '0'\n")
+
+
+@pytest.mark.parametrize("command", ["op", "model"])
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (["--devices", "cpu", "gpu"], ValueError, "device must be one of PyTorch's"),
+        (["--json", "absent/out.json"], FileNotFoundError, "cannot write absent/out.json: there is no folder absent"),
+    ],
+)
+def test_what_is_not_there_is_told_before_anything_is_measured(monkeypatch, command, arguments, error, message):
+    monkeypatch.delattr("deformable_detr.benchmark.op.measure_bandwidth")
+    monkeypatch.delattr("deformable_detr.benchmark.inference.make_batch")
+    monkeypatch.setattr("sys.argv", ["benchmark", command, *arguments])
+    with pytest.raises(error, match=message):
+        main()
+
+
+@pytest.mark.parametrize("command", ["op", "model"])
+def test_what_was_measured_before_an_error_is_printed_and_saved(monkeypatch, capsys, tmp_path, command):
+    path = tmp_path / "out.json"
+
+    def measure_op(shape, number, *_, **__):
+        return measure_model(None, None, range(number), None)
+
+    def measure_model(contenders, variant, batch, args):
+        if len(batch) == 4:
+            raise MemoryError("4 images are too many")
+        return [{"ms": 10 * len(batch)}]
+
+    monkeypatch.setattr("deformable_detr.benchmark.op.measure_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr("deformable_detr.benchmark.op.measure", measure_op)
+    monkeypatch.setattr("deformable_detr.benchmark.inference.make_batch", lambda *_, size, **__: range(size))
+    monkeypatch.setattr("deformable_detr.benchmark.inference.make_contenders", lambda *_: [Contender({}, None, None)])
+    monkeypatch.setattr("deformable_detr.benchmark.inference.measure", measure_model)
+    arguments = [command, "--batches", "1", "2", "4", "--devices", "cpu", "--json", str(path)]
+    arguments += ["--shapes", "r50_decoder", "--dtypes", "float32"] if command == "op" else []
+    monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
+    with pytest.raises(MemoryError, match="4 images are too many"):
+        main()
+    assert [row["ms"] for row in json.loads(path.read_text())["results"]] == [10, 20]
+    assert "20" in capsys.readouterr().out
 
 
 @pytest.fixture

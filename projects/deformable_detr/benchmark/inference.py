@@ -14,12 +14,12 @@ from detectron2.structures import ImageList
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
-from ..cli import add_model, add_overrides, default_device
+from ..cli import add_model, add_overrides, default_device, positive_int
 from ..loading import DTYPES
 from ..modeling import SetPredictionDetector, prepare_for_inference
 from .launches import count_launches, format_launches, sum_by_phase
 from .peers import OURS, TORCHVISION, TRANSFORMERS, Batch, Ours, build, find_peers, make_batch
-from .timing import CLOCKS, Call, peak_memory, print_and_save, summarise, time_in_turns
+from .timing import CLOCKS, Call, peak_memory, printing_and_saving, summarise, time_in_turns
 
 NOTES = """\
 ms: median of the rounds; spread: quartile range / median; ratio: median over rounds of time / time of the first row of
@@ -57,7 +57,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, size: str, variant:
     """Arguments of the benchmarks of whole models."""
     add_model(parser, "--variants", dest="variants", nargs="+", default=[variant], help="(default: %(default)s)")
     parser.add_argument("--sizes", nargs="+", default=[_parse_size(size)], type=_parse_size, metavar="HxW")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument("--batches", nargs="+", type=positive_int, default=[1])
     parser.add_argument(
         "--precision",
         "--dtypes",
@@ -68,9 +68,9 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, size: str, variant:
         help="float32: as PyTorch is set; tf32: for products and convolutions on CUDA; 16 bits: autocast",
     )
     parser.add_argument("--devices", nargs="+", default=[default_device()])
-    parser.add_argument("--rounds", type=int, default=5, help="repetitions; every implementation runs in each")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="repetitions; every implementation runs in each")
     parser.add_argument("--warmup", type=int, default=1, help="untimed calls of each before the rounds")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
+    parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="on the CPU")
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="processor: for a busy machine, one thread")
     parser.add_argument(
         "--launches",
@@ -110,14 +110,13 @@ def run_combinations(
     torch.set_num_threads(args.threads)
     if args.launches is not None:
         measure, notes = show_launches, LAUNCH_NOTES
-    rows = []
-    for device, variant, size, number in itertools.product(args.devices, args.variants, args.sizes, args.batches):
-        batch = make_batch(*size, size=number, device=device)
-        contenders = make_contenders(variant, batch, args)
-        common = {"variant": variant, "device": device, "size": "x".join(map(str, size)), "N": number}
-        found = measure(contenders, variant, batch, args)
-        rows += [{**common, **c.columns, **row} for c, row in zip(contenders, found, strict=True)]
-    print_and_save(rows, args, notes)
+    with printing_and_saving(args, notes) as rows:
+        for device, variant, size, number in itertools.product(args.devices, args.variants, args.sizes, args.batches):
+            batch = make_batch(*size, size=number, device=device)
+            contenders = make_contenders(variant, batch, args)
+            common = {"variant": variant, "device": device, "size": "x".join(map(str, size)), "N": number}
+            found = measure(contenders, variant, batch, args)
+            rows += [{**common, **c.columns, **row} for c, row in zip(contenders, found, strict=True)]
 
 
 def make_contenders(variant: str, batch: Batch, args: argparse.Namespace) -> list[Contender]:
@@ -248,6 +247,6 @@ def _count_attention(inputs: list, outputs: list) -> int:
 
 def _parse_size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
+    if not all(side.isdecimal() and int(side) for side in (height, width)):
         raise argparse.ArgumentTypeError(f"a size must be HEIGHTxWIDTH in pixels, such as 800x1066, got {text!r}")
     return int(height), int(width)

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..cli import check_device, default_device
+from ..cli import default_device, positive_int
 from ..layers import ms_deform_attn, ms_deform_attn_pytorch
 from .shapes import SHAPES, Inputs, make_inputs
-from .timing import print_and_save, summarise, time_call, time_cold_and_settled
+from .timing import printing_and_saving, summarise, time_call, time_cold_and_settled
 
 Attend = Callable[[Inputs, Tensor, Tensor, Tensor], Tensor]
 OURS, TWIN, TRANSFORMERS, MMCV = "deformable_detr", "twin", "transformers", "mmcv"
@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES, help="of value")
     parser.add_argument("--devices", nargs="+", default=[default_device()])
     parser.add_argument("--distributions", nargs="+", default=["grid"], choices=["grid", "uniform"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1])
-    parser.add_argument("--rounds", type=int, default=5, help="repetitions; every implementation runs in each")
+    parser.add_argument("--batches", nargs="+", type=positive_int, default=[1])
+    parser.add_argument("--rounds", type=positive_int, default=5, help="repetitions; every implementation runs in each")
     parser.add_argument(
         "--peers",
         nargs="*",
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cuda-graphs", action="store_true", help=f"{CALLS_PER_GRAPH} calls at a time, without what launching takes"
     )
     parser.add_argument("--deterministic", action="store_true", help="sums that do not depend on their order")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
+    parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="on the CPU")
     parser.add_argument("--json", type=Path, help="also write all numbers to this file")
     parser.set_defaults(run=run)
 
@@ -58,22 +58,20 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     # Some peers have no deterministic backward pass: they warn.
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
-    rows = []
-    for device in args.devices:
-        check_device(device)
-        bandwidth = measure_bandwidth(device)
-        peers = find_peers(device, args.peers)
-        for combination in itertools.product(args.shapes, args.batches, args.dtypes, args.distributions):
-            rows += measure(
-                *combination,
-                device=device,
-                rounds=args.rounds,
-                bandwidth=bandwidth,
-                peers=peers,
-                graphs=args.cuda_graphs,
-            )
+    with printing_and_saving(args, NOTES) as rows:
+        for device in args.devices:
+            bandwidth = measure_bandwidth(device)
+            peers = find_peers(device, args.peers)
+            for combination in itertools.product(args.shapes, args.batches, args.dtypes, args.distributions):
+                rows += measure(
+                    *combination,
+                    device=device,
+                    rounds=args.rounds,
+                    bandwidth=bandwidth,
+                    peers=peers,
+                    graphs=args.cuda_graphs,
+                )
     torch.use_deterministic_algorithms(False)
-    print_and_save(rows, args, NOTES)
 
 
 def measure(

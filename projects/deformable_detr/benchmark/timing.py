@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from ..files import write_json
+from ..cli import check_device
+from ..files import check_writable, write_json
 from ..layers import _ops
 from ..wording import counted
 
@@ -163,14 +164,28 @@ def describe_machine(devices: list[str], threads: int) -> str:
     return f"{', '.join(names)}; torch {torch.__version__}; {counted(threads, 'thread')}; {kernels}"
 
 
-def print_and_save(rows: list[dict], args: argparse.Namespace, notes: str) -> None:
-    """Print the table, and write it with the machine to ``--json``."""
-    machine = describe_machine(args.devices, args.threads)
-    print(machine)
-    print(tabulate(rows, headers="keys", floatfmt=".4g"))
-    print(notes)
+@contextlib.contextmanager
+def printing_and_saving(args: argparse.Namespace, notes: str) -> Iterator[list[dict]]:
+    """Give a list of rows to fill; at the end print it as a table, and write it with the machine to ``--json``.
+
+    An error, such as of memory at the last batch size, leaves the rows before it.
+
+    Raises:
+        ValueError, OSError: before anything is measured, if a device is not there or the file cannot be written.
+    """
+    for device in args.devices:
+        check_device(device)
     if args.json:
-        write_json(args.json, {"machine": machine, "results": rows}, indent=1)
+        check_writable(args.json)
+    rows: list[dict] = []
+    try:
+        yield rows
+    finally:
+        if rows:
+            machine = describe_machine(args.devices, args.threads)
+            print(machine, tabulate(rows, headers="keys", floatfmt=".4g"), notes, sep="\n")
+            if args.json:
+                write_json(args.json, {"machine": machine, "results": rows}, indent=1)
 
 
 def _cpu_name() -> str:
