@@ -62,7 +62,7 @@ def test_an_image_is_computed_as_if_it_were_alone_on_every_canvas_and_beside_eve
 def test_a_1x1_convolution_behind_the_pooling_finds_nothing_infinite(tiny_yaml, batches):
     """DETR's attention would multiply it by weights of zero."""
     flag, _, *opts = tiny_yaml()
-    model = build([flag, DETR, *opts, *NARROW_STEM])
+    model = build([flag, DETR, *opts, *BOTTLENECKS])
     alone, beside = [model.predict_raw(batch)["pred_logits"] for batch in batches[:2]]
     torch.testing.assert_close(beside[:, 0], alone[:, 0], rtol=0, atol=1e-5)
 
@@ -134,8 +134,8 @@ def test_group_norm_leaves_padding_out():
     ids=lambda pool: type(pool).__name__,
 )
 def test_what_looks_at_neighbours_sees_the_border_of_the_image(pool):
-    x = -torch.rand(1, 2, 6, 6) - 1
-    with MaskedPadding((48, 48), torch.tensor([[40, 25]])):
+    x = -torch.rand(1, 2, 8, 8) - 1
+    with MaskedPadding((64, 64), torch.tensor([[40, 25]])):
         found = pool(x)
     expected = pool(x[:, :, :5, :4])
     torch.testing.assert_close(found[:, :, : expected.shape[2], : expected.shape[3]], expected)
