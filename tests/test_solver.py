@@ -168,6 +168,20 @@ def test_blocks_of_a_swin_are_counted_through_its_stages():
     }
 
 
+def test_what_halves_at_the_beginning_of_a_stage_goes_with_the_last_block_of_the_stage_before():
+    """timm's Swins, and with "stages" ConvNeXts."""
+    for kind in ("layers", "stages"):
+        first = named(blocks=nn.ModuleList([named(bias=one()), named(bias=one())]))
+        second = named(blocks=nn.ModuleList([named(bias=one())]), downsample__weight=one())
+        model = named(**{f"backbone__body__{kind}": nn.ModuleList([first, second])})
+        assert layer_factors(model, 0.5) == {
+            f"backbone.body.{kind}.0.blocks.0.bias": 0.5**3,
+            f"backbone.body.{kind}.0.blocks.1.bias": 0.5**2,
+            f"backbone.body.{kind}.1.downsample.weight": 0.5**2,
+            f"backbone.body.{kind}.1.blocks.0.bias": 0.5,
+        }
+
+
 def test_decay_by_layers_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"layer_decay \(0\.5\) needs a backbone with blocks"):
         layer_factors(named(backbone__conv=nn.Linear(1, 1)), 0.5)

@@ -43,7 +43,9 @@ def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
     if decay == 1:
         return {}
     names = [name for name, _ in model.named_parameters() if name.startswith("backbone.")]
-    blocks = sorted({_block_of(match) for name in names if (match := _BLOCK.search(name)) and match["block"]})
+    # In the first stage nothing halves the resolution, but at its end.
+    ends = any(".layers.0.downsample." in name for name in names)
+    blocks = sorted({_block_of(match, ends) for name in names if (match := _BLOCK.search(name)) and match["block"]})
     if not blocks:
         raise ValueError(f"layer_decay ({decay}) needs a backbone with blocks, such as a ViT or a Swin; this has none")
     factors = {}
@@ -51,19 +53,19 @@ def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
         match = _BLOCK.search(name)
         if match and ".residual." not in name:
             # What halves the resolution between two stages goes with the last block of the first.
-            factors[name] = decay ** (len(blocks) - bisect.bisect_right(blocks, _block_of(match)) + 1)
+            factors[name] = decay ** (len(blocks) - bisect.bisect_right(blocks, _block_of(match, ends)) + 1)
         elif "patch_embed." in name or "pos_embed" in name or ".stem." in name:
             factors[name] = decay ** (len(blocks) + 1)
     return factors
 
 
 # Of a block, or of what halves the resolution: its stage, if it is in one, and its number.
-_BLOCK = re.compile(r"\.(?:(?P<kind>layers|stages)\.(?P<stage>\d+)\.)?(?:blocks\.(?P<block>\d+)|downsample)\.")
+_BLOCK = re.compile(r"\.(?:(?:layers|stages)\.(?P<stage>\d+)\.)?(?:blocks\.(?P<block>\d+)|downsample)\.")
 
 
-def _block_of(match: re.Match) -> tuple[int, float]:
-    # It is the end of a stage in a Swin, and the beginning of the next one in a ConvNeXt.
-    between = -1 if match["kind"] == "stages" else math.inf
+def _block_of(match: re.Match, ends: bool) -> tuple[int, float]:
+    # It ends a stage in Microsoft's and Detectron2's Swins, and begins the next one in timm's Swins and in ConvNeXts.
+    between = math.inf if ends else -1
     return int(match["stage"] or 0), int(match["block"]) if match["block"] else between
 
 
