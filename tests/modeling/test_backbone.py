@@ -76,6 +76,11 @@ def test_unknown_in_feature_is_named(tiny_backbone):
         MultiScaleBackbone(tiny_backbone, in_features=["res9"])
 
 
+def test_features_that_are_not_finest_first_are_refused(tiny_backbone):
+    with pytest.raises(ValueError, match=r"finest first.*got res5, res3, res4 with strides \[32, 8, 16\]"):
+        MultiScaleBackbone(tiny_backbone, in_features=["res5", 8, "res4"])
+
+
 def test_fewer_levels_than_features_is_refused(tiny_backbone):
     with pytest.raises(ValueError, match=r"num_feature_levels \(2\).*3: res3, res4, res5"):
         MultiScaleBackbone(tiny_backbone, num_feature_levels=2)

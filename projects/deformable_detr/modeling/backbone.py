@@ -52,6 +52,12 @@ class MultiScaleBackbone(Backbone):
                 f"num_feature_levels ({num_feature_levels}) must be at least the number of in_features "
                 f"({len(in_features)}: {', '.join(in_features)})"
             )
+        strides = [shapes[name].stride for name in in_features]
+        if strides != sorted(strides):
+            raise ValueError(
+                f"in_features must be finest first, as every level stands for larger objects than the one before; "
+                f"got {', '.join(in_features)} with strides {strides}"
+            )
         self.bottom_up = fold_frozen_batch_norm(use_torchvision_deform_conv(bottom_up))
         self.in_features = tuple(in_features)
         self.hidden_dim = hidden_dim
@@ -60,7 +66,6 @@ class MultiScaleBackbone(Backbone):
         if norm not in ("GN", ""):
             raise ValueError(f'the norm of the projections must be "GN" or "" for none, got {norm!r}')
 
-        strides = [shapes[name].stride for name in in_features]
         channels = [shapes[name].channels for name in in_features]
         projections = [_projection(c, hidden_dim, kernel_size=1, norm=norm) for c in channels]
         for level in range(len(in_features), num_feature_levels):
