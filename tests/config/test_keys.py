@@ -69,6 +69,15 @@ def test_solver_keys_of_another_project_are_kept():
     assert (solver.OPTIMIZER, solver.BACKBONE_MULTIPLIER, solver.LOCATION_MULTIPLIER) == ("SGD", 0.7, 0.6)
 
 
+def test_keys_that_are_added_twice_keep_their_values():
+    cfg = get_cfg()
+    add_deformable_detr_config(cfg)
+    cfg.merge_from_list(["MODEL.DEFORMABLE_DETR.NUM_CLASSES", 3, "WANDB.NAME", "run"])
+    before = flatten(cfg)
+    add_deformable_detr_config(cfg)
+    assert flatten(cfg) == before
+
+
 def test_standard_recipe_does_not_depend_on_another_projects_defaults():
     cfg = config_of_another_project(OPTIMIZER="SGD", BACKBONE_MULTIPLIER=1.0, LOCATION_MULTIPLIER=1.0)
     cfg.merge_from_file(BASE)
