@@ -4,6 +4,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
+from torch import nn
 
 from deformable_detr import load_config
 from deformable_detr.modeling.padding import get_valid_sizes
@@ -227,6 +228,20 @@ def test_switches_of_a_decoder_of_ones_own_are_those_of_the_transformer(make_mod
             make_model(decoder=decoder, **switches | {name: False})
     with pytest.raises(ValueError, match=r"inverse_sigmoid_eps is 1e-05 and that of the decoder 0\.001"):
         make_model(decoder=decoder, **switches | {"inverse_sigmoid_eps": 1e-5})
+
+
+def test_an_encoder_of_ones_own_trains_with_layers_and_forward_alone(make_model, make_input):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(32, 32)])
+
+        def forward(self, src, pos, geometry):
+            return self.layers[0](src + pos)
+
+    model = make_model(encoder=Own())
+    sum(model([make_input(64, 64, [[4, 8, 40, 60]], [2])]).values()).backward()
+    assert model.transformer.encoder.layers[0].weight.grad.abs().max() > 0
 
 
 def test_parameters_of_the_flat_values_have_the_official_names(make_model):

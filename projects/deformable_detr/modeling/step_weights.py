@@ -51,7 +51,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     """Group weights whose gradients may arrive together: for DistributedDataParallel to exchange them meanwhile.
 
     Left out are backbones that we do not know, and layers that compute a second time in the backward pass, when the
-    context is over.
+    context is over, or that may do so, as an encoder or decoder of one's own does not say.
     """
     layers = []
     if isinstance(model.backbone, MultiScaleBackbone):
@@ -65,7 +65,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
         if not hasattr(part, "layers"):
             layers.append(part)
             continue
-        if not part.activation_checkpoint:
+        if not getattr(part, "activation_checkpoint", True):
             layers += part.layers
         layers += [child for child in part.children() if child is not part.layers]
     return layers
