@@ -77,6 +77,11 @@ def test_a_model_with_unused_parameters_is_refused_or_trains_with_the_key(report
 
 
 @pytest.mark.parametrize(("size", "rank"), RANKS)
+def test_parts_fit_into_the_memory_of_every_process(reports, size, rank):
+    assert reports[size, rank]["parts"] == 2
+
+
+@pytest.mark.parametrize(("size", "rank"), RANKS)
 def test_a_yaml_configuration_trains_and_evaluates(reports, size, rank):
     assert 0 <= reports[size, rank]["run"] <= 100
 

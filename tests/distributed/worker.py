@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,7 @@ from deformable_detr.engine import main as train_net
 from deformable_detr.modeling import HungarianMatcher, SetCriterion
 from deformable_detr.modeling.training_graphs import TrainingGraphs
 from deformable_detr.startup.launch import launch
+from deformable_detr.training.auto_batch import AutoBatch
 from deformable_detr.training.loop import TrainingLoop
 from deformable_detr.training.per_layer_ap import LayerEvaluators
 from deformable_detr.training.settings import TrainingSettings
@@ -91,6 +93,11 @@ def exchange_and_count(counted: list[int], bucket: dist.GradBucket) -> torch.fut
     """A hook of DistributedDataParallel, which averages a bucket of gradients over processes as it would itself."""
     counted.append(bucket.index())
     return allreduce_hook(None, bucket)
+
+
+def run_out_of_memory(happens: bool) -> None:
+    if happens:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
 class Detector(nn.Module):
@@ -216,6 +223,7 @@ class Checks:
             "evaluation of layers": lambda: self.ap_differs_by(2),
         }
         checks |= {"normaliser": self.normaliser, "unused": self.iterations_with_unused_parameters}
+        checks["parts"] = self.parts_that_fit
         return checks | {"run": self.trained_ap, "killed": self.stop_seconds}
 
     def accumulation_differs_by(self) -> float:
@@ -258,6 +266,17 @@ class Checks:
         train_net(argument_parser().parse_args([*arguments, "SOLVER.FIND_UNUSED_PARAMETERS", "True"]))
         comm.synchronize()
         return len((folder / "metrics.json").read_text().splitlines())
+
+    def parts_that_fit(self) -> float:
+        """Parts that 2 images of a process go in where the last process has memory for one, the others for both."""
+        model = create_ddp_model(copy.deepcopy(self.cases["variant base"].model), device_ids=None)
+        room = 1 if comm.get_rank() == comm.get_world_size() - 1 else 2
+        model.module.register_forward_pre_hook(lambda module, args: run_out_of_memory(len(args[0]) > room))
+        settings = TrainingSettings(output_dir="", seed=0)
+        loader = SimpleNamespace(total_batch_size=2 * comm.get_world_size())
+        loop = TrainingLoop(model, loader, torch.optim.SGD(model.parameters(), lr=1e-3), settings)
+        AutoBatch(loop, (48, 64), sizes_key="INPUT.MAX_SIZE_TRAIN").before_train()
+        return loop.settings.accumulation_steps
 
     def trained_ap(self) -> float:
         """AP at the end of a run of train_net.py, as each process finds it in the run's folder."""

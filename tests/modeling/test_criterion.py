@@ -196,6 +196,21 @@ def test_the_number_to_normalise_by_is_at_least_one_and_lasts_as_long_as_its_con
     torch.testing.assert_close(criterion(outputs, TARGETS)["loss_ce"], own)
 
 
+def test_alone_the_objects_of_other_processes_do_not_count(monkeypatch):
+    outputs = random_outputs()
+    criterion = SetCriterion(HungarianMatcher())
+    own = criterion(outputs, TARGETS)["loss_ce"]
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    # The other process has 9 objects, this one 3: 6 each.
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda count: count.add_(9))
+    torch.testing.assert_close(criterion(outputs, TARGETS)["loss_ce"], own / 2)
+    with pytest.raises(RuntimeError), criterion.alone():
+        torch.testing.assert_close(criterion(outputs, TARGETS)["loss_ce"], own)
+        raise RuntimeError("ends the context")
+    torch.testing.assert_close(criterion(outputs, TARGETS)["loss_ce"], own / 2)
+
+
 @pytest.mark.parametrize("number", [-1, math.nan, math.inf])
 def test_a_number_that_cannot_normalise_is_refused(number):
     with pytest.raises(ValueError, match=f"num_objects must be finite and at least 0, got {number}"):

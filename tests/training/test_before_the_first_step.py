@@ -4,14 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from omegaconf import OmegaConf
 from PIL import Image
 
 from deformable_detr import load_config
 from deformable_detr.config import RunConfig, find_config_file
 from deformable_detr.startup.checks import largest_image
-from deformable_detr.training.auto_batch import AutoBatch, largest_images, largest_part
+from deformable_detr.training.auto_batch import AutoBatch, largest_images, largest_part, used_share
 from deformable_detr.training.data_sheet import denormalised
 from deformable_detr.training.loop import TrainingLoop
 from deformable_detr.training.settings import TrainingSettings
@@ -122,6 +124,26 @@ def test_a_loader_that_does_not_say_its_batch_is_named(loop):
     loop.data_loader = []
     with pytest.raises(TypeError, match=r"^SOLVER\.AUTO_BATCH needs a TrainLoader, .* total_batch_size, got list$"):
         AutoBatch(loop, (48, 64), sizes_key="INPUT.MAX_SIZE_TRAIN")
+
+
+def test_several_processes_do_not_wait_for_each_other_in_what_they_try(loop, monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    told = "SOLVER.AUTO_BATCH does not go with a batch norm that exchanges statistics with other processes"
+    for norm in (torch.nn.SyncBatchNorm(4), NaiveSyncBatchNorm(4)):
+        loop.model.further = norm
+        with pytest.raises(ValueError, match=told):
+            AutoBatch(loop, (48, 64), sizes_key="INPUT.MAX_SIZE_TRAIN")
+    del loop.model.further, loop.model.criterion
+    told = "SOLVER.AUTO_BATCH needs, of several processes, a model whose criterion can count objects alone"
+    with pytest.raises(ValueError, match=told):
+        AutoBatch(loop, (48, 64), sizes_key="INPUT.MAX_SIZE_TRAIN")
+
+
+def test_the_memory_that_counts_is_that_of_the_models_gpu(monkeypatch):
+    cuda = torch.device("cuda:1")
+    monkeypatch.setattr("torch.cuda.max_memory_reserved", {cuda: 19, None: 1}.__getitem__)
+    monkeypatch.setattr("torch.cuda.get_device_properties", {cuda: SimpleNamespace(total_memory=20)}.__getitem__)
+    assert used_share(cuda) == 0.95 and used_share(torch.device("cpu")) == 0
 
 
 def test_the_largest_images_lie_and_stand_and_have_valid_boxes():

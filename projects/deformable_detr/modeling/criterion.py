@@ -79,6 +79,7 @@ class SetCriterion(nn.Module):
         self.one2many_weight = one2many_weight
         self._num_objects: float | None = None
         self._num_images: int | None = None
+        self._is_alone = False
 
     @contextmanager
     def normalise_by(self, num_objects: float, num_images: int | None = None) -> Iterator[None]:
@@ -105,6 +106,15 @@ class SetCriterion(nn.Module):
             yield
         finally:
             self._num_objects, self._num_images = before
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the context divide losses by the objects of this process, which then waits for no other."""
+        before, self._is_alone = self._is_alone, True
+        try:
+            yield
+        finally:
+            self._is_alone = before
 
     def forward(self, outputs: dict[str, Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Compute all losses.
@@ -204,10 +214,10 @@ class SetCriterion(nn.Module):
         return self.classification.normaliser(num_boxes, predictions=images * logits.shape[2], matched=matched)
 
     def _num_objects_per_process(self, targets: Sequence[Target], device: torch.device) -> Tensor:
-        """Objects per process over the whole distributed batch."""
+        """Objects per process over the whole distributed batch, or within :meth:`alone` of this one."""
         own = sum(len(t["labels"]) for t in targets) if self._num_objects is None else self._num_objects
         count = torch.full((), float(own), device=device)
-        if dist.is_available() and dist.is_initialized():
+        if not self._is_alone and dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
             count = count / dist.get_world_size()
         return count

@@ -4,14 +4,17 @@ import gc
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from detectron2.engine import HookBase
+from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
 
 from .loop import TrainingLoop
 from .step import Step, unwrap
@@ -29,7 +32,8 @@ class AutoBatch(HookBase):
 
     The batch of a step stays what it is, and with it the learning rate and the result. Before the first step, parts of
     1, 2, 4, ... of the largest images go forward and backward, until memory runs out or is nearly used up. What the
-    optimiser and the exchange of gradients will take is reserved meanwhile. Weights and statistics stay as they are.
+    optimiser and the exchange of gradients will take is reserved meanwhile. Weights and statistics stay as they are. Of
+    several processes each tries for itself, and all go by the smallest part.
 
     Not yet run on a GPU: tested with errors that a test raises.
 
@@ -39,6 +43,7 @@ class AutoBatch(HookBase):
 
     Raises:
         TypeError: if the loader does not say how large a batch is.
+        ValueError: of several processes, if the model cannot try without the others.
     """
 
     def __init__(self, loop: TrainingLoop, size: tuple[int, int], *, sizes_key: str) -> None:
@@ -48,6 +53,8 @@ class AutoBatch(HookBase):
         self._loop = loop
         self._size = size
         self._sizes_key = sizes_key
+        if comm.get_world_size() > 1:
+            _check_it_can_be_alone(unwrap(loop.model), loop.settings.keys["auto_batch"])
 
     def before_train(self) -> None:
         loop = self._loop
@@ -77,7 +84,7 @@ class AutoBatch(HookBase):
         self._loop.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
-        return fits and _used_share() <= _LARGEST_SHARE
+        return fits and used_share(next(unwrap(self._loop.model).parameters()).device) <= _LARGEST_SHARE
 
     def _try(self, count: int) -> None:
         loop, model = self._loop, unwrap(self._loop.model)
@@ -89,8 +96,9 @@ class AutoBatch(HookBase):
         reserved = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(3)]
         step = Step(largest_images(count, self._size), 0, 0)
         try:
-            # Without the wrapper, in which a process that runs out of memory would leave the others waiting.
-            step.backward(model, loop.precision, loop.scaler)
+            # Alone and without the wrapper: a process that runs out of memory would leave the others waiting.
+            with _alone(model):
+                step.backward(model, loop.precision, loop.scaler)
         finally:
             for buffer, before in statistics:
                 buffer.copy_(before)
@@ -123,8 +131,23 @@ def largest_images(count: int, size: tuple[int, int]) -> list[dict[str, Any]]:
     return samples
 
 
-def _used_share() -> float:
-    """Share of the GPU's memory that was in use at the peak."""
-    if not torch.cuda.is_available():
+def used_share(device: torch.device) -> float:
+    """Share of a GPU's memory that was in use at the peak; 0 of another device."""
+    if device.type != "cuda":
         return 0.0
-    return torch.cuda.max_memory_reserved() / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return torch.cuda.max_memory_reserved(device) / torch.cuda.get_device_properties(device).total_memory
+
+
+def _alone(model: nn.Module) -> AbstractContextManager:
+    criterion = getattr(model, "criterion", None)
+    return criterion.alone() if hasattr(criterion, "alone") else nullcontext()
+
+
+def _check_it_can_be_alone(model: nn.Module, key: str) -> None:
+    if any(isinstance(module, nn.SyncBatchNorm | NaiveSyncBatchNorm) for module in model.modules()):
+        raise ValueError(f"{key} does not go with a batch norm that exchanges statistics with other processes")
+    if not hasattr(getattr(model, "criterion", None), "alone"):
+        raise ValueError(
+            f"{key} needs, of several processes, a model whose criterion can count objects alone; "
+            f"{type(model).__name__} has none"
+        )
