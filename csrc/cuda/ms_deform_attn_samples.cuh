@@ -58,8 +58,8 @@ inline int32_t lanes_for(int64_t channels, int64_t vector) {
   return lanes;
 }
 
-// `warps` of a block where other blocks keep the device busy; 0 where the queries must. `heads` of a block: more than one
-// for tiles alone.
+// `warps` of a block where other blocks keep the device busy; 0 where the queries must. `heads` of a block: more than
+// one for tiles alone.
 inline Geometry make_geometry(const Sizes& sizes, const int64_t* spatial_shapes, const int64_t* value_strides,
                               int32_t lanes, int32_t warps = 0, int32_t heads = 1) {
   Geometry at{};
@@ -206,9 +206,9 @@ __device__ inline Task task_at(const Geometry& at, uint32_t number) {
 }
 
 // The task of this block.
-template <int HEADS = 1>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 // In shared memory, where the compiler runs out of registers otherwise.
+template <int HEADS = 1>
 __device__ inline const Task& own_task(const Geometry& at) {
   __shared__ Task task;
   if (threadIdx.x == 0) task = task_at<HEADS>(at, blockIdx.x);
@@ -216,7 +216,10 @@ __device__ inline const Task& own_task(const Geometry& at) {
   return task;
 }
 #else
-__device__ inline Task own_task(const Geometry& at) { return task_at<HEADS>(at, blockIdx.x); }
+template <int HEADS = 1>
+__device__ inline Task own_task(const Geometry& at) {
+  return task_at<HEADS>(at, blockIdx.x);
+}
 #endif
 
 // The query at a place of the tile, -1 where the tile sticks out of the map.

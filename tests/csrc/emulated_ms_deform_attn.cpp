@@ -42,8 +42,8 @@ template <typename T, typename A, int VEC, int HEADS = 1>
 void forward(const Call& call, int32_t lanes) {
   const Geometry at = geometry_of(call, lanes, 0, HEADS);
   launch(at, at.tasks, at.warps * sizeof(Staged<A>), forward_kernel<T, A, VEC, HEADS>,
-         static_cast<const T*>(call.value), static_cast<const A*>(call.locations),
-         static_cast<const A*>(call.weights), static_cast<T*>(call.output));
+         static_cast<const T*>(call.value), static_cast<const A*>(call.locations), static_cast<const A*>(call.weights),
+         static_cast<T*>(call.output));
 }
 
 template <typename T, typename A, int VEC, int G, typename Sum>
