@@ -1,5 +1,7 @@
 """A Deformable DETR small enough to build and run in milliseconds, and inputs for it."""
 
+import gc
+
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
@@ -145,3 +147,15 @@ def _make_input(height, width, boxes=(), classes=(), seed=0):
 def make_input():
     """One image of noise with ground truth: (height, width, boxes as xyxy pixels, classes, seed)."""
     return _make_input
+
+
+def _memory_of_graphs():
+    gc.collect()
+    torch.cuda.empty_cache()
+    return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] != (0, 0))
+
+
+@pytest.fixture
+def memory_of_graphs():
+    """A function that returns the bytes that the pools of CUDA graphs have reserved."""
+    return _memory_of_graphs

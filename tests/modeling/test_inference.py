@@ -1,7 +1,5 @@
 """Models prepared for inference against the models that they were made of."""
 
-import gc
-
 import pytest
 import torch
 
@@ -197,14 +195,12 @@ def test_graphs_of_another_than_the_current_device_detect_what_it_detects_eagerl
 
 @pytest.mark.cuda
 @torch.no_grad()
-def test_on_a_gpu_canvases_share_their_memory(make_model, make_input):
+def test_on_a_gpu_canvases_share_their_memory(make_model, make_input, memory_of_graphs):
     prepared, reserved = prepare_for_inference(make_model(d_model=64).eval().cuda()), []
     for height in (512, 480, 448, 416, 384, 352):
         for _ in range(3):
             prepared([make_input(height, 512)])
-        gc.collect()
-        torch.cuda.empty_cache()
-        reserved.append(sum(s["total_size"] for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] != (0, 0)))
+        reserved.append(memory_of_graphs())
     assert len(prepared._graphs) == 6 and 0 < reserved[-1] < 2 * reserved[0]
 
 

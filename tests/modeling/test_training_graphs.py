@@ -1,7 +1,6 @@
 """Training steps as CUDA graphs against the same steps as they are written. Without a GPU graphs are imitated."""
 
 import copy
-import gc
 import pickle
 from contextlib import contextmanager
 
@@ -400,14 +399,12 @@ def test_on_a_gpu_losses_are_scaled_and_old_losses_do_no_harm(make_model, make_i
 
 
 @pytest.mark.cuda
-def test_on_a_gpu_canvases_share_their_memory(make_model, make_input):
+def test_on_a_gpu_canvases_share_their_memory(make_model, make_input, memory_of_graphs):
     model = recorded(make_model(d_model=64).train().cuda())
     reserved = []
     for height in (512, 480, 448, 416, 384, 352):
         batch = [make_input(height, 512, [[5.0, 5, 50, 60]], [1], seed=seed) for seed in (0, 1)]
         for _ in range(3):
             step(model, batch)
-        gc.collect()
-        torch.cuda.empty_cache()
-        reserved.append(sum(s["total_size"] for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] != (0, 0)))
+        reserved.append(memory_of_graphs())
     assert len(model.graphs) == 6 and 0 < reserved[-1] < 2 * reserved[0]

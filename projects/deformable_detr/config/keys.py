@@ -1,89 +1,93 @@
 """Configuration keys of this project, for Detectron2's yaml configurations."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from detectron2.config import CfgNode
 
 
 def add_deformable_detr_config(cfg: CfgNode) -> None:
     """Add the keys of this project to a Detectron2 configuration; existing keys are never changed."""
-    node = cfg.MODEL.setdefault("DEFORMABLE_DETR", CfgNode())
+    node = CfgNode()
 
     # Registered backbone, or timm/NAME, under MultiScaleBackbone, its outputs (finest first; names or strides), and the
     # number of levels L.
-    node.setdefault("BOTTOM_UP", "build_resnet_backbone")
-    node.setdefault("IN_FEATURES", ["res3", "res4", "res5"])
-    node.setdefault("NUM_FEATURE_LEVELS", 4)
+    node.BOTTOM_UP = "build_resnet_backbone"
+    node.IN_FEATURES = ["res3", "res4", "res5"]
+    node.NUM_FEATURE_LEVELS = 4
     # Norm after their projections to the width C: "GN", or "" for none, as in DETR.
-    node.setdefault("PROJECTION_NORM", "GN")
+    node.PROJECTION_NORM = "GN"
 
     # Class outputs; DETR has one more, "no object".
-    node.setdefault("NUM_CLASSES", 80)
+    node.NUM_CLASSES = 80
     # Detections before selection; with TWO_STAGE the number of proposals kept.
-    node.setdefault("NUM_QUERIES", 300)
-    node.setdefault("WITH_BOX_REFINE", False)
-    node.setdefault("TWO_STAGE", False)
+    node.NUM_QUERIES = 300
+    node.WITH_BOX_REFINE = False
+    node.TWO_STAGE = False
     # The same in evaluation, the first of learned queries; 0 for NUM_QUERIES.
-    node.setdefault("NUM_QUERIES_TEST", 0)
+    node.NUM_QUERIES_TEST = 0
 
     # Switches of DINO (arXiv 2203.03605) and H-DETR; docs/training.md says what they need and bring.
-    node.setdefault("MIXED_QUERY_SELECTION", False)
-    node.setdefault("LOOK_FORWARD_TWICE", False)
-    node.setdefault("ANCHOR_QUERY_POS", False)
-    node.setdefault("MULTICLASS_PROPOSALS", False)
-    node.setdefault("DECODER_NORM", False)
-    node.setdefault("SHARED_HEADS", False)
+    node.MIXED_QUERY_SELECTION = False
+    node.LOOK_FORWARD_TWICE = False
+    node.ANCHOR_QUERY_POS = False
+    node.MULTICLASS_PROPOSALS = False
+    node.DECODER_NORM = False
+    node.SHARED_HEADS = False
     # Keeps boxes off 0 and 1 where they are refined; 1e-3 in DINO.
-    node.setdefault("INVERSE_SIGMOID_EPS", 1e-5)
+    node.INVERSE_SIGMOID_EPS = 1e-5
 
     # Encoding of the cells' positions: ratio of the slowest to the fastest wavelength, and where in a cell its position
     # is; DINO has 20 and 0, DETR 10000 and 0.
-    node.setdefault("POSITION_TEMPERATURE", 10000.0)
-    node.setdefault("POSITION_OFFSET", -0.5)
+    node.POSITION_TEMPERATURE = 10000.0
+    node.POSITION_OFFSET = -0.5
 
     # Further queries in training, of which ONE2MANY_REPEAT are matched with each object, and the weight of their losses
     # (H-DETR). 0 for none.
-    node.setdefault("NUM_ONE2MANY_QUERIES", 0)
-    node.setdefault("ONE2MANY_REPEAT", 6)
-    node.setdefault("ONE2MANY_WEIGHT", 1.0)
+    node.NUM_ONE2MANY_QUERIES = 0
+    node.ONE2MANY_REPEAT = 6
+    node.ONE2MANY_WEIGHT = 1.0
     # Denoising queries in training: pairs of a positive and a negative (about, per image), noise of labels and of boxes
     # (DINO). 0 pairs for none; needs TWO_STAGE.
-    node.setdefault("DN_NUMBER", 0)
-    node.setdefault("DN_LABEL_NOISE_RATIO", 0.5)
-    node.setdefault("DN_BOX_NOISE_SCALE", 1.0)
+    node.DN_NUMBER = 0
+    node.DN_LABEL_NOISE_RATIO = 0.5
+    node.DN_BOX_NOISE_SCALE = 1.0
 
     # Pad batches to multiples of so many pixels; 0 for the official canvas, the largest sides of the batch.
-    node.setdefault("SIZE_DIVISIBILITY", 0)
+    node.SIZE_DIVISIBILITY = 0
     # Compute the same for an image whatever the canvas around it and the images beside it.
-    node.setdefault("PADDING_INVARIANT", False)
+    node.PADDING_INVARIANT = False
 
     # Width C, heads M, layers, hidden width of the feed-forward networks, dropout probability.
-    node.setdefault("HIDDEN_DIM", 256)
-    node.setdefault("NHEADS", 8)
-    node.setdefault("ENC_LAYERS", 6)
-    node.setdefault("DEC_LAYERS", 6)
-    node.setdefault("DIM_FEEDFORWARD", 1024)
-    node.setdefault("DROPOUT", 0.1)
+    node.HIDDEN_DIM = 256
+    node.NHEADS = 8
+    node.ENC_LAYERS = 6
+    node.DEC_LAYERS = 6
+    node.DIM_FEEDFORWARD = 1024
+    node.DROPOUT = 0.1
     # Compute every encoder and decoder layer a second time in the backward pass, in place of keeping its activations.
-    node.setdefault("ACTIVATION_CHECKPOINT", False)
+    node.ACTIVATION_CHECKPOINT = False
     # Let torch.compile make a program of the transformer for training.
-    node.setdefault("COMPILE", False)
+    node.COMPILE = False
     # Record training steps of canvases that come again as CUDA graphs.
-    node.setdefault("CUDA_GRAPHS", False)
+    node.CUDA_GRAPHS = False
     # Sampling points K of the paper, per head and level.
-    node.setdefault("ENC_N_POINTS", 4)
-    node.setdefault("DEC_N_POINTS", 4)
+    node.ENC_N_POINTS = 4
+    node.DEC_N_POINTS = 4
 
     # Loss weights, and supervision of every decoder layer.
-    node.setdefault("AUX_LOSS", True)
-    node.setdefault("CLASS_WEIGHT", 2.0)
-    node.setdefault("L1_WEIGHT", 5.0)
-    node.setdefault("GIOU_WEIGHT", 2.0)
-    node.setdefault("FOCAL_ALPHA", 0.25)
+    node.AUX_LOSS = True
+    node.CLASS_WEIGHT = 2.0
+    node.L1_WEIGHT = 5.0
+    node.GIOU_WEIGHT = 2.0
+    node.FOCAL_ALPHA = 0.25
     # Of DETR, which has a cross-entropy in place of the focal loss: weight of "no object" in it.
-    node.setdefault("EOS_COEF", 0.1)
+    node.EOS_COEF = 0.1
     # Weights of the matching costs.
-    node.setdefault("COST_CLASS", 2.0)
-    node.setdefault("COST_L1", 5.0)
-    node.setdefault("COST_GIOU", 2.0)
+    node.COST_CLASS = 2.0
+    node.COST_L1 = 5.0
+    node.COST_GIOU = 2.0
+    _add_missing(cfg.MODEL, "DEFORMABLE_DETR", node)
 
     _add_backbones(cfg.MODEL)
 
@@ -147,6 +151,10 @@ def _add_backbones(model: CfgNode) -> None:
         "TIMM": {"FROZEN_BN": True, "OPTIONS": CfgNode(new_allowed=True)},
     }
     for name, keys in nodes.items():
-        node = model.setdefault(name, CfgNode())
-        for key, value in keys.items():
-            node.setdefault(key, value)
+        _add_missing(model, name, keys)
+
+
+def _add_missing(model: CfgNode, name: str, keys: Mapping[str, Any]) -> None:
+    node = model.setdefault(name, CfgNode())
+    for key, value in keys.items():
+        node.setdefault(key, value)

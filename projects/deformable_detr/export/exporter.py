@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from ..files import check_writable, replacing_file
 from ..loading import LoadedModel
+from ..modeling.cuda_graphs import canvas_of
 from .agreement import Difference, Runner, check_agreement, draw_pictures, prepare_images
 from .onnx_format import DEFAULT_OPSET, NEWEST_OPSET, OLDEST_OPSET, check_requirements, load_onnx, write_onnx
 from .program import DetectionProgram, InputShape, capture, coarsest_stride
@@ -133,9 +134,7 @@ def _complete(shape: InputShape, kind: Format, loaded: LoadedModel) -> InputShap
 
 def _canvas(loaded: LoadedModel, size: tuple[int, int]) -> tuple[int, int]:
     """Return the smallest canvas that an image of a size (height, width) gets from the model."""
-    multiple = max(1, loaded.model.size_divisibility)
-    height, width = (-(-side // multiple) * multiple for side in size)
-    return height, width
+    return canvas_of([size], loaded.model.size_divisibility)
 
 
 def _test_sizes(loaded: LoadedModel) -> tuple[int, int]:

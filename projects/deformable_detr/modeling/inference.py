@@ -193,9 +193,7 @@ class PreparedDETR(nn.Module):
         if all(size == canvas for size in sizes):
             pixels = images[0][None] if len(images) == 1 else torch.stack(list(images))
             return Batch(pixels.to(self.device), None)
-        pixels = torch.zeros(
-            len(images), images[0].shape[0], *canvas, dtype=common_type(images), device=images[0].device
-        )
+        pixels = images[0].new_zeros(len(images), images[0].shape[0], *canvas, dtype=common_type(images))
         for target, image, (height, width) in zip(pixels, images, sizes, strict=True):
             target[:, :height, :width] = image
         return Batch(pixels.to(self.device), torch.tensor(sizes, device=self.device))

@@ -4,7 +4,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -97,7 +97,7 @@ class AutoBatch(HookBase):
         step = Step(largest_images(count, self._size), 0, 0)
         try:
             # Alone and without the wrapper: a process that runs out of memory would leave the others waiting.
-            with _alone(model):
+            with model.criterion.alone() if comm.get_world_size() > 1 else nullcontext():
                 step.backward(model, loop.precision, loop.scaler)
         finally:
             for buffer, before in statistics:
@@ -136,11 +136,6 @@ def used_share(device: torch.device) -> float:
     if device.type != "cuda":
         return 0.0
     return torch.cuda.max_memory_reserved(device) / torch.cuda.get_device_properties(device).total_memory
-
-
-def _alone(model: nn.Module) -> AbstractContextManager:
-    criterion = getattr(model, "criterion", None)
-    return criterion.alone() if hasattr(criterion, "alone") else nullcontext()
 
 
 def _check_it_can_be_alone(model: nn.Module, key: str) -> None:
