@@ -41,6 +41,7 @@ from .startup.setup import argument_parser, configured_device, setup
 from .training.auto_batch import AutoBatch
 from .training.checkpointer import DeformableDETRCheckpointer
 from .training.data_sheet import DataSheet
+from .training.earlier_run import set_aside_earlier_run
 from .training.early_stopping import ending_early
 from .training.failure import replay
 from .training.hooks import PreciseBN, build_hooks
@@ -312,7 +313,7 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
 
 
 def _go_on_from(start: int, cfg: CfgNode | DictConfig) -> None:
-    """Take out of the metrics what a resumed run writes again.
+    """Take out of the metrics what a resumed run writes again; of a new one, set aside what an earlier run has left.
 
     Raises:
         ValueError: if it has done more iterations than it is to have. Its last checkpoint, which is in the middle of
@@ -325,8 +326,10 @@ def _go_on_from(start: int, cfg: CfgNode | DictConfig) -> None:
             f"done {start} iterations: set it to {start} to end the run there. Where it follows from the number of "
             "GPUs, go on with as many as before"
         )
-    if start > 0 and comm.is_main_process():
+    if comm.is_main_process() and start > 0:
         cut_metrics(run.get("output_dir"), start - 1)
+    elif comm.is_main_process():
+        set_aside_earlier_run(run.get("output_dir"), run.get("weights") or "")
 
 
 def _build_lazy_writers(cfg: DictConfig, settings: TrainingSettings) -> list[EventWriter]:

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from deformable_detr.files import write_text
+from deformable_detr.training.earlier_run import set_aside_earlier_run
 from deformable_detr.training.settings import TrainingSettings
 
 from .conftest import losses_of, read_checkpoint
@@ -69,6 +71,33 @@ def test_a_new_run_in_an_old_folder_begins_to_count(run_yaml, monkeypatch, tmp_p
     values = json.loads((tmp_path / "run" / "early_stopping.json").read_text())["values"]
     # The last iteration ends the run anyway.
     assert values == [[0, 0.2], [1, 0.3]]
+    aside = tmp_path / "run" / "earlier_run"
+    assert (aside / "last_checkpoint").read_text() == "model_final.pth"
+    assert read_checkpoint(aside)["iteration"] == 1 and read_checkpoint(aside, "model_best")["best"]["value"] == 0.9
+    assert json.loads((aside / "early_stopping.json").read_text())["values"] == [[0, 0.9], [1, 0.1]]
+
+
+def test_what_an_earlier_run_has_left_is_set_aside_once_and_none_of_its_weights_are_lost(tmp_path, caplog):
+    own = ["last_checkpoint", "early_stopping.json", "model_0000009.pth", "model_best.pth", "model_final.pth"]
+    others = ["model_of_mine.pth", "metrics.json", "config.yaml"]
+    for name in own + others:
+        (tmp_path / name).write_text(f"old {name}")
+    (tmp_path / "start.pth").symlink_to("model_final.pth")
+    set_aside_earlier_run(str(tmp_path), str(tmp_path / "start.pth?ema=True"))
+    # The file from which the run begins keeps its name: the run may be started again.
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == sorted(["model_final.pth", "start.pth", *others])
+    assert not (tmp_path / "last_checkpoint").exists()
+    write_text(tmp_path / "model_final.pth", "new")
+    aside = tmp_path / "earlier_run"
+    assert {path.name: path.read_text() for path in aside.iterdir()} == {name: f"old {name}" for name in own}
+    (record,) = caplog.records
+    told = f"of an earlier run, whose {', '.join(own)} are now in {aside}"
+    assert record.levelname == "WARNING" and told in record.message
+
+    set_aside_earlier_run(str(tmp_path), "")
+    assert [path.name for path in (tmp_path / "earlier_run_2").iterdir()] == ["model_final.pth"]
+    set_aside_earlier_run(str(tmp_path), "")
+    assert not (tmp_path / "earlier_run_3").exists()
 
 
 def test_patience_needs_evaluations():

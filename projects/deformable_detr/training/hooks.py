@@ -145,10 +145,12 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     def before_train(self) -> None:
         super().before_train()
         final = f"{self.file_prefix}_final.pth"
-        path = os.path.join(self.checkpointer.save_dir, final)
-        if self.trainer.start_iter >= self.max_iter and not os.path.isfile(path):
-            # No step is left, and the last checkpoint is what would have been written.
-            with open(self.checkpointer.get_checkpoint_file(), "rb") as last, replacing(path) as stream:
+        path, last_path = os.path.join(self.checkpointer.save_dir, final), self.checkpointer.get_checkpoint_file()
+        if self.trainer.start_iter < self.max_iter:
+            return
+        # No step is left, and the last checkpoint is what would have been written. An older file is what it began from.
+        if not os.path.isfile(path) or os.path.getmtime(path) < os.path.getmtime(last_path):
+            with open(last_path, "rb") as last, replacing(path) as stream:
                 shutil.copyfileobj(last, stream)
             self.checkpointer.tag_last_checkpoint(final)
 
