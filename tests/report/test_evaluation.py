@@ -7,6 +7,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 
+from deformable_detr.data.evaluators import build_evaluator
 from deformable_detr.report.evaluation import BestScore, find_best_score, load_evaluation
 from deformable_detr.report.run import NoData, read_run
 
@@ -76,6 +77,24 @@ def test_ap_per_category_equals_that_of_detectron2s_evaluator(run_folder):
     overall = [100 * curve.mean() for curve in result.curves().values()]
     assert overall == pytest.approx([expected["AP50"], expected["AP75"], expected["AP"]])
     assert 5 < expected["AP"] < 95
+
+
+def test_all_detections_of_an_image_count_as_in_the_evaluation_of_the_run(run_folder):
+    """120 cells, all found, then 30 false detections; the first 100 reach 84 of the 101 recalls."""
+    corners = torch.tensor([[6.0 * (k % 20), 6.0 * (k // 20)] for k in range(150)])
+    grid = torch.cat((corners, corners + 4), dim=1)
+    run_folder.write_truth(*((1, CAT, [x, y, 4, 4]) for x, y, *_ in grid[:120].tolist()), num_images=1)
+    name = run_folder.register()
+    found = Instances((100, 120), pred_boxes=Boxes(grid), scores=torch.arange(150, 0, -1) / 200)
+    found.pred_classes = torch.ones(150, dtype=torch.int64)
+    evaluator = build_evaluator(name, str(run_folder.path / "inference"), max_detections=150)
+    evaluator.reset()
+    evaluator.process(DatasetCatalog.get(name), [{"instances": found}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+    evaluation = load(run_folder)
+    assert evaluation.precision_recall().ap_per_class() == pytest.approx([np.nan, 100], nan_ok=True)
+    # Midway between the scores of the last cell and of the first false detection.
+    assert evaluation.best_scores()[0] == BestScore(pytest.approx(30.5 / 200), 1.0, 1.0, 1.0)
 
 
 def test_ground_truth_with_a_byte_order_mark_is_read(evaluated):

@@ -92,7 +92,7 @@ class Matches:
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Precision at recalls 0, 0.01, ..., 1, by COCO's rules, objects of every size, at most 100 detections an image.
+    """Precision at recalls 0, 0.01, ..., 1, by COCO's rules, objects of every size, all detections of an image.
 
     Attributes:
         precision: (10 IoU thresholds 0.50, ..., 0.95; 101 recalls; K classes); NaN in classes without objects.
@@ -185,7 +185,6 @@ class Evaluation:
         evaluator = self._coco_eval()
         evaluator.params.useCats = 0
         evaluator.params.iouThrs = np.array([0.5])
-        evaluator.params.maxDets = [max(len(self.detections), 1)]
         _silently(evaluator.evaluate)
         image_index = {image["image_id"]: index for index, image in enumerate(self.dicts)}
         class_index = self.metadata.thing_dataset_id_to_contiguous_id
@@ -241,7 +240,10 @@ class Evaluation:
         return evaluator
 
     def _coco_eval(self) -> COCOeval:
-        """Return an evaluation of objects of every size; of COCO's four ranges, this is the only one that is shown."""
+        """Return an evaluation of objects of every size; of COCO's four ranges, this is the only one that is shown.
+
+        It counts all detections of an image, as that of the run did: beyond COCO's 100 where the model returns more.
+        """
         truth, found = COCO(), COCO()
         # pycocotools writes into the entries that it is given. It tells a match by the id of its annotation, with 0
         # for none: whatever the file says, they count from 1.
@@ -259,6 +261,7 @@ class Evaluation:
         _silently(found.createIndex)
         evaluator = COCOeval(truth, found, "bbox")
         evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, np.inf]], ["all"]
+        evaluator.params.maxDets = [max(len(self.detections), 1)]
         return evaluator
 
 

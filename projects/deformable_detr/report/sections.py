@@ -243,7 +243,7 @@ def precision_recall(evaluation: Evaluation) -> list[Part]:
     overall = result.curves()
     last = ", ".join(f"AP {100 * values.mean():.1f} at {label}" for label, values in overall.items())
     alt = f"Precision over recall, mean of all categories: {last}"
-    caption = "Mean over the categories, by COCO's rules: at most 100 detections an image."
+    caption = "Mean over the categories, by COCO's rules; all detections of an image count."
     counts, ap = evaluation.objects_per_class(), result.ap_per_class()
     present = [index for index in np.argsort(-counts, kind="stable") if not np.isnan(ap[index])]
     drawn = []
