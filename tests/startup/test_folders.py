@@ -10,7 +10,14 @@ from PIL import Image
 
 from deformable_detr.data.coco_format import DatasetError
 from deformable_detr.engine import argument_parser, main
-from deformable_detr.startup.folders import Folder, convert_folders, find_folder, find_folders, share_categories
+from deformable_detr.startup.folders import (
+    Folder,
+    convert_folders,
+    find_folder,
+    find_folders,
+    number_by_name,
+    share_categories,
+)
 
 # Some 110 MB with its video library: not a part of the environment of `make setup`.
 needs_supervision = pytest.mark.skipif(find_spec("supervision") is None, reason="needs: pip install supervision")
@@ -45,11 +52,11 @@ def voc(tmp_path) -> Path:
     folder = tmp_path / "voc"
     for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (folder / part).mkdir(parents=True)
-    for index, (name, animal) in enumerate((("a", "dog"), ("b", "cat"), ("c", "cow"))):
+    for index, (name, animal) in enumerate((("a 1", "dog"), ("b", "cat"), ("c", "cow"))):
         Image.new("RGB", (40, 20), (80 * index, 0, 0)).save(folder / "JPEGImages" / f"{name}.png")
         # Devkits count pixels from 1.
         (folder / "Annotations" / f"{name}.xml").write_text(voc_text(animal, (11, 6, 30, 15)))
-    (folder / "ImageSets/Main/train.txt").write_text("a\n")
+    (folder / "ImageSets/Main/train.txt").write_text("a 1\n")
     (folder / "ImageSets/Main/val.txt").write_text("b\n")
     return folder
 
@@ -113,6 +120,18 @@ def test_categories_are_shared_by_name():
     assert train["annotations"] == val["annotations"] == [{"category_id": 2}]
 
 
+def test_images_and_objects_are_numbered_by_the_names_of_the_images():
+    content = {
+        "images": [{"id": 1, "file_name": "b"}, {"id": 2, "file_name": "c"}, {"id": 3, "file_name": "a"}],
+        "annotations": [{"id": 1, "image_id": 1}, {"id": 2, "image_id": 1, "area": 5}, {"id": 3, "image_id": 3}],
+    }
+    number_by_name(content)
+    assert content == {
+        "images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "b"}, {"id": 3, "file_name": "c"}],
+        "annotations": [{"id": 1, "image_id": 1}, {"id": 2, "image_id": 2}, {"id": 3, "image_id": 2, "area": 5}],
+    }
+
+
 def test_the_missing_package_is_named(yolo, tiny_yaml, monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ModuleNotFoundError, match="need the package supervision: pip install supervision"):
@@ -144,14 +163,33 @@ def test_yolos_boxes_become_cocos(yolo, tmp_path):
 def test_pascal_vocs_lists_and_classes_are_those_of_all_splits(voc, tmp_path):
     files = convert_folders(find_folders(str(voc)), str(tmp_path / "out"))
     contents = {split: json.loads(Path(path).read_text()) for split, (path, _) in files.items()}
-    for split, name, animal in (("train", "a.png", "dog"), ("val", "b.png", "cat")):
+    for split, name, animal in (("train", "a 1.png", "dog"), ("val", "b.png", "cat")):
         content = contents[split]
         names = {category["id"]: category["name"] for category in content["categories"]}
         assert [image["file_name"] for image in content["images"]] == [name]
         (annotation,) = content["annotations"]
         assert names[annotation["category_id"]] == animal
         assert annotation["bbox"] == pytest.approx([10, 5, 20, 10])
+        assert (content["images"][0]["id"], annotation["id"], annotation["image_id"]) == (1, 1, 1)
     assert contents["train"]["categories"] == contents["val"]["categories"]
+
+
+@needs_supervision
+def test_a_name_in_a_list_that_no_image_has_is_an_error(voc, tmp_path):
+    (voc / "ImageSets/Main/train.txt").write_text("a 1\n\nd.png\n  e\nf\ng\n")
+    told = r"every line of .*train\.txt must be .* in .*JPEGImages .*; 4 of 5 are none: 'd\.png', 'e', 'f', \.\.\.$"
+    with pytest.raises(DatasetError, match=told):
+        convert_folders(find_folders(str(voc)), str(tmp_path / "out"))
+
+
+@needs_supervision
+def test_images_in_deeper_folders_are_not_left_out_in_silence(yolo, tmp_path):
+    deep = yolo / "images" / "train" / "more" / "still"
+    for folder in (deep, deep.parents[1] / ".cache"):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (40, 20)).save(folder / "a.JPG")
+    with pytest.raises(DatasetError, match=r"in one folder; .*images/train has 1 in .*, such as more/still/a\.JPG$"):
+        convert_folders(find_folders(str(yolo)), str(tmp_path / "out"))
 
 
 @needs_supervision

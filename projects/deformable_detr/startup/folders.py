@@ -12,6 +12,7 @@ from ..files import replacing_file, write_json
 
 # Where a folder's splits are, by the names that are in use.
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
+_IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 class Folder(NamedTuple):
@@ -68,7 +69,8 @@ def convert_folders(folders: dict[str, Folder], output_dir: str) -> dict[str, tu
 
     Raises:
         ModuleNotFoundError: without the package supervision.
-        DatasetError: on files that it cannot read; repairs come after that.
+        DatasetError: on files that it cannot read, on images that it would leave out, and on names in a list that no
+            image has; repairs come after that.
     """
     os.makedirs(output_dir, exist_ok=True)
     files = {split: os.path.join(output_dir, f"{split}_coco.json") for split in folders}
@@ -78,7 +80,8 @@ def convert_folders(folders: dict[str, Folder], output_dir: str) -> dict[str, tu
     share_categories(list(contents.values()))
     for split, folder in folders.items():
         if wanted := _names_in_list(folder.labels.parent, split):
-            _keep_images(contents[split], wanted)
+            _keep_images(contents[split], wanted, folder=folder.images, listed=_list_of(folder.labels.parent, split))
+        number_by_name(contents[split])
         write_json(files[split], contents[split])
     return {split: (files[split], os.fspath(folder.images)) for split, folder in folders.items()}
 
@@ -94,6 +97,21 @@ def share_categories(contents: list[dict[str, Any]]) -> None:
         content["categories"] = [{"id": ids[name], "name": name} for name in names]
 
 
+def number_by_name(content: dict[str, Any]) -> None:
+    """Number images in COCO's format from 1 in the order of their names, and objects in that of the images.
+
+    YOLO's come in the order of the disk, on which neither a training nor the ids of detections may depend.
+    """
+    images = sorted(content["images"], key=lambda image: image["file_name"])
+    ids = {image["id"]: number for number, image in enumerate(images, start=1)}
+    objects = sorted(content["annotations"], key=lambda annotation: (ids[annotation["image_id"]], annotation["id"]))
+    content["images"] = [{**image, "id": ids[image["id"]]} for image in images]
+    content["annotations"] = [
+        {**annotation, "id": number, "image_id": ids[annotation["image_id"]]}
+        for number, annotation in enumerate(objects, start=1)
+    ]
+
+
 def _by_id(categories: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(categories, key=lambda category: category["id"])
 
@@ -103,6 +121,7 @@ def _convert(folder: Folder, path: str) -> None:
     for part in folder[:2]:
         if not part.is_dir():
             raise FileNotFoundError(f"there is no folder {part}")
+    _check_no_image_below(folder.images)
     options = {"images_directory_path": str(folder.images), "annotations_directory_path": str(folder.labels)}
     read: Callable = dataset.from_pascal_voc
     if folder.data_yaml is not None:
@@ -116,6 +135,17 @@ def _convert(folder: Folder, path: str) -> None:
     # SyntaxError is that of XML.
     except (ValueError, SyntaxError, KeyError, IndexError) as error:
         raise DatasetError(f"supervision cannot read {folder.labels}: {error}") from error
+
+
+def _check_no_image_below(folder: Path) -> None:
+    """Refuse images in deeper folders: supervision lists this one alone, and leaves them out without a word."""
+    found = (path.relative_to(folder) for path in folder.glob("*/**/*") if path.suffix.lower() in _IMAGE_SUFFIXES)
+    below = sorted(path for path in found if not any(part.startswith(".") for part in path.parts))
+    if below:
+        raise DatasetError(
+            f"all images of a split must lie in one folder; {folder} has {len(below)} in folders below it, such as "
+            f"{below[0]}"
+        )
 
 
 def _import_supervision() -> Any:
@@ -178,13 +208,31 @@ def _voc_splits(folder: Path) -> dict[str, Folder]:
     return found
 
 
+def _list_of(folder: Path, split: str) -> Path:
+    """Return where a Pascal VOC devkit lists the images of a split."""
+    return folder / "ImageSets" / "Main" / f"{split}.txt"
+
+
 def _names_in_list(folder: Path, split: str) -> list[str]:
-    """Return the images that a Pascal VOC devkit lists for a split, without suffix; none where there is no list."""
-    path = folder / "ImageSets" / "Main" / f"{split}.txt"
-    return path.read_text(encoding="utf-8").split() if path.is_file() else []
+    """Return the images of a devkit's list, one a line, without suffix; none where there is no list."""
+    path = _list_of(folder, split)
+    lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
+    return [name for line in lines if (name := line.strip())]
 
 
-def _keep_images(content: dict[str, Any], names: list[str]) -> None:
+def _keep_images(content: dict[str, Any], names: list[str], *, folder: Path, listed: Path) -> None:
+    """Leave out the images that are not listed.
+
+    Raises:
+        DatasetError: if the list names an image that is not there.
+    """
+    present = {Path(image["file_name"]).stem for image in content["images"]}
+    if missing := [name for name in names if name not in present]:
+        examples = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
+        raise DatasetError(
+            f"every line of {listed} must be the name of an image in {folder} without its suffix; {len(missing)} of "
+            f"{len(names)} are none: {examples}"
+        )
     wanted = set(names)
     content["images"] = [image for image in content["images"] if Path(image["file_name"]).stem in wanted]
     kept = {image["id"] for image in content["images"]}
