@@ -93,6 +93,30 @@ def test_two_categories_of_one_id_cannot_be_repaired(spoil):
         spoil(lambda content: content["categories"].append({"id": 3, "name": "again"}))
 
 
+def test_two_categories_of_one_name_cannot_be_repaired(spoil):
+    """Results name their category, by which its id is found again."""
+    told = r"instances\.json: every category must have a name of its own; 3 and 7 are both 'square'"
+    with pytest.raises(DatasetError, match=told):
+        spoil(lambda content: content["categories"].append({"id": 7, "name": "square"}))
+
+
+def test_entries_of_one_image_file_become_one_with_the_objects_of_all(spoil):
+    def change(content: dict) -> None:
+        first, copy, third = content["images"][0], content["images"][1], content["images"][2]
+        copy.update(first, id=11)
+        third.update(first, id=12, file_name=f"./{first['file_name']}")
+        # The second entry brings an object that the first has, the third one that it has not.
+        content["annotations"][1].update(content["annotations"][0], id=2, image_id=11)
+        content["annotations"][2]["bbox"] = [40, 15, 10, 10]
+
+    data = spoil(change)
+    assert findings(data) == {
+        "image file that is listed twice": ["10.png has the ids 10 and 11", "./10.png has the ids 10 and 12"]
+    }
+    assert [image["id"] for image in data.content["images"]] == [10, 13]
+    assert sorted((a["id"], a["image_id"]) for a in data.content["annotations"]) == [(1, 10), (3, 10), (4, 13)]
+
+
 @pytest.mark.parametrize(("kind", "key"), (("images", "width"), ("annotations", "image_id"), ("categories", "name")))
 def test_entries_without_their_fields_are_named(spoil, kind, key):
     with pytest.raises(DatasetError, match=rf"instances\.json: {kind}\[1\] has no {key}"):

@@ -92,14 +92,20 @@ def load_coco_data(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DatasetError: on what cannot be repaired: a file of another format, two categories of one id.
+        DatasetError: on what cannot be repaired: a file of another format, two categories of one id or name.
     """
     content = read_coco_json(json_file) if content is None else content
     data = CocoData(json_file, image_root, dict(content), Problems(json_file))
     twice = {key for key, group in _group(content["categories"], "id").items() if len(group) > 1}
     if twice:
         raise DatasetError(f"{json_file}: more than one category has the id {min(twice)}")
-    data.content["images"] = _readable_images(_first_of_each_image(content["images"], data.problems), data)
+    for name, group in _group(content["categories"], "name").items():
+        if len(group) > 1:
+            ids = " and ".join(str(category["id"]) for category in group)
+            raise DatasetError(f"{json_file}: every category must have a name of its own; {ids} are both {name!r}")
+    data.content["images"] = _first_of_each_image(content["images"], data.problems)
+    _join_entries_of_a_file(data)
+    data.content["images"] = _readable_images(data.content["images"], data)
     data.content["annotations"] = _usable_annotations(data, known_images=_group(content["images"], "id").keys())
     data.content["annotations"] = [_without_ignore(a, data.problems) for a in data.content["annotations"]]
     if not boxes_only:
@@ -139,6 +145,34 @@ def _first_of_each_image(images: list[dict[str, Any]], problems: Problems) -> li
             case = f"{image['file_name']} and {group[0]['file_name']} have id {image_id}"
             problems.add("image id that is used twice", case, repair="the later image left out")
     return [group[0] for group in groups.values()]
+
+
+def _join_entries_of_a_file(data: CocoData) -> None:
+    """Give the objects of later entries of an image file to its first: to each, those of the others are background."""
+    first: dict[str, dict[str, Any]] = {}
+    joined: dict[Hashable, Hashable] = {}
+    for image in data.content["images"]:
+        kept = first.setdefault(os.path.normpath(image["file_name"]), image)
+        if kept is not image:
+            joined[image["id"]] = kept["id"]
+            case = f"{image['file_name']} has the ids {kept['id']} and {image['id']}"
+            data.problems.add("image file that is listed twice", case, repair="objects given to the first entry")
+    if not joined:
+        return
+
+    def identity(annotation: dict[str, Any]) -> tuple:
+        image_id = annotation["image_id"]
+        return joined.get(image_id, image_id), annotation["category_id"], repr(annotation.get("bbox"))
+
+    data.content["images"] = [image for image in data.content["images"] if image["id"] not in joined]
+    annotations = [a for a in data.content["annotations"] if a["image_id"] not in joined]
+    # Of an entry that is a copy of the first one nothing is new.
+    known = set(map(identity, annotations))
+    for annotation in (a for a in data.content["annotations"] if a["image_id"] in joined):
+        if identity(annotation) not in known:
+            known.add(identity(annotation))
+            annotations.append({**annotation, "image_id": joined[annotation["image_id"]]})
+    data.content["annotations"] = annotations
 
 
 def _readable_images(images: list[dict[str, Any]], data: CocoData) -> list[dict[str, Any]]:
