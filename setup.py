@@ -1,13 +1,12 @@
 """Builds deformable_detr with its compiled operator. Environment variables:
 
-DEFORMABLE_DETR_BUILD_OPS=0   skip the operator; the PyTorch implementation is used.
+DEFORMABLE_DETR_BUILD_OPS=0   build no operator; what a checkout has built before stays in use until it is deleted.
 FORCE_CUDA=1                  build the CUDA kernels on a machine without a GPU; without a toolkit this fails.
 TORCH_CUDA_ARCH_LIST          CUDA architectures, as for every PyTorch extension.
 """
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,8 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.errors import CompileError, LinkError
 
 CSRC = Path("csrc")
 CXX_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
@@ -31,16 +31,40 @@ def say(message: str) -> None:
     print(f"deformable_detr: {message}", file=sys.stderr)
 
 
-def has_compiler() -> bool:
-    """Whether the C++ compiler that PyTorch would call exists and compiles an empty program."""
+def compiles(flags: list[str]) -> bool:
+    """Whether PyTorch's build, with the C++ standard that it chooses, makes a library of what the operator includes."""
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "empty.cpp")
-        source.write_text("#include <vector>\nint main() { return 0; }\n")
-        command = [*shlex.split(os.environ.get("CXX", "c++")), "-c", str(source), "-o", str(source) + ".o"]
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <ATen/Parallel.h>\n#include <ATen/core/TensorBase.h>\n")
+        probe = CppExtension("probe", [str(source)], extra_compile_args=CXX_FLAGS + flags, extra_link_args=flags)
+        build = BuildExtension(Distribution({"ext_modules": [probe]}))
+        build.build_lib = build.build_temp = folder
         try:
-            return subprocess.run(command, capture_output=True).returncode == 0
-        except OSError:
+            build.ensure_finalized()
+            build.run()
+        # With ninja and without it; asking a compiler that is not one for its version.
+        except (RuntimeError, CompileError, LinkError, OSError, subprocess.SubprocessError):
             return False
+    return True
+
+
+def find_openmp_flags() -> list[str] | None:
+    """Flags for OpenMP, as far as the C++ compiler takes them; None where it cannot compile the operator at all."""
+    if sys.platform == "win32":
+        say("the operator is not built on Windows: its slower PyTorch twin is used")
+        return None
+    if compiles(OPENMP_FLAGS):
+        return OPENMP_FLAGS
+    if OPENMP_FLAGS and compiles([]):
+        say("the C++ compiler takes no -fopenmp: on the CPU the operator will run in one thread (at::parallel_for)")
+        return []
+    say(
+        "no C++ compiler (c++ or CXX; g++ 10 or newer) works here for the installed PyTorch: installing without the "
+        "operator, its slower PyTorch twin is used"
+    )
+    return None
 
 
 def locate_toolkit() -> None:
@@ -128,8 +152,8 @@ def get_extensions() -> list:
             f"deformable_detr: there is no Detectron2. {ORDER}. For deformable_detr.layers alone, which needs PyTorch "
             "only: pip install --no-deps --no-build-isolation -e ."
         )
-    if sys.platform == "win32" or not has_compiler():
-        say("no C++ compiler (c++ or CXX) works here: installing without the operator, its slower PyTorch twin is used")
+    openmp = find_openmp_flags()
+    if openmp is None:
         return []
     cuda = with_cuda()
     sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp"), *(CSRC.glob("cuda/*.cu") if cuda else ())]
@@ -139,8 +163,8 @@ def get_extensions() -> list:
             "deformable_detr._C",
             sorted(map(str, sources)),
             depends=sorted(str(path) for path in CSRC.rglob("*.h")) + sorted(str(path) for path in CSRC.rglob("*.cuh")),
-            extra_compile_args={"cxx": CXX_FLAGS + OPENMP_FLAGS, "nvcc": NVCC_FLAGS},
-            extra_link_args=OPENMP_FLAGS,
+            extra_compile_args={"cxx": CXX_FLAGS + openmp, "nvcc": NVCC_FLAGS},
+            extra_link_args=openmp,
             # The library registers operators and has no Python symbol: one file serves every Python version.
             py_limited_api=True,
         )

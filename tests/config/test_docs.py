@@ -113,6 +113,7 @@ THEIRS = {
     "No module named 'deformable_detr'",
     "no kernel image is available for execution on the device",
     "undefined symbol",
+    "invalid command 'bdist_wheel'",
     "libGL.so.1: cannot open shared object file",
     "Address already in use",
     "CUDA out of memory",
