@@ -1,12 +1,16 @@
 """The one way in which tools get a model."""
 
+import re
+
 import pytest
 import torch
 from detectron2.config import LazyConfig
 
 from deformable_detr.checkpoint.coverage import CheckpointError
 from deformable_detr.config import load_config
+from deformable_detr.engine import main
 from deformable_detr.loading import build_model, load_model
+from deformable_detr.startup.setup import argument_parser, setup
 
 
 @pytest.fixture(params=("tiny_yaml", "tiny_lazy"))
@@ -54,12 +58,28 @@ def test_images_are_resized_as_for_evaluation(config):
     assert [(a.short_edge_length, a.max_size) for a in resize.augs] == [((64, 64), 96)]
 
 
-def test_weights_of_a_backbone_alone_cannot_detect(config, tmp_path):
+def test_weights_of_a_backbone_alone_cannot_detect(config, write_coco, tmp_path):
     path, opts = config
     backbone = build_model(load_config(path, opts)).backbone.bottom_up
     torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
-    with pytest.raises(CheckpointError, match="cannot detect"):
+    told = r"backbone\.pth leaves \d+ parameters of the model as initialised: it cannot detect\. Give .* detector by "
+    with pytest.raises(CheckpointError, match=told + "--weights"):
         load_model(path, tmp_path / "backbone.pth", opts=opts)
+    # Nor is it evaluated.
+    key = "MODEL.WEIGHTS" if opts else "train.init_checkpoint"
+    override = f"{key} {tmp_path / 'backbone.pth'}".split() if opts else [f"{key}={tmp_path / 'backbone.pth'}"]
+    arguments = ["--eval-only", *write_coco().flags("val"), "--config-file", path, *opts, *override]
+    with pytest.raises(CheckpointError, match=told + re.escape(key)):
+        main(argument_parser().parse_args(arguments))
+
+
+@pytest.mark.parametrize(
+    "opts, expected", [([], "deformable-detr://deformable_detr_R_50"), (["MODEL.WEIGHTS", "mine.pth"], "mine.pth")]
+)
+def test_to_evaluate_a_name_means_the_published_weights(opts, expected, write_coco, tmp_path):
+    fixed = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "output")]
+    arguments = ["--eval-only", *write_coco().flags("val"), "--config-file", "deformable_detr_R_50", *fixed, *opts]
+    assert setup(argument_parser().parse_args(arguments)).MODEL.WEIGHTS == expected
 
 
 def test_a_file_of_other_classes_is_told_by_their_numbers(tiny_yaml, tmp_path):

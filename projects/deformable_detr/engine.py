@@ -215,7 +215,7 @@ def _run_yaml(cfg: CfgNode, args: argparse.Namespace) -> Any:
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = _build_checkpointer(cfg, model)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer.load_to_detect(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, _prepare(model, cfg, args.precision, args.cuda_graphs))
         if comm.is_main_process():
             verify_results(cfg, results)
@@ -255,7 +255,7 @@ def do_eval(
     """
     model = _distribute(instantiate(cfg.model).to(cfg.train.device))
     checkpointer = _build_checkpointer(cfg, model)
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    checkpointer.load_to_detect(cfg.train.init_checkpoint, resume=resume)
     return do_test(cfg, _prepare(model, cfg, precision, cuda_graphs))
 
 

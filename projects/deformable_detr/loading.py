@@ -11,14 +11,13 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model as build_yaml_model
 from omegaconf import DictConfig
 
-from . import model_zoo
-from .checkpoint.coverage import CheckpointError
 from .cli import check_device
 from .config import RunConfig, load_config
 from .data.augmentation import augmentation_from_config
 from .data.datasets import get_class_names
+from .model_zoo import default_weights
 from .modeling import SetPredictionDetector
-from .training.checkpointer import DeformableDETRCheckpointer, last_checkpoint
+from .training.checkpointer import DeformableDETRCheckpointer
 from .training.precision import DTYPES as SHORT_DTYPES
 from .wording import name_first
 
@@ -69,17 +68,12 @@ def load_model(
     check_device(device)
     model = os.fspath(model)
     cfg = load_config(model, opts)
-    weights = _default_weights(model, cfg, opts) if weights is None else os.fspath(weights)
+    weights = default_weights(model, RunConfig(cfg, opts)) if weights is None else os.fspath(weights)
     built = build_model(cfg, device).eval()
     # Without names of ours: what the outputs mean is for the file to say, and only then for the config's dataset.
     checkpointer = DeformableDETRCheckpointer(built, weights_key="--weights")
     if weights:
-        checkpointer.load(weights)
-        if missing := checkpointer.report.undetermined:
-            raise CheckpointError(
-                f"{weights} leaves {len(missing)} parameters of {model} as initialised: it cannot detect. "
-                f"{checkpointer.report.mismatch or 'Give the weights of a trained detector'}\n{checkpointer.report}"
-            )
+        checkpointer.load_to_detect(weights)
     names = checkpointer.class_names or get_class_names(cfg) or [None] * built.num_classes
     names = [name or f"class {index}" for index, name in enumerate(names)]
     return LoadedModel(built, cfg, names, _resize(cfg))
@@ -105,16 +99,6 @@ def build_model(cfg: CfgNode | DictConfig, device: str | torch.device = "cpu") -
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = str(device)
     return build_yaml_model(cfg)
-
-
-def _default_weights(model: str, cfg: CfgNode | DictConfig, opts: Sequence[str]) -> str:
-    run = RunConfig(cfg, opts)
-    configured = run.get("weights")
-    if run.overridden("weights"):
-        return configured
-    if not os.path.isdir(model):
-        return model_zoo.MODELS[model].weights if model in model_zoo.MODELS else configured
-    return last_checkpoint(model)
 
 
 def _resize(cfg: CfgNode | DictConfig) -> T.Augmentation:

@@ -176,6 +176,14 @@ def test_two_stage_encoder_head_keeps_its_objectness_channel(num_classes, build,
     assert torch.equal(bias[91:], ours.class_embed[2].bias[91:]) and len(bias) == num_classes
 
 
+def test_a_counter_of_batch_norm_is_nothing_that_detections_depend_on(build):
+    theirs, ours = build(), build()
+    ours.backbone.bottom_up.stem.conv1.norm = torch.nn.BatchNorm2d(64)
+    report = convert(theirs.state_dict(), model=ours)[1]
+    assert list(report.missing) == ["backbone.bottom_up.stem.conv1.norm.num_batches_tracked"]
+    assert report.undetermined == []
+
+
 def test_heads_of_unrelated_classes_stay_as_initialised_and_are_reported(build, official_names):
     theirs, ours = build(NUM_CLASSES=91), build(NUM_CLASSES=5)
     converted, report = convert(official_names(theirs), model=ours)

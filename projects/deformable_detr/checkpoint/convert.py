@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..wording import name_first
 from .backbones import find_absent_parts, find_backbone, fit_position_tables
 from .classes import ENCODER_OUTPUT, HEAD, Names, cut_label_embeddings, fit_class_heads, is_encoder_head
-from .coverage import TRAINING_ONLY, CheckpointError, ConversionReport
+from .coverage import COUNTER, TRAINING_ONLY, CheckpointError, ConversionReport
 from .sources import BOTTOM_UP, DENSE_ATTENTION, SOURCES, TORCHVISION, Source, count_on, detect_source
 from .variants import (
     LEVEL_EMBED,
@@ -258,7 +258,7 @@ def _note_what_is_missing(
             report.missing[key] = "initialised: not part of a pretrained backbone"
         elif key.startswith(TRAINING_ONLY):
             report.missing[key] = "initialised: only trains, and the file is of a model without denoising queries"
-        elif key.endswith(".num_batches_tracked"):
+        elif key.endswith(COUNTER):
             report.missing[key] = "initialised: a counter of batch norm"
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from tabulate import tabulate
 
-# What our names of parameters begin with that no detection depends on.
+# What our names of parameters begin with, or end with, that no detection depends on.
 TRAINING_ONLY = "denoising."
+COUNTER = ".num_batches_tracked"
 
 
 class CheckpointError(ValueError):
@@ -49,7 +50,7 @@ class ConversionReport:
     @property
     def undetermined(self) -> list[str]:
         """Our names of the missing parameters that detections depend on."""
-        return [key for key in self.missing if not key.startswith(TRAINING_ONLY)]
+        return [key for key in self.missing if not (key.startswith(TRAINING_ONLY) or key.endswith(COUNTER))]
 
     def __str__(self) -> str:
         rows = [("used", len(self.used), "", _first(self.used))]

@@ -2,6 +2,15 @@
 
 from .download import register_handler
 from .records import MODELS, PublishedModel
-from .zoo import get, get_config, get_config_file, list_models
+from .zoo import default_weights, get, get_config, get_config_file, list_models
 
-__all__ = ["MODELS", "PublishedModel", "get", "get_config", "get_config_file", "list_models", "register_handler"]
+__all__ = [
+    "MODELS",
+    "PublishedModel",
+    "default_weights",
+    "get",
+    "get_config",
+    "get_config_file",
+    "list_models",
+    "register_handler",
+]

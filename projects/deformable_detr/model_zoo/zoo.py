@@ -1,5 +1,6 @@
 """Models and configurations by name, as in Detectron2's own model zoo."""
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..config import RunConfig, find_config_file, load_config
-from ..training.checkpointer import DeformableDETRCheckpointer
+from ..training.checkpointer import DeformableDETRCheckpointer, last_checkpoint
 from .records import MODELS, RECIPES, check_name, find_model
 
 
@@ -46,6 +47,28 @@ def get_config(
     if trained:
         RunConfig(cfg).set("weights", find_model(name).weights)
     return cfg
+
+
+def default_weights(model: str, run: RunConfig) -> str:
+    """Return the weights with which a model detects where the user names none.
+
+    Args:
+        model: a name of :func:`list_models`, a config file, or the output folder of a training.
+        run: its configuration; weights among the user's overrides are taken first.
+
+    Returns:
+        The published weights, or the last checkpoint of the folder; those of the configuration for a file, and for a
+        name without published ones.
+
+    Raises:
+        FileNotFoundError: if the folder holds no checkpoint.
+    """
+    if not run.overridden("weights"):
+        if os.path.isdir(model):
+            return last_checkpoint(model)
+        if model in MODELS:
+            return MODELS[model].weights
+    return run.get("weights")
 
 
 def get(name: str, trained: bool = False, device: str | torch.device = "cpu") -> nn.Module:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from ..cli import add_overrides_word
 from ..config import RunConfig, find_config_file, load_config
 from ..files import replacing
-from ..training.checkpointer import last_checkpoint
+from ..model_zoo import default_weights
 from ..training.precision import DTYPES
 from .checks import check_before_start
 from .console import describing_environment, log_configuration, log_load, set_up_console
@@ -96,9 +96,9 @@ def setup(args: argparse.Namespace) -> CfgNode | DictConfig:
 def _read_config(args: argparse.Namespace) -> CfgNode | DictConfig:
     if not args.config_file:
         raise ValueError("--config-file is required")
-    folder = args.config_file
+    model = args.config_file
     # default_setup reads the file as well.
-    args.config_file = find_config_file(folder)
+    args.config_file = find_config_file(model)
     cfg = load_config(args.config_file, args.opts)
     if flags := flags_as_overrides(args, RunConfig(cfg, args.opts)):
         # As if they had been typed, for all who ask what the user has set. They are read once.
@@ -107,10 +107,9 @@ def _read_config(args: argparse.Namespace) -> CfgNode | DictConfig:
     missing = [node for node in ("model", "dataloader", "train") if node not in cfg]
     if args.config_file.endswith(".py") and missing:
         raise ValueError(f"{args.config_file} has no {' and no '.join(missing)}, which a LazyConfig needs")
-    trained = args.eval_only and not args.resume and args.weights is None
-    if trained and os.path.isdir(folder) and not RunConfig(cfg, args.opts).overridden("weights"):
-        # An output folder means the model that was trained there, as for all commands.
-        args.weights = last_checkpoint(folder)
+    if args.eval_only and not args.resume and args.weights is None:
+        # A name and an output folder mean the trained model, as for all commands.
+        args.weights = default_weights(model, RunConfig(cfg, args.opts))
     return cfg
 
 

@@ -110,6 +110,21 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
             )
         return extra
 
+    def load_to_detect(self, path: str, *, resume: bool = False) -> None:
+        """Load what a model shall detect with, as :meth:`resume_or_load` does; an empty path keeps random weights.
+
+        Raises:
+            CheckpointError: if the weights leave a part of the model as initialised, besides the cases of
+                :meth:`resume_or_load`.
+        """
+        self.resume_or_load(path, resume=resume)
+        if self.report is not None and (missing := self.report.undetermined):
+            remedy = self.report.mismatch or f"Give the weights of a trained detector by {self._weights_key}"
+            raise CheckpointError(
+                f"{path} leaves {len(missing)} parameters of the model as initialised: it cannot detect. {remedy}\n"
+                f"{self.report}"
+            )
+
     def read(self, path: str) -> dict[str, Any]:
         """Everything in a checkpoint file, without loading it into anything."""
         return read_checkpoint(path)
