@@ -3,9 +3,10 @@
 //
 // A block sorts the points of its tile, level by level, by the pixel of their bottom right corner. Groups of G
 // neighbouring threads then take equal shares of the sorted points. While the pixel stays the same, the rows of value
-// at its corners and the sums for those rows of grad_value stay in registers; where it moves on by one, half of them
-// do. Sorting is by the position within a window of kWindow x kWindow pixels that repeats over the map, so points of
-// far pixels may mix: that costs time, and is right all the same.
+// at its corners and the sums for those rows of grad_value stay in registers. Sorting is by the position within a
+// window of kWindow x kWindow pixels that repeats over the map, so points of far pixels may mix: that costs time, and
+// is right all the same. What bounds it is issuing instructions: the loop over sorted points has no other condition
+// than whether the pixel is another one.
 #pragma once
 
 #include "ms_deform_attn_backward.cuh"
@@ -22,7 +23,7 @@ constexpr int kBins = kWindow * kWindow;
 
 // Which corners of a pixel are on the map. A pixel is that of the bottom right corner of a point, which may be off the
 // map; `number` is its row * 16 + these flags.
-enum Corner : uint32_t { kTopLeft = 1, kTopRight = 2, kBottomLeft = 4, kBottomRight = 8 };
+enum Corner : uint32_t { kTopLeft = 1, kTopRight = 2, kBottomLeft = 4, kBottomRight = 8, kAllCorners = 15 };
 
 __device__ inline uint32_t pixel_number(const Level& level, const Place<float>& place) {
   const uint32_t left = place.has_left() ? kTopLeft | kBottomLeft : 0;
@@ -33,8 +34,7 @@ __device__ inline uint32_t pixel_number(const Level& level, const Place<float>& 
   return row * 16 + (place.inside ? (left | right) & (top | bottom) : 0);
 }
 
-// No pixel, with no corners, and none follows it: the rows of another level must not become left corners.
-constexpr uint32_t kNoPixel = 0xfffff0;
+constexpr uint32_t kNoPixel = 0xfffff0;  // with no corners
 
 struct alignas(16) SortedPoint {
   uint32_t packed;  // 256 * number of the pixel + place of the query in the tile
@@ -48,9 +48,7 @@ struct alignas(16) SortedPoint {
 // Rows of value around a pixel, and what has been added up for the same rows of grad_value; of each, four channels.
 template <typename T>
 struct AroundPixel {
-  // Whether right corners become left ones where the pixel moves on by one. Of 16-bit numbers they do not: those would
-  // be widened within the branch, and every thread of the warp would wait for them there.
-  static constexpr bool kKeeps = sizeof(T) == sizeof(float);
+  using Words = Pack<uint32_t, sizeof(T)>;  // of four channels
 
   const T* value;
   float* grad_value;
@@ -62,29 +60,47 @@ struct AroundPixel {
     return (pixel >> 4) - (corner & 2 ? 0 : width) - (corner & 1 ? 0 : 1);
   }
 
-  __device__ void read(int corner, uint32_t next, uint32_t width) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[corner][i] = sum[corner][i] = 0;
-    if (next & 1u << corner) load(row_at(value, row(next, width, corner), row_bytes), v[corner]);
+  // `all` corners of a pixel are on the map: known when this is compiled, as it takes two thirds of the instructions.
+  template <bool all>
+  __device__ static bool has(uint32_t pixel, int corner) {
+    return all || pixel & 1u << corner;
   }
 
-  __device__ void write(int corner, uint32_t width) const {
-    if (pixel & 1u << corner)
-      add_four(row_at(grad_value, row(pixel, width, corner), grad_row_bytes), sum[corner][0], sum[corner][1],
-               sum[corner][2], sum[corner][3]);
+  template <bool all>
+  __device__ void write(uint32_t width) const {
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      const float (&of)[4] = sum[corner];
+      if (has<all>(pixel, corner))
+        add_four(row_at(grad_value, row(pixel, width, corner), grad_row_bytes), of[0], of[1], of[2], of[3]);
+    }
+  }
+
+  // Rows are asked for before the sums are written, and arrive meanwhile.
+  template <bool all>
+  __device__ void read_and_write(uint32_t next, uint32_t width, Words (&rows)[4]) const {
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      if (has<all>(next, corner))
+        rows[corner] = *reinterpret_cast<const Words*>(row_at(value, row(next, width, corner), row_bytes));
+      else
+        rows[corner] = {};
+    }
+    write<all>(width);
   }
 
   __device__ void move_to(uint32_t next, uint32_t width) {
-    constexpr uint32_t left = kTopLeft | kBottomLeft;
-    write(0, width), write(2, width);
-    if (kKeeps && next >> 4 == (pixel >> 4) + 1 && (next & left) == (pixel >> 1 & left)) {
+    Words rows[4];
+    if ((pixel & next & kAllCorners) == kAllCorners)
+      read_and_write<true>(next, width, rows);
+    else
+      read_and_write<false>(next, width, rows);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[0][i] = v[1][i], sum[0][i] = sum[1][i], v[2][i] = v[3][i], sum[2][i] = sum[3][i];
-    } else {
-      write(1, width), write(3, width);
-      read(0, next, width), read(2, next, width);
+    for (int corner = 0; corner < 4; ++corner) {
+      load(reinterpret_cast<const T*>(&rows[corner]), v[corner]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[corner][i] = 0;
     }
-    read(1, next, width), read(3, next, width);
     pixel = next;
   }
 };
@@ -99,6 +115,8 @@ struct SortedMemory {
   Pack<float, 4> dots[kGroups][kShare];
   uint32_t bins[kBins];  // the number of points of each, then the position of its first
   uint32_t sums[kThreads / kWarp];
+  // Of a thread's points among the sorted ones, -1 for none; in registers the compiler has no room for them.
+  Pack<int32_t, kSorted / kThreads> positions[kThreads];
 };
 
 // Counts become positions within the bins of a warp, whose sum goes to `sums`.
@@ -126,22 +144,18 @@ __device__ inline Totals add_up_warps(const SortedMemory<G>& memory) {
   return {static_cast<int>(__shfl_sync(0xffffffffu, sum, warps - 1)), sum - own};
 }
 
-// Adds up `share` points of a group, or the `count` that are left.
+// Adds up the `share` points of each group.
 template <typename T, int G>
-__device__ inline void walk(SortedMemory<G>& memory, const uint32_t width, int share, int count,
-                            AroundPixel<T>& around) {
+__device__ inline void walk(SortedMemory<G>& memory, const uint32_t width, int share, AroundPixel<T>& around) {
   const int lane = threadIdx.x % G, group = threadIdx.x / G;
-  const SortedPoint* points = memory.points[group];
-  Pack<float, 4>* dots = memory.dots[group];
-  SortedPoint point{};
-  for (int step = 0; step < share; ++step) {  // no less for any group: they exchange by shuffles
-    Pack<float, 4> g{};
-    point.weight = 0;
-    if (step < count) {
-      point = points[step];
-      g = memory.grads[point.query()][lane];
-      if (point.pixel() != around.pixel) around.move_to(point.pixel(), width);
-    }
+  const SortedPoint* next = memory.points[group];
+  const SortedPoint* const end = next + share;
+  float* dots = memory.dots[group][0].items + lane;
+  const Pack<float, 4>* grads = memory.grads[0] + lane;
+  for (; next != end; ++next, dots += 4) {
+    const SortedPoint point = *next;
+    const Pack<float, 4> g = grads[point.query() * G];
+    if (point.pixel() != around.pixel) around.move_to(point.pixel(), width);
     const float bottom = point.weight * point.y, top = point.weight - bottom;
     const float top_right = top * point.x, bottom_right = bottom * point.x;
     const float shares[4] = {top - top_right, top_right, bottom - bottom_right, bottom_right};
@@ -154,10 +168,9 @@ __device__ inline void walk(SortedMemory<G>& memory, const uint32_t width, int s
         around.sum[corner][i] += shares[corner] * g.items[i];
       }
     const float sum = sum_corners<G>(dot, lane);
-    if (lane < 4 && step < count) dots[step].items[lane] = sum;
+    if (lane < 4) *dots = sum;
   }
-#pragma unroll
-  for (int corner = 0; corner < 4; ++corner) around.write(corner, width);
+  around.template write<false>(width);
   around.pixel = kNoPixel;
 }
 
@@ -183,22 +196,26 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if (query >= 0) load(grad_output + (first + int64_t{query} * at.M) * at.D + 4 * lane, g);
     memory.grads[place][lane] = {g[0], g[1], g[2], g[3]};
   }
+  // The queries of this thread's points of each level.
+  const auto place_of = [](int i) { return (threadIdx.x + i * kThreads) / kSortedPoints; };
+  int32_t query[kMine];
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) query[i] = query_at(task, place_of(i));
   reinterpret_cast<Pack<uint32_t, 2>*>(memory.bins)[threadIdx.x] = {0, 0};
   __syncthreads();
   for (int number = 0; number < at.L; ++number) {
     const Level& level = at.levels[number];
     for (int start = 0; start < at.P; start += kSortedPoints) {
-      // The points of this thread: the place of the query, and the index in (N, Lq, M, L, P), -1 for none.
-      const auto place_of = [](int i) { return (threadIdx.x + i * kThreads) / kSortedPoints; };
+      // In (N, Lq, M, L, P), -1 for no point.
       const auto index_of = [&](int i) -> int64_t {
         const int point = start + threadIdx.x % kSortedPoints;
-        const int32_t query = query_at(task, place_of(i));
-        if (query < 0 || point >= at.P) return -1;
-        return first * at.points + static_cast<int64_t>(multiply_wide(query, at.query_points)) + number * at.P + point;
+        if (query[i] < 0 || point >= at.P) return -1;
+        return first * at.points + static_cast<int64_t>(multiply_wide(query[i], at.query_points)) + number * at.P +
+               point;
       };
       SortedPoint mine[kMine] = {};
       uint32_t bin[kMine];
-      int32_t position[kMine];
+      auto& position = memory.positions[threadIdx.x].items;
 #pragma unroll
       for (int i = 0; i < kMine; ++i) {
         const int64_t index = index_of(i);
@@ -224,9 +241,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         position[i] = sorted + taker * (SortedMemory<G>::kShare - share);
         memory.points[0][position[i]] = mine[i];
       }
+      // What is missing in the last shares: points of no pixel, so that all groups have as many.
+      const uint32_t missing = share * kGroups - totals.count;
+      if (threadIdx.x < missing) {
+        const uint32_t sorted = totals.count + threadIdx.x, taker = sorted * per_group >> 16;
+        memory.points[0][sorted + taker * (SortedMemory<G>::kShare - share)] = {kNoPixel << 8};
+      }
       __syncthreads();
       reinterpret_cast<Pack<uint32_t, 2>*>(memory.bins)[threadIdx.x] = {0, 0};
-      walk(memory, level.width, share, totals.count - group * share, around);
+      walk(memory, level.width, share, around);
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < kMine; ++i) {

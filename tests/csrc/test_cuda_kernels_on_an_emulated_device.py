@@ -159,6 +159,20 @@ def test_sorted_backward_kernel_keeps_levels_apart(emulate, make_case):
         assert relative_error(ours, theirs) < 1e-5
 
 
+def test_sorted_backward_kernel_keeps_a_bad_gradient_with_its_query(emulate, make_case):
+    """Groups of threads without enough points walk through such of no pixel, which name the first query of the tile."""
+    shapes = [(4, 5), (1, 2)]
+    case = make_case(shapes=shapes, Lq=22, D=32, M=1, P=4).to(torch.float32, torch.float32)
+    grad_output = torch.randn(2, 22, 32, generator=torch.Generator().manual_seed(0))
+    grad_output[:, 0] = torch.nan
+    case.sampling_locations[:, 0] = 0.01  # top left in both levels, where few of the others look
+    actual = backward(emulate, case, 4, SORTED, grad_output=grad_output)
+    assert actual[0].isnan().any() and not actual[0].isnan().all()
+    for ours, theirs in zip(actual, expected_gradients(case, grad_output), strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert relative_error(ours.nan_to_num(), theirs.nan_to_num()) < 1e-5
+
+
 @pytest.mark.parametrize("sigma", [0.0, 0.3, 3.0])
 def test_sorted_backward_kernel_adds_up_neighbours(emulate, make_case, sigma):
     """Points about the pixels of their queries, as of a trained encoder: many of a tile fall into the same pixel."""
