@@ -178,7 +178,7 @@ def test_two_stage_encoder_head_keeps_its_objectness_channel(num_classes, build,
 
 def test_a_counter_of_batch_norm_is_nothing_that_detections_depend_on(build):
     theirs, ours = build(), build()
-    ours.backbone.bottom_up.stem.conv1.norm = torch.nn.BatchNorm2d(64)
+    ours.backbone.bottom_up.stem.conv1.norm = torch.nn.BatchNorm2d(8)
     report = convert(theirs.state_dict(), model=ours)[1]
     assert list(report.missing) == ["backbone.bottom_up.stem.conv1.norm.num_batches_tracked"]
     assert report.undetermined == []
