@@ -67,6 +67,8 @@ def test_a_misspelt_file_gets_the_nearest_name(tmp_path):
     [
         ("a.yaml", "SOLVER: {MAX_ITER: [", "is not a configuration: while parsing"),
         ("a.yaml", "- 1", "is not a configuration: "),
+        ("a.yaml", " \n", "is not a configuration: it is empty"),
+        ("a.yaml", "model:\n  _target_: a.B\ntrain: [", "is not a configuration: while parsing"),
         ("a.yaml", "SOLVER: {MAX_ITER: many}", "is not a configuration: .*MAX_ITER"),
         (
             "a.yaml",

@@ -129,6 +129,10 @@ def test_a_resumed_run_keeps_its_batch_and_length_on_another_number_of_gpus(conf
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
     assert schedule_of(configure(*flags, **output)) == schedule_of(begun) and schedule_of(begun)["batch"] == 4
     assert "12 epochs of 4 images in batches of 4 (the resumed run's) are 12 iterations" in caplog.text
+    for cut in ("", "SOLVER: {"):
+        (tmp_path / "config.yaml").write_text(cut)
+        with pytest.raises(ValueError, match=r"(?s)config\.yaml, of the run that goes on, is empty, .*: .* Remove it"):
+            configure(*flags, **output)
 
 
 def test_what_is_set_on_the_command_line_stays_and_the_rest_follows_from_it(configure, write_coco):

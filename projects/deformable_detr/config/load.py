@@ -104,6 +104,9 @@ def _read_lazy(path: str) -> DictConfig:
     except SyntaxError as error:
         # Detectron2 names the file, its cause the line.
         raise ValueError(f"{path} is not Python: {error.__cause__ or error}") from error
+    # Of a run's file, perhaps cut short.
+    except YAMLError as error:
+        raise ValueError(f"{path} is not a configuration: {error}") from error
 
 
 def _read_yaml(path: str) -> CfgNode:
@@ -117,7 +120,9 @@ def _read_yaml(path: str) -> CfgNode:
         raise KeyError(f"{path}: the configuration has no key {key}{_suggest(key, list(_keys(cfg)))}") from error
     # Lists and words for dictionaries, values of another type, older versions, files that are no YAML.
     except (AssertionError, AttributeError, TypeError, ValueError, YAMLError) as error:
-        raise ValueError(f"{path} is not a configuration: {error}") from error
+        with g_pathmgr.open(path) as file:
+            reason = error if file.read().strip() else "it is empty"
+        raise ValueError(f"{path} is not a configuration: {reason}") from error
     return cfg
 
 

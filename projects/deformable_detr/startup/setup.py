@@ -3,18 +3,17 @@
 import argparse
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 
 from ..cli import add_overrides_word
 from ..config import RunConfig, find_config_file, load_config
-from ..files import replacing
 from ..model_zoo import default_weights
 from ..training.precision import DTYPES
 from .checks import check_before_start
@@ -85,8 +84,13 @@ def setup(args: argparse.Namespace) -> CfgNode | DictConfig:
         # What is checked, logged and saved is what runs.
         cfg = scale_to_processes(cfg, comm.get_world_size())
     check_before_start(cfg, args)
-    with nullcontext() if is_training else _keeping(os.path.join(output_dir, "config.yaml")), describing_environment():
-        default_setup(cfg, args)
+    config = os.path.join(output_dir, "config.yaml")
+    with describing_environment():
+        if is_training or not os.path.isfile(config):
+            default_setup(cfg, args)
+        else:
+            _log_and_seed(cfg, args)
+            logger.info(f"{config} stays as it is: nothing is trained")
     log_configuration(args, output_dir)
     if is_training:
         record_user_data(files, output_dir)
@@ -113,16 +117,17 @@ def _read_config(args: argparse.Namespace) -> CfgNode | DictConfig:
     return cfg
 
 
-@contextmanager
-def _keeping(path: str) -> Iterator[None]:
-    """Give a file that exists its content back, such as the config.yaml of a training that is evaluated."""
-    if not (comm.is_main_process() and os.path.isfile(path)):
-        yield
-        return
-    content = Path(path).read_bytes()
-    try:
-        yield
-    finally:
-        with replacing(path) as stream:
-            stream.write(content)
-        logger.info(f"{path} is left as it was: nothing is trained")
+def _log_and_seed(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None:
+    """Do what ``default_setup`` does, which would write an evaluation's config.yaml over that of the training.
+
+    Giving the file its content back afterwards is no way: the process may be killed before, or the disk be full.
+    """
+    detectron2 = logging.getLogger("detectron2")
+    detectron2.info(f"Environment info:\n{collect_env_info()}")
+    detectron2.info(f"Command line arguments: {args}")
+    with PathManager.open(args.config_file) as file:
+        detectron2.info(f"Contents of args.config_file={args.config_file}:\n{file.read()}")
+    if isinstance(cfg, CfgNode):
+        detectron2.info(f"Running with full config:\n{cfg.dump()}")
+    seed = RunConfig(cfg).get("seed", -1)
+    seed_all_rng(None if seed < 0 else seed + comm.get_rank())

@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig
+from yaml import YAMLError
 
 from ..config import RunConfig, load_config
 from ..data.checks import CocoData, Problems, drop_overlap, load_coco_data
@@ -208,11 +209,22 @@ def _recorded_files(run: RunConfig, args: argparse.Namespace) -> dict[str, tuple
 
 
 def _resumed_batch(output_dir: str) -> int | None:
-    """Return the batch of the run that goes on; None where none does, or where its configuration is gone."""
+    """Return the batch of the run that goes on; None where none does, or where its configuration is gone.
+
+    Raises:
+        ValueError: if its configuration cannot be read.
+    """
     config = os.path.join(output_dir, "config.yaml")
     if not (os.path.isfile(os.path.join(output_dir, "last_checkpoint")) and os.path.isfile(config)):
         return None
-    return RunConfig(LazyConfig.load(config)).get("batch")
+    try:
+        return RunConfig(LazyConfig.load(config)).get("batch")
+    # TypeError is that of an empty file.
+    except (TypeError, ValueError, YAMLError) as error:
+        raise ValueError(
+            f"{config}, of the run that goes on, is empty, cut short or no configuration: {error}. Remove it, and the "
+            "run goes on with the batch of this command"
+        ) from error
 
 
 def _in_main_process(work: Callable[..., Any], *args: Any, **options: Any) -> Any:
