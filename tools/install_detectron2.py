@@ -314,6 +314,11 @@ def build_wheel(source: str, folder: Path) -> Path:
 
 def run_pip(*arguments: str, capture: bool = False, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """Run pip in the running interpreter's environment, with ``env`` added to the variables."""
+    if importlib.util.find_spec("pip") is None:
+        raise InstallError(
+            f"{sys.executable} has no pip. Get it by {sys.executable} -m ensurepip, or, in an environment of uv's, by "
+            "uv pip install pip."
+        )
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     return subprocess.run(command, capture_output=capture, text=True, env={**os.environ, **(env or {})})
 

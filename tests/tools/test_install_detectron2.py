@@ -161,6 +161,12 @@ def test_an_unreachable_index_is_one_clear_sentence(tmp_path, index_folder):
         installer.fetch_sdist(tmp_path)
 
 
+def test_an_environment_without_pip_is_told_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pip", None)
+    with pytest.raises(InstallError, match="has no pip. Get it by .* -m ensurepip.* uv pip install pip"):
+        installer.fetch_sdist(tmp_path)
+
+
 def test_an_importable_detectron2_is_used_as_it_is(tmp_path):
     package = tmp_path / "detectron2"
     package.mkdir()
