@@ -104,7 +104,7 @@ def test_without_a_network_the_error_says_what_to_put_where(cache, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", (f"{NAME}.safetensors", RECORD.official_file))
+@pytest.mark.parametrize("name", (f"{NAME}.safetensors", f"{NAME}.pth", RECORD.official_file))
 def test_file_put_there_by_hand_is_taken_without_asking_the_network(name, hub, cache):
     cache.mkdir(parents=True)
     (cache / name).write_bytes(WEIGHTS)

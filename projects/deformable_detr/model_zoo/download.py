@@ -65,13 +65,13 @@ def fetch(model: PublishedModel, *, force: bool = False) -> str:
     Raises:
         CheckpointError: if the file cannot be downloaded, or is another one than was published.
     """
-    path = os.path.join(cache_folder(), model.cached_file)
-    by_hand = os.path.join(cache_folder(), model.official_file)
-    if not force and not os.path.isfile(path) and os.path.isfile(by_hand):
-        return by_hand
-    if weights_url(model) is None:
-        if os.path.isfile(path):
-            return path
+    names = (model.cached_file, model.official_file, f"{model.name}.pth")
+    path, *others = (os.path.join(cache_folder(), name) for name in names)
+    there = next(filter(os.path.isfile, (path, *others)), None)
+    downloadable = weights_url(model) is not None
+    if there and not (force and downloadable):
+        return there
+    if not downloadable:
         raise CheckpointError(
             f"{model.weights} cannot be downloaded by a program: {_by_hand(model)} (FVCORE_CACHE sets the cache)"
         )

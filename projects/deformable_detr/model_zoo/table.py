@@ -46,8 +46,8 @@ python train_net.py --eval-only --config-file configs/COCO-Detection/{example}.y
 `deformable-detr://NAME` works wherever Detectron2 takes a path to weights. It downloads the Hub's file, or the authors'
 where there is a direct link, once into `$FVCORE_CACHE/deformable_detr` (default
 `~/.torch/iopath_cache/deformable_detr`); `HF_ENDPOINT` names a mirror of the Hub. Without a network, and for what is on
-Drive alone, put `NAME.safetensors` (the Hub's `model.safetensors`) or the authors' `.pth`, under the name that it has
-there, into that folder.
+Drive alone, put `NAME.safetensors` (the Hub's `model.safetensors`) or the authors' `.pth`, as `NAME.pth` or under the
+name that it has there, into that folder.
 
 {hashes}
 
