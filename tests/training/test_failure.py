@@ -109,7 +109,7 @@ def breaks_at_iteration_2(monkeypatch):
 
 
 def test_run_stops_explains_and_can_be_replayed(run, breaks_at_iteration_2, tmp_path, capsys):
-    output = tmp_path / "output"
+    output = tmp_path / "my output"
     with pytest.raises(NonFiniteError) as stopped:
         run(output)
     message = str(stopped.value)
@@ -117,7 +117,7 @@ def test_run_stops_explains_and_can_be_replayed(run, breaks_at_iteration_2, tmp_
     assert re.search(r"Images of the batch: \S+\.png, \S+\.png", message)
     assert [i for i, row in losses_of(output).items() if "total_loss" in row] == [0, 1]
     file = output / "failure_0000002_rank0.pt"
-    assert f"--config-file {output / 'config.yaml'} --replay {file}" in message
+    assert f"  deformable-detr train --config-file '{output / 'config.yaml'}' --replay '{file}'" in message
     saved = torch.load(file, weights_only=True)
     weights = read_checkpoint(output, "model_0000001")["model"]
     assert all(torch.equal(weights[name], value) for name, value in saved["model"].items())

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -227,9 +228,9 @@ class TrainingLoop(SimpleTrainer):
         path = os.path.join(self.settings.output_dir, f"failure_{step.iteration:07d}_rank{step.rank}.pt")
         save_step(path, step, self.model, explanation)
         config = os.path.join(self.settings.output_dir, "config.yaml")
+        again = shlex.join(["deformable-detr", "train", "--config-file", config, "--replay", path])
         raise NonFiniteError(
-            f"{explanation}\nThe batch and the weights before it are in {path}; this repeats the step:\n"
-            f"  python train_net.py --config-file {config} --replay {path}"
+            f"{explanation}\nThe batch and the weights before it are in {path}; this repeats the step:\n  {again}"
         )
 
 
