@@ -1,6 +1,7 @@
 """The command line, with trainings in processes of their own."""
 
 import json
+import sys
 
 import pytest
 
@@ -49,6 +50,12 @@ def test_two_variants_are_trained_timed_and_shown_and_a_killed_one_goes_on(tmp_p
     assert "Starting training from iteration 4" in (folder / "runs" / "two_stage_300-1" / "log.txt").read_text()
     assert files[0].stat().st_mtime_ns == before
     assert [json.loads(file.read_text())["jobs"] for file in files] == [2, 1]
+
+
+def test_windows_is_refused_by_its_name(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(OSError, match="needs Linux or macOS"):
+        main(["convergence"])
 
 
 def test_a_study_without_the_variants_asked_for_is_refused(tmp_path):

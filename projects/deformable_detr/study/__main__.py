@@ -50,6 +50,8 @@ def parse_args(argv: Sequence[str] | None, table: Table) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    if sys.platform == "win32":
+        raise OSError("a study needs Linux or macOS: it locks its folder and ends its trainings by what Windows lacks")
     table = read_table()
     args = parse_args(argv, table)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%m/%d %H:%M:%S")

@@ -5,7 +5,6 @@ only once it is finished. Whatever ends in between is continued from its last ch
 """
 
 import contextlib
-import fcntl
 import json
 import sys
 import threading
@@ -72,6 +71,8 @@ class Workshop:
         Raises:
             BlockingIOError: the folder is in use.
         """
+        import fcntl  # not on Windows, where the command line says so
+
         with (self.folder / "lock").open("w") as self._lock:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
