@@ -49,6 +49,18 @@ def test_a_folder_gives_its_images_and_videos_with_those_of_all_folders_below(tm
     assert found[0].path == str(tmp_path / "a.png")
 
 
+def test_links_to_folders_are_followed_and_each_folder_is_searched_once(tmp_path):
+    touch(tmp_path / "in", "a.png", "sub/b.png", "out/a.png")
+    touch(tmp_path / "disk", "c.png", "deep/d.png")
+    # To a folder outside, to one that is searched anyway, back to the top, into the folder outside, to the output.
+    links = {"0": "disk", "1": "in/sub", "sub/up": "in", "z": "disk/deep", "last": "in/out"}
+    for link, target in links.items():
+        (tmp_path / "in" / link).symlink_to(tmp_path / target)
+    (tmp_path / "disk" / "back").symlink_to(tmp_path / "in")
+    found = find_sources(str(tmp_path / "in"), output=tmp_path / "in" / "out")
+    assert [source.name for source in found] == ["a.png", "sub/b.png", "0/c.png", "0/deep/d.png"]
+
+
 def test_annotated_pictures_of_the_last_run_are_not_looked_at_again(tmp_path):
     touch(tmp_path, "a.png", "out/a.png")
     assert [source.name for source in find_sources(str(tmp_path), output=tmp_path / "out")] == ["a.png"]

@@ -69,6 +69,8 @@ class Source:
 def find_sources(argument: str, *, output: Path) -> list[Source]:
     """All images and videos that one argument names, sorted; a folder is searched with all folders below it.
 
+    Links to folders are followed, behind all other folders; each folder is searched once, whatever leads to it.
+
     Numbers are cameras and "screen" is the screen, unless there is a file or folder of that name. Of an address with
     neither the suffix of an image nor of a video its server is asked whether it is a stream.
 
@@ -85,8 +87,7 @@ def find_sources(argument: str, *, output: Path) -> list[Source]:
         name = _address_name(argument) if "://" in argument else os.path.basename(argument)
         return [Source(argument, name or "image", _suffix(name) in VIDEO_SUFFIXES)]
     found = []
-    for folder, folders, files in os.walk(argument, onerror=_raise):
-        folders[:] = sorted(f for f in folders if f[0] != "." and not _same(os.path.join(folder, f), output))
+    for folder, files in _walk(argument, output):
         for file in sorted(files):
             if file[0] != "." and _suffix(file) in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
                 path = os.path.join(folder, file)
@@ -164,6 +165,22 @@ def local_file(path: str | os.PathLike) -> Iterator[str]:
             yield _download(path, folder)
         finally:
             shutil.rmtree(folder)
+
+
+def _walk(top: str, output: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder that is to be searched, with the names of its files."""
+    seen, starts = set(), [top]
+    # Links are appended on the way: what lies in the folder itself keeps its own path.
+    for start in starts:
+        for folder, folders, files in os.walk(start, onerror=_raise):
+            real = os.path.realpath(folder)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(f for f in folders if f[0] != "." and not _same(os.path.join(folder, f), output))
+            starts += filter(os.path.islink, (os.path.join(folder, f) for f in folders))
+            yield folder, files
 
 
 def _live_source(argument: str) -> Source | None:
