@@ -78,7 +78,7 @@ def test_a_new_run_in_an_old_folder_begins_to_count(run_yaml, monkeypatch, tmp_p
 
 
 def test_what_an_earlier_run_has_left_is_set_aside_once_and_none_of_its_weights_are_lost(tmp_path, caplog):
-    own = ["last_checkpoint", "early_stopping.json", "model_0000009.pth", "model_best.pth", "model_final.pth"]
+    own = ["last_checkpoint", "early_stopping.json", "model_best.pth", "model_final.pth", "model_0000009.pth"]
     others = ["model_of_mine.pth", "metrics.json", "config.yaml"]
     for name in own + others:
         (tmp_path / name).write_text(f"old {name}")

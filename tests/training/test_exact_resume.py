@@ -86,6 +86,8 @@ def test_run_killed_while_it_writes_a_checkpoint_resumes_bitwise(run_yaml, tmp_p
     assert (killed / "last_checkpoint").read_text() == "model_0000001.pth"
     # As if the disk had lost a part of the newest checkpoint, too.
     os.truncate(killed / "model_0000001.pth", 5000)
+    # What was best is newer than what is left, and not what is gone on from.
+    shutil.copy(tmp_path / "whole" / "model_0000002.pth", killed / "model_best.pth")
     caplog.set_level(logging.WARNING)
     run_yaml(killed, "--resume", **options)
     assert_same_run(killed, tmp_path / "whole")

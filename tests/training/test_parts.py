@@ -1,12 +1,14 @@
 """Averaged weights, metrics file, hooks and settings."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from deformable_detr.training.checkpointer import DeformableDETRCheckpointer
 from deformable_detr.training.ema import ModelEMA
-from deformable_detr.training.hooks import PreciseBN
+from deformable_detr.training.hooks import PeriodicCheckpointer, PreciseBN
 from deformable_detr.training.loop import TrainingLoop
 from deformable_detr.training.settings import TrainingSettings, warn_of_unscaled_learning_rate
 
@@ -127,6 +129,23 @@ def test_early_evaluation_and_best_checkpoint(run, tmp_path, monkeypatch):
     assert evaluated[3:] == [0.4]
     best = read_checkpoint(tmp_path / "run", "model_best")
     assert best["best"] == {"metric": "bbox/AP", "value": 0.5, "iteration": 1} and best["iteration"] == 1
+
+
+def test_a_resumed_run_keeps_as_many_checkpoints_as_one_that_was_never_stopped(tmp_path):
+    def train(start: int, end: int) -> list[str]:
+        checkpointer = DeformableDETRCheckpointer(nn.Linear(1, 1), str(tmp_path))
+        hook = PeriodicCheckpointer(checkpointer, period=1, max_to_keep=2)
+        hook.trainer = SimpleNamespace(start_iter=start, max_iter=99)
+        hook.before_train()
+        for hook.trainer.iter in range(start, end):
+            hook.after_step()
+        return sorted(path.stem for path in tmp_path.glob("model_*.pth"))
+
+    assert train(0, 3) == ["model_0000001", "model_0000002"]
+    (tmp_path / "model_best.pth").touch()
+    # Of iterations that are to be made again, as last_checkpoint was set back.
+    (tmp_path / "model_0000008.pth").touch()
+    assert train(3, 4) == ["model_0000002", "model_0000003", "model_0000008", "model_best"]
 
 
 @pytest.mark.parametrize("lr, batch, warned", [(2e-4, 2, True), (2e-4, 32, False), (2e-4, 64, False), (1e-4, 4, False)])

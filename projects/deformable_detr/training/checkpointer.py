@@ -1,9 +1,9 @@
 """Detectron2's checkpointer, with every source of weights that ``convert`` knows and saves that cannot be cut short."""
 
-import glob
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +30,12 @@ def last_checkpoint(folder: str) -> str:
         raise FileNotFoundError(f"{folder} holds no checkpoint: there is no {pointer}. Give weights as well")
     with open(pointer, encoding="utf-8") as file:
         return os.path.join(folder, file.read().strip())
+
+
+def step_checkpoints(folder: str) -> dict[int, str]:
+    """Return the periodic checkpoints in the output folder of a training: iteration -> file, in ascending order."""
+    files = {path.name.removeprefix("model_").removesuffix(".pth"): path for path in Path(folder).glob("model_*.pth")}
+    return {int(name): os.fspath(files[name]) for name in sorted(filter(str.isdecimal, files), key=int)}
 
 
 class DeformableDETRCheckpointer(DetectionCheckpointer):
@@ -170,7 +176,9 @@ class DeformableDETRCheckpointer(DetectionCheckpointer):
         Our own saves cannot leave such a file behind, but disks and copies of folders can.
         """
         last = self.get_checkpoint_file()
-        others = [file for file in glob.glob(os.path.join(self.save_dir, "model_*.pth")) if file != last]
+        # Not model_best.pth: its evaluation may be of steps that are made again.
+        others = [os.path.join(self.save_dir, "model_final.pth"), *step_checkpoints(self.save_dir).values()]
+        others = [file for file in others if file != last and os.path.isfile(file)]
         candidates = [last, *sorted(others, key=os.path.getmtime, reverse=True)]
         errors = []
         for file in candidates:

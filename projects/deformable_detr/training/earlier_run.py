@@ -2,18 +2,16 @@
 
 import logging
 import os
-import re
 import shutil
-from pathlib import Path
 
 from ..checkpoint.reading import split_options
+from .checkpointer import step_checkpoints
 from .early_stopping import FILE as EARLY_STOPPING
 
 logger = logging.getLogger(__name__)
 
 # What a resumed run reads. The pointer comes first: once it is gone, nobody goes on from what else is there.
-_STATE = ("last_checkpoint", EARLY_STOPPING)
-_CHECKPOINT = re.compile(r"model_(\d+|best|final)\.pth")
+_STATE = ("last_checkpoint", EARLY_STOPPING, "model_best.pth", "model_final.pth")
 
 
 def set_aside_earlier_run(output_dir: str, weights: str) -> None:
@@ -26,8 +24,8 @@ def set_aside_earlier_run(output_dir: str, weights: str) -> None:
         weights: from which it begins. Such a file keeps its name, under which the run may be started once more, and is
             in the other folder as well.
     """
-    names = [name for name in _STATE if os.path.isfile(os.path.join(output_dir, name))]
-    names += sorted(path.name for path in Path(output_dir).glob("model_*") if _CHECKPOINT.fullmatch(path.name))
+    names = [*_STATE, *map(os.path.basename, step_checkpoints(output_dir).values())]
+    names = [name for name in names if os.path.isfile(os.path.join(output_dir, name))]
     if not names:
         return
     folder = _new_folder(os.path.join(output_dir, "earlier_run"))

@@ -18,7 +18,7 @@ from torch import nn
 from ..data.loader import TrainLoader
 from ..data.randomness import STEP, seed_generators
 from ..files import replacing
-from .checkpointer import DeformableDETRCheckpointer
+from .checkpointer import DeformableDETRCheckpointer, step_checkpoints
 from .early_stopping import EarlyStopping
 from .loop import TrainingLoop
 from .settings import TrainingSettings
@@ -140,10 +140,16 @@ class FirstLine(HookBase):
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """Detectron2's hook, which also leaves ``model_final`` where a run was killed right before it was written."""
+    """Detectron2's hook for resumed runs: it keeps as many checkpoints as were asked for, and the last one.
+
+    Those of before the resume count among them, and ``model_final`` is left where a run was killed right before it was
+    written.
+    """
 
     def before_train(self) -> None:
         super().before_train()
+        kept = step_checkpoints(self.checkpointer.save_dir)
+        self.recent_checkpoints = [file for iteration, file in kept.items() if iteration < self.trainer.start_iter]
         final = f"{self.file_prefix}_final.pth"
         path, last_path = os.path.join(self.checkpointer.save_dir, final), self.checkpointer.get_checkpoint_file()
         if self.trainer.start_iter < self.max_iter:
