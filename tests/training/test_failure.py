@@ -4,10 +4,11 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from deformable_detr.modeling import DeformableDETR, SetCriterion
+from deformable_detr.modeling import DeformableDETR
 from deformable_detr.training.failure import NonFiniteError, find_cause
 from deformable_detr.training.loop import TrainingLoop
 from deformable_detr.training.precision import Precision
@@ -34,12 +35,23 @@ def test_first_module_with_a_non_finite_output_is_named(model_and_batch):
     assert cause == "First module with a non-finite output: transformer.encoder.layers.0.linear2 (Linear)"
 
 
-def test_one_process_of_several_does_not_wait_for_the_others(model_and_batch, monkeypatch):
+def test_one_process_of_several_repeats_all_of_the_step_without_the_others(model_and_batch, monkeypatch):
+    """Also what follows the losses of the first part: its gradients, and the second part."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: pytest.fail("the other processes have ended"))
     model, batch = model_and_batch
-    monkeypatch.setattr(
-        SetCriterion, "forward", lambda *_: pytest.fail("the losses of several processes depend on each other")
-    )
-    assert "finite outputs and gradients" in find_cause(Step(batch, 0, 0), model, FLOAT32, alone=False)
+    step = Step(batch, 0, 0, accumulation_steps=2)
+    cause = find_cause(step, model, FLOAT32, alone=False)
+    assert cause == "Repeated in this process alone, the step has finite outputs and gradients"
+    layer = model.transformer.encoder.layers[0].linear2
+    factors = iter((1.0, float("nan")))
+    hook = layer.register_forward_hook(lambda _, __, output: output * next(factors))
+    assert "non-finite output: transformer.encoder.layers.0.linear2" in find_cause(step, model, FLOAT32, alone=False)
+    hook.remove()
+    break_gradient(layer)
+    assert "All outputs are finite. First non-finite" in find_cause(step, model, FLOAT32, alone=False)
+    model.backbone.norm = torch.nn.SyncBatchNorm(4)
+    assert find_cause(step, model, FLOAT32, alone=False).startswith("Not repeated here, where this model would wait")
 
 
 def test_output_from_which_gradients_are_not_finite_is_named(model_and_batch):

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from detectron2.engine import HookBase
-from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from .loop import TrainingLoop
-from .step import Step, unwrap
+from .step import Step, can_be_alone, exchanges_statistics, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -139,9 +138,9 @@ def used_share(device: torch.device) -> float:
 
 
 def _check_it_can_be_alone(model: nn.Module, key: str) -> None:
-    if any(isinstance(module, nn.SyncBatchNorm | NaiveSyncBatchNorm) for module in model.modules()):
+    if exchanges_statistics(model):
         raise ValueError(f"{key} does not go with a batch norm that exchanges statistics with other processes")
-    if not hasattr(getattr(model, "criterion", None), "alone"):
+    if not can_be_alone(model):
         raise ValueError(
             f"{key} needs, of several processes, a model whose criterion can count objects alone; "
             f"{type(model).__name__} has none"

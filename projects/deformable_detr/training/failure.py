@@ -15,7 +15,7 @@ from ..files import replacing
 from ..wording import name_first
 from .precision import Precision
 from .settings import TrainingSettings
-from .step import Step, unwrap
+from .step import Step, can_be_alone, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ def find_cause(step: Step, model: nn.Module, precision: Precision, *, alone: boo
 
     Args:
         model: with the weights from before the step; its gradients are gone afterwards.
-        alone: False in one of several processes, which ends before the losses, where they would wait for each other.
+        alone: False in one of several processes. It repeats its part of the step without the others, with losses
+            divided by its own objects, and nothing where the model cannot do without them.
     """
     model = unwrap(model)
     # Not the buffers: the failed pass has written batch statistics into them, which training does not read.
@@ -54,9 +55,11 @@ def find_cause(step: Step, model: nn.Module, precision: Precision, *, alone: boo
         return f"{len(bad)} weights were not finite before the step: {name_first(bad)}"
     if bad := [str(x.get("file_name")) for x in step.batch if not _is_finite(x["image"])]:
         return f"pixels are not finite in {name_first(bad)}"
+    if not alone and not can_be_alone(model):
+        return "Not repeated here, where this model would wait for the other processes: --replay looks at its modules"
     found: dict[str, str] = {}
     model.zero_grad()
-    with _as_written(), _watching(model, found, stop_at_losses=not alone):
+    with _as_written(), _watching(model, found), nullcontext() if alone else model.criterion.alone():
         try:
             step.backward(model, precision)
         except _FirstFoundError:
@@ -144,7 +147,7 @@ def _numbers_of(step: Step, model: nn.Module, precision: Precision) -> tuple[dic
 
 
 @contextmanager
-def _watching(model: nn.Module, found: dict[str, str], *, stop_at_losses: bool) -> Iterator[None]:
+def _watching(model: nn.Module, found: dict[str, str]) -> Iterator[None]:
     """Record the first module whose output, and the first whose output's gradient, is not finite."""
 
     def watch_gradient(name: str, gradient: Tensor) -> None:
@@ -160,12 +163,7 @@ def _watching(model: nn.Module, found: dict[str, str], *, stop_at_losses: bool) 
             if tensor.requires_grad:
                 tensor.register_hook(partial(watch_gradient, label))
 
-    def stop(*_: Any) -> None:
-        raise _FirstFoundError
-
     handles = [m.register_forward_hook(partial(watch_output, name)) for name, m in model.named_modules()]
-    if stop_at_losses and hasattr(model, "criterion"):
-        handles.append(model.criterion.register_forward_pre_hook(stop))
     try:
         yield
     finally:

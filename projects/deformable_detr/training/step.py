@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.layers import NaiveSyncBatchNorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +17,16 @@ from .precision import Precision
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside of DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def can_be_alone(model: nn.Module) -> bool:
+    """Whether one of several processes can compute losses and gradients of a model without the others."""
+    return hasattr(getattr(model, "criterion", None), "alone") and not exchanges_statistics(model)
+
+
+def exchanges_statistics(model: nn.Module) -> bool:
+    """Whether a batch norm of the model waits for the statistics of other processes."""
+    return any(isinstance(module, nn.SyncBatchNorm | NaiveSyncBatchNorm) for module in model.modules())
 
 
 @dataclass
