@@ -103,6 +103,19 @@ def test_factor_follows_the_name(name, factor):
     assert lr_factor(name, backbone_multiplier=0.5, location_multiplier=0.25) == factor
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "module.backbone.bottom_up.res3.0.conv1.weight",
+        "_orig_mod.module.backbone.bottom_up.res3.0.conv1.weight",
+        "backbone._orig_mod.bottom_up.res3._checkpoint_wrapped_module.0.conv1.weight",
+    ],
+)
+def test_factor_is_that_of_the_model_inside_of_wrappers(name):
+    assert lr_factor(name, backbone_multiplier=0.5, location_multiplier=0.25) == 0.5
+    assert lr_factor(name.replace("bottom_up", "input_proj"), backbone_multiplier=0.5, location_multiplier=0.25) == 1
+
+
 def named(**parameters: nn.Module | nn.Parameter) -> nn.Module:
     """A module of which ``vit__blocks`` is called "vit.blocks"."""
     root = nn.Module()
@@ -166,6 +179,8 @@ def test_blocks_of_a_swin_are_counted_through_its_stages():
         "backbone.bottom_up.layers.0.downsample.weight": 0.5**2,
         "backbone.bottom_up.layers.1.blocks.0.bias": 0.5,
     }
+    wrapped = layer_factors(nn.DataParallel(model), 0.5)
+    assert wrapped == {f"module.{name}": factor for name, factor in layer_factors(model, 0.5).items()}
 
 
 def test_what_halves_at_the_beginning_of_a_stage_goes_with_the_last_block_of_the_stage_before():
@@ -203,6 +218,17 @@ def test_parameters_are_overridden_by_the_last_part_of_their_names(caplog):
     assert [decay[id(p)] for p in model.parameters()] == [0.0, 0.0, 0.1]
     assert overrides == {"table": {"weight_decay": 0.0, "lr": 0.3}, "absent": {"lr": 0.5}}
     assert "The overrides of absent change nothing" in caplog.text
+
+
+def test_a_slower_backbone_that_is_not_found_is_told_of(caplog):
+    get_param_groups(named(backbone__weight=one()), base_lr=1.0, weight_decay=0.1)
+    get_param_groups(named(head__weight=one()), base_lr=1.0, weight_decay=0.1, backbone_multiplier=1.0)
+    assert not caplog.records
+    get_param_groups(named(detector__backbone__weight=one()), base_lr=1.0, weight_decay=0.1)
+    assert (
+        'backbone_multiplier (0.1) changes nothing: no parameter\'s name begins with "backbone.", the first is '
+        "detector.backbone.weight" in caplog.text
+    )
 
 
 def test_overrides_of_anything_else_are_refused():

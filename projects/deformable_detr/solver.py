@@ -20,11 +20,21 @@ logger = logging.getLogger(__name__)
 
 def lr_factor(name: str, *, backbone_multiplier: float, location_multiplier: float) -> float:
     """Learning-rate factor of a parameter: the pre-trained backbone and the layers that output locations are slower."""
+    name = _unwrapped(name)
     if name.startswith("backbone.") and not name.startswith("backbone.input_proj."):
         return backbone_multiplier
     if "sampling_offsets" in name or "reference_points" in name:
         return location_multiplier
     return 1.0
+
+
+# What DistributedDataParallel, torch.compile, activation checkpoints and FullyShardedDataParallel put into names.
+_WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+def _unwrapped(name: str) -> str:
+    """Name of a parameter as it is in a model that nothing wraps."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
@@ -42,7 +52,7 @@ def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
         raise ValueError(f"layer_decay must be in (0, 1], got {decay}")
     if decay == 1:
         return {}
-    names = [name for name, _ in model.named_parameters() if name.startswith("backbone.")]
+    names = [name for name, _ in model.named_parameters() if _unwrapped(name).startswith("backbone.")]
     # In the first stage nothing halves the resolution, but at its end.
     ends = any(".layers.0.downsample." in name for name in names)
     blocks = sorted({_block_of(match, ends) for name in names if (match := _BLOCK.search(name)) and match["block"]})
@@ -94,7 +104,9 @@ def get_param_groups(
     """Parameter groups by learning rate and weight decay, trainable parameters only.
 
     Args:
-        model: a :class:`SetPredictionDetector`, before it is wrapped for distributed training.
+        model: a :class:`SetPredictionDetector`, also one that is compiled or wrapped for distributed training. In
+            another model, where no name begins with "backbone.", all of it but locations learns at one rate, with a
+            warning.
         weight_decay_norm, weight_decay_bias: None decays them like every other parameter, as the official code does.
         layer_decay: as for :func:`layer_factors`.
         lr_factor_func: one more factor on the learning rate, from the name of a parameter, as in Detectron2.
@@ -115,6 +127,12 @@ def get_param_groups(
         weight_decay_bias=weight_decay_bias,
         overrides=overrides,
     )
+    names = [name for name, _ in model.named_parameters()]
+    if names and backbone_multiplier != 1 and not any(_unwrapped(name).startswith("backbone.") for name in names):
+        logger.warning(
+            f"The backbone_multiplier ({backbone_multiplier}) changes nothing: no parameter's name begins with "
+            f'"backbone.", the first is {names[0]}. Of a detector inside of another model, give the detector itself'
+        )
     by_layer = layer_factors(model, layer_decay)
     for name, parameter in model.named_parameters():
         if "lr" in overrides.get(name.rpartition(".")[2], {}):
