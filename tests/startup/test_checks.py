@@ -46,6 +46,18 @@ def test_one_process_is_warned_of_unused_parameters(model, config_of, caplog):
     assert "bottom_up.res5.1.conv2.weight" in caplog.text
 
 
+def test_a_backbone_is_checked_that_is_frozen_as_far_as_it_is_used(model, config_of, caplog):
+    bottom_up = model.backbone.bottom_up
+    bottom_up.freeze(4)
+    # Of res5 alone, which no level comes from.
+    check_unused_parameters(model, config_of(False))
+    assert "5 parameters of the backbone are never trained" in caplog.text
+    caplog.clear()
+    bottom_up.freeze(5)
+    check_unused_parameters(model, config_of(False))
+    assert not caplog.records
+
+
 def test_nothing_is_said_of_a_model_whose_parameters_are_all_used(tiny_yaml, config_of, caplog):
     _, path, *opts = tiny_yaml()
     check_unused_parameters(build_model(load_config(path, opts)), config_of(False))

@@ -112,6 +112,8 @@ class MultiScaleBackbone(Backbone):
         Found by one pass of a small image, which leaves batch statistics and random numbers as they were.
         """
         parameters = {name: p for name, p in self.bottom_up.named_parameters() if p.requires_grad}
+        if not parameters:
+            return []
         device = next(self.bottom_up.parameters()).device
         multiple = _cell_divisibility(self.bottom_up) or 1
         side = math.ceil(_PROBE_SIDE / multiple) * multiple
@@ -119,7 +121,9 @@ class MultiScaleBackbone(Backbone):
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
             features = functional_call(self.bottom_up, buffers, torch.zeros(1, 3, side, side, device=device))
             total = sum(features[name].float().sum() for name in self.in_features)
-            gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+            gradients = [None] * len(parameters)
+            if total.requires_grad:  # Else those that are trained all come behind the outputs in use.
+                gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         pairs = zip(parameters, gradients, strict=True)
         return [f"bottom_up.{name}" for name, gradient in pairs if gradient is None]
 
