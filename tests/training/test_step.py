@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 
 from deformable_detr.training.precision import Precision
 from deformable_detr.training.settings import TrainingSettings
@@ -38,8 +39,13 @@ def test_accumulated_gradients_of_further_queries_are_those_of_the_whole_batch(t
 
 
 def assert_parts_add_up(model, batch, parts):
-    losses, gradients = run_step(model, batch)
-    part_losses, part_gradients = run_step(model, batch, parts=parts)
+    with EventStorage() as whole:
+        losses, gradients = run_step(model, batch)
+    with EventStorage() as logged:
+        part_losses, part_gradients = run_step(model, batch, parts=parts)
+    for name in ("class_error", "cardinality_error"):
+        ((mean, _),) = logged.history(name).values()
+        assert mean == pytest.approx(whole.latest()[name][0], rel=1e-6), name
     for name, loss in losses.items():
         assert part_losses[name].item() == pytest.approx(loss.item(), rel=1e-5), name
     assert part_gradients.keys() == gradients.keys()

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from operator import mul
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,8 @@ class SetCriterion(nn.Module):
     """Classification, L1 and GIoU losses of predictions matched to ground truth.
 
     In training mode, inside of one of Detectron2's event storages, the last layer's ``class_error`` and
-    ``cardinality_error`` are logged there; see :func:`matching_errors`.
+    ``cardinality_error`` are logged there, within :meth:`normalise_by` once for all batches; see
+    :func:`matching_errors`.
 
     Args:
         matcher: pairs predictions with ground truth.
@@ -80,6 +82,8 @@ class SetCriterion(nn.Module):
         self._num_objects: float | None = None
         self._num_images: int | None = None
         self._is_alone = False
+        # What is to be logged: the errors of a batch, and the numbers of matches and images that they are means over.
+        self._errors: list[tuple[Tensor, tuple[int, int]]] = []
 
     @contextmanager
     def normalise_by(self, num_objects: float, num_images: int | None = None) -> Iterator[None]:
@@ -104,8 +108,10 @@ class SetCriterion(nn.Module):
         self._num_objects, self._num_images = float(num_objects), num_images
         try:
             yield
+            self._log_errors()
         finally:
             self._num_objects, self._num_images = before
+            self._errors.clear()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -138,13 +144,24 @@ class SetCriterion(nn.Module):
         groups = self._groups(outputs, targets)
         matches = self._match(groups, targets)
         losses = self._losses(groups, matches, targets)
-        storage = _active_storage() if self.training else None
-        if storage is not None:
-            logits = groups[0].predictions.logits[-1]
-            errors = matching_errors(logits, targets, matches[0][-1], classification=self.classification)
-            for name, value in zip(("class_error", "cardinality_error"), errors.tolist(), strict=True):
-                storage.put_scalar(name, value)
+        if self.training and _active_storage() is not None:
+            logits, last = groups[0].predictions.logits[-1], matches[0][-1]
+            errors = matching_errors(logits, targets, last, classification=self.classification)
+            self._errors.append((errors, (sum(len(queries) for queries, _ in last), len(targets))))
+            if self._num_objects is None:
+                self._log_errors()
         return losses
+
+    def _log_errors(self) -> None:
+        """Log means over all matches and all images since the last call."""
+        if not self._errors or (storage := _active_storage()) is None:
+            return
+        values, counts = zip(*self._errors, strict=True)
+        columns = zip(torch.stack(values, dim=1).tolist(), zip(*counts, strict=True), strict=True)
+        for name, (parts, weights) in zip(("class_error", "cardinality_error"), columns, strict=True):
+            mean = sum(map(mul, parts, weights)) / max(1, sum(weights))
+            storage.put_scalar(name, mean)
+        self._errors.clear()
 
     def _groups(self, outputs: dict[str, Tensor], targets: Sequence[Target]) -> list["_Group"]:
         groups = [self._decoder_group(outputs, "pred")]
