@@ -205,6 +205,8 @@ def test_a_run_trains_checks_and_evaluates_again_on_folders(request, kind, tiny_
     last = "train.device=cpu" if kind == "lazy" else "MODEL.DEVICE cpu"
     results = main(argument_parser().parse_args(["--eval-only", "--config-file", str(output), *last.split()]))
     assert "AP" in results["bbox"]
+    told = [line for line in (output / "log.txt").read_text().splitlines() if "Configuration: " in line]
+    assert "config.yaml has it as a whole" in told[0] and "config.yaml stays as it is" in told[1]
 
 
 @needs_supervision

@@ -79,12 +79,17 @@ def log_load() -> None:
         logger.warning(told)
 
 
-def log_configuration(args: argparse.Namespace, output_dir: str | None) -> None:
-    """Say in one line what the run was started with, where all of it is in the file."""
+def log_configuration(args: argparse.Namespace, output_dir: str | None, *, is_saved: bool) -> None:
+    """Say in one line what the run was started with, and where all of it is.
+
+    Args:
+        is_saved: whether config.yaml is this run's, and not that of a training before it.
+    """
     overrides = " ".join(map(str, args.opts or ())) or "nothing"
+    state = "has it as a whole" if is_saved else "stays as it is, as nothing is trained"
     logger.info(
-        f"Configuration: {args.config_file}, overridden: {overrides}. It is in {output_dir}/config.yaml as a whole; "
-        "log.txt beside it has the environment and the model"
+        f"Configuration: {args.config_file}, overridden: {overrides}. {output_dir}/config.yaml {state}; log.txt beside "
+        "it has the environment and the model"
     )
 
 

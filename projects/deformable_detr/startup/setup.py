@@ -22,8 +22,6 @@ from .flags import add_training_flags, flags_as_overrides
 from .schedule import scale_to_processes
 from .user_data import add_user_data_arguments, apply_user_data, record_user_data
 
-logger = logging.getLogger(__name__)
-
 EPILOG = """
 Examples:
   Train on 8 GPUs:      train_net.py --num-gpus 8 --config-file deformable_detr_R_50
@@ -84,14 +82,10 @@ def setup(args: argparse.Namespace) -> CfgNode | DictConfig:
         # What is checked, logged and saved is what runs.
         cfg = scale_to_processes(cfg, comm.get_world_size())
     check_before_start(cfg, args)
-    config = os.path.join(output_dir, "config.yaml")
+    is_saved = is_training or not os.path.isfile(os.path.join(output_dir, "config.yaml"))
     with describing_environment():
-        if is_training or not os.path.isfile(config):
-            default_setup(cfg, args)
-        else:
-            _log_and_seed(cfg, args)
-            logger.info(f"{config} stays as it is: nothing is trained")
-    log_configuration(args, output_dir)
+        (default_setup if is_saved else _log_and_seed)(cfg, args)
+    log_configuration(args, output_dir, is_saved=is_saved)
     if is_training:
         record_user_data(files, output_dir)
     return cfg
