@@ -100,6 +100,10 @@ def test_two_categories_of_one_name_cannot_be_repaired(spoil):
         spoil(lambda content: content["categories"].append({"id": 7, "name": "square"}))
 
 
+def test_an_unused_category_may_have_the_name_of_one_behind_it(spoil):
+    assert not findings(spoil(lambda content: content["categories"].insert(0, {"id": 0, "name": "square"})))
+
+
 def test_entries_of_one_image_file_become_one_with_the_objects_of_all(spoil):
     def change(content: dict) -> None:
         first, copy, third = content["images"][0], content["images"][1], content["images"][2]

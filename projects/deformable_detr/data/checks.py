@@ -92,15 +92,19 @@ def load_coco_data(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DatasetError: on what cannot be repaired: a file of another format, two categories of one id or name.
+        DatasetError: on what cannot be repaired: a file of another format, two categories of one id, or of one name and
+            in use.
     """
     content = read_coco_json(json_file) if content is None else content
     data = CocoData(json_file, image_root, dict(content), Problems(json_file))
     twice = {key for key, group in _group(content["categories"], "id").items() if len(group) > 1}
     if twice:
         raise DatasetError(f"{json_file}: more than one category has the id {min(twice)}")
+    used = _group(content["annotations"], "category_id").keys()
     for name, group in _group(content["categories"], "name").items():
-        if len(group) > 1:
+        # Results find a category by its name, and then the last one. Some exports begin with an unused category, named
+        # like the whole data set, which may be the name of a class as well.
+        if any(category["id"] in used for category in group[:-1]):
             ids = " and ".join(str(category["id"]) for category in group)
             raise DatasetError(f"{json_file}: every category must have a name of its own; {ids} are both {name!r}")
     data.content["images"] = _first_of_each_image(content["images"], data.problems)
