@@ -17,7 +17,7 @@ model.backbone.bottom_up = L(build_vit_pyramid)(
     freeze_at=0,
 )
 model.backbone.in_features = [8, 16, 32]
-# The side of square_pad.
-dataloader.train.mapper.augmentations.max_size = 1024
-dataloader.test.mapper.augmentations.max_size = 1024
+# Below the side of square_pad: rounding the short side adds up to half the aspect ratio to the long one.
+dataloader.train.mapper.augmentations.max_size = 1008
+dataloader.test.mapper.augmentations.max_size = 1008
 train.init_checkpoint = "detectron2://ImageNetPretrained/MAE/mae_pretrain_vit_base.pth"

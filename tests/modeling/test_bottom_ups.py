@@ -13,6 +13,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from torch import nn
 
 from deformable_detr import load_config, prepare_for_inference
+from deformable_detr.data.augmentation import ResizeShortestEdge
 from deformable_detr.modeling import MultiScaleBackbone
 from deformable_detr.modeling.features import find_features
 from deformable_detr.solver import build_optimizer
@@ -309,6 +310,16 @@ def test_images_of_a_vit_are_padded_to_its_square(main_branch, make_input):
     for square, canvas in (("128", (128, 128)), ("0", (96, 64))):
         model = build_model(small_cfg("vit_base", "MODEL.VIT.SQUARE_PAD", square))
         assert model.preprocess_image([make_input(70, 50)]).tensor.shape[-2:] == canvas
+
+
+def test_resized_images_fit_into_the_square_of_a_vit():
+    """Rounded as officially, those of 32 to 1 become 16 pixels longer than they may be; twins have the same values."""
+    cfg = load_config(str(CONFIGS / "deformable_detr_vit_base.yaml"))
+    longest = [
+        max(max(ResizeShortestEdge.get_output_shape(height, 3200, 480, limit)) for height in range(100, 3201))
+        for limit in (cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST)
+    ]
+    assert longest == [cfg.MODEL.VIT.SQUARE_PAD] * 2
 
 
 def test_the_first_blocks_of_a_vit_are_frozen(main_branch):
