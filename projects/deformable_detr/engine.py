@@ -34,7 +34,7 @@ from .data.mapper import NamedErrorsMapper
 from .data.sampler import sampler_from_config
 from .modeling import SetPredictionDetector, prepare_for_inference
 from .startup.checks import check_classes, check_unused_parameters, largest_image
-from .startup.console import log_start
+from .startup.console import log_start, set_up_missing_loggers
 from .startup.launch import launch
 from .startup.options import check_options
 from .startup.setup import argument_parser, configured_device, setup
@@ -66,6 +66,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         # Past DefaultTrainer, which would make a loop and a checkpointer of its own.
         TrainerBase.__init__(self)
+        set_up_missing_loggers(cfg.OUTPUT_DIR)
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         run = RunConfig(cfg)
         check_options(run)

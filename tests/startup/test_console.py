@@ -6,11 +6,14 @@ import warnings
 from collections.abc import Callable
 
 import pytest
+from detectron2.utils.logger import setup_logger
+from torch import nn
 
-from deformable_detr import collect_env
-from deformable_detr.engine import argument_parser, main
+from deformable_detr import collect_env, load_config
+from deformable_detr.data.datasets import register_coco_data
+from deformable_detr.engine import Trainer, argument_parser, main
 from deformable_detr.startup import processors
-from deformable_detr.startup.console import set_up_console
+from deformable_detr.startup.console import set_up_console, set_up_missing_loggers
 from deformable_detr.training.metrics import read_metrics
 from deformable_detr.wording import explain_missing_c
 
@@ -85,6 +88,31 @@ def test_a_setup_called_twice_shows_every_line_once(capsys, tmp_path):
         set_up_console(str(tmp_path))
     logging.getLogger("detectron2").info("once")
     assert capsys.readouterr().out.count("once") == 1
+
+
+def test_a_trainer_of_a_script_logs_what_nobody_else_does_and_every_line_once(
+    tiny_yaml, write_coco, capsys, monkeypatch, tmp_path
+):
+    data, (_, path, *opts) = write_coco(), tiny_yaml()
+    register_coco_data("here", data.json, data.images)
+    opts += ["DATASETS.TRAIN", "('here',)", "DATASETS.TEST", "()", "MODEL.DEFORMABLE_DETR.NUM_CLASSES", "3"]
+    # A model that takes no time to build.
+    monkeypatch.setattr(Trainer, "build_model", lambda *_: nn.Linear(2, 2))
+    setup_logger(str(tmp_path / "output"))  # By default_setup, which does nothing for this project's.
+    handlers = list(logging.getLogger("detectron2").handlers)
+    for _ in range(2):
+        Trainer(load_config(path, opts))
+    shown, file = capsys.readouterr().out, (tmp_path / "output" / "log.txt").read_text()
+    assert shown.count("Training: 4 iterations of 2 images") == file.count("Training: 4 iterations of 2 images") == 2
+    assert logging.getLogger("detectron2").handlers == handlers
+    assert logging.getLogger("fvcore").isEnabledFor(logging.INFO)
+
+
+def test_a_level_that_a_script_has_given_stays(tmp_path):
+    logging.getLogger("deformable_detr").setLevel(logging.ERROR)
+    set_up_missing_loggers(str(tmp_path))
+    assert logging.getLogger("deformable_detr").level == logging.ERROR
+    assert not logging.getLogger("deformable_detr").handlers
 
 
 # The environment

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from detectron2.utils import comm
@@ -34,6 +34,7 @@ _FILE_ONLY = {
     ),
     "detectron2.engine.defaults": ("Model:\n",),
 }
+_LOGGERS = ("deformable_detr", "fvcore", "detectron2")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -43,14 +44,26 @@ def set_up_console(output_dir: str | None) -> None:
     The terminal gets what tells of the run's course. Files and pipes get no colours; the variable FORCE_COLOR, which
     other programs know too, asks for them in pipes.
     """
-    rank = comm.get_rank()
-    # Called as default_setup calls it, which gets these same loggers then, and no second handler.
-    setup_logger(output_dir, distributed_rank=rank, name="deformable_detr")
-    setup_logger(output_dir, distributed_rank=rank, name="fvcore")
-    setup_logger(output_dir, distributed_rank=rank)
+    _set_up(_LOGGERS, output_dir)
     # check_before_start tells of it, by the key that sets it.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
-    for name in ("deformable_detr", "fvcore", "detectron2"):
+
+
+def set_up_missing_loggers(output_dir: str | None) -> None:
+    """Start the logging that a script has not started: what it has set up, or given a level, is left alone.
+
+    Detectron2's ``default_setup`` leaves out this project's logger, and without it nothing is shown at all.
+    """
+    loggers = map(logging.getLogger, _LOGGERS)
+    missing = [x.name for x in loggers if x.level == logging.NOTSET and not x.isEnabledFor(logging.INFO)]
+    _set_up(missing, output_dir)
+
+
+def _set_up(names: Sequence[str], output_dir: str | None) -> None:
+    for name in names:
+        # Called as default_setup calls it, which gets these same loggers then, and no second handler.
+        named = {} if name == "detectron2" else {"name": name}
+        setup_logger(output_dir, distributed_rank=comm.get_rank(), **named)
         keep_stacks_in_files(logging.getLogger(name))
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler):
