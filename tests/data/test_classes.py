@@ -5,6 +5,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from deformable_detr.data.classes import check_num_classes, find_class_names
+from deformable_detr.data.coco_format import DatasetError
 from deformable_detr.data.datasets import get_train_dicts
 
 
@@ -50,6 +51,14 @@ def test_classes_that_only_the_file_knows_are_read_where_asked(write_coco):
     assert find_class_names("tiny") is None
     # In ascending order of their ids, as Detectron2 numbers them.
     assert find_class_names("tiny", read=True) == ["square", "bar", "disc"]
+    # Detectron2 writes results for images without ground truth, such as COCO's test-dev.
+    del data.content["annotations"]
+    data.save()
+    assert find_class_names("tiny", read=True) == ["square", "bar", "disc"]
+    data.content["categories"][0]["name"] = 9
+    data.save()
+    with pytest.raises(DatasetError, match=r"categories\[0\]: name must be text, got 9"):
+        find_class_names("tiny", read=True)
 
 
 def test_data_to_train_on_are_compared_once_they_are_loaded(write_coco):

@@ -20,7 +20,7 @@ def find_class_names(dataset: str, *, read: bool = False) -> list[str] | None:
             ``register_coco_instances(name, {}, ...)`` do before the dataset is loaded.
 
     Raises:
-        DatasetError: if that file is not in COCO's format.
+        DatasetError: if the categories of that file are not in COCO's format.
     """
     if dataset not in DatasetCatalog:
         return None
@@ -30,7 +30,8 @@ def find_class_names(dataset: str, *, read: bool = False) -> list[str] | None:
     path = metadata.get("json_file", None)
     if not read or metadata.get("evaluator_type", None) != "coco" or path is None or not os.path.isfile(path):
         return None
-    categories = read_coco_json(path)["categories"]
+    # Of images to write results for, as COCO's test-dev, nothing else need be there.
+    categories = read_coco_json(path, kinds=["categories"])["categories"]
     return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
 
 

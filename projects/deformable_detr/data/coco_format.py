@@ -4,7 +4,7 @@ import codecs
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 
@@ -63,8 +63,11 @@ _RULES = {
 }
 
 
-def read_coco_json(json_file: str) -> dict[str, Any]:
+def read_coco_json(json_file: str, *, kinds: Sequence[str] = tuple(_RULES)) -> dict[str, Any]:
     """Read annotations in COCO's "instances" format.
+
+    Args:
+        kinds: the lists in it that must be there and are checked: all by default.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -79,7 +82,7 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
         # ValueError is also that of bytes that are no text.
         except (ValueError, RecursionError) as error:
             raise DatasetError(f"{json_file} must be JSON in COCO format: {error}") from error
-    check_coco_format(content, json_file)
+    check_coco_format(content, json_file, kinds=kinds)
     return content
 
 
@@ -89,28 +92,30 @@ def has_byte_order_mark(json_file: str) -> bool:
         return file.read(4).startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
 
 
-def check_coco_format(content: Any, json_file: str) -> None:
+def check_coco_format(content: Any, json_file: str, *, kinds: Sequence[str] = tuple(_RULES)) -> None:
     """Check that images, annotations and categories have their fields, and these their types.
 
     Args:
         content: of the file.
         json_file: its name, for the message.
+        kinds: as for :func:`read_coco_json`.
 
     Raises:
         DatasetError: on the first entry of another form, naming its place, the rule and the value.
     """
     keys = content if isinstance(content, dict) else ()
-    if absent := [kind for kind in _RULES if kind not in keys]:
-        raise DatasetError(f"{json_file} must be in COCO format with images, annotations and categories; no {absent}")
-    for kind, rules in _RULES.items():
+    if absent := [kind for kind in kinds if kind not in keys]:
+        raise DatasetError(f"{json_file} must be in COCO format with {', '.join(kinds)}; no {absent}")
+    for kind in kinds:
+        rules = _RULES[kind]
         if not isinstance(content[kind], list):
             raise DatasetError(f"{json_file}: {kind} must be a list, got {_shorten(content[kind])}")
         for index, entry in enumerate(content[kind]):
             _check_entry(entry, rules, place=f"{json_file}: {kind}[{index}]")
-    if len({type(image["id"]) for image in content["images"]}) > 1:
+    if "images" in kinds and len({type(image["id"]) for image in content["images"]}) > 1:
         # Detectron2 sorts them.
         raise DatasetError(f"{json_file}: the ids of images must be all whole numbers or all text, got both")
-    if not content["categories"]:
+    if "categories" in kinds and not content["categories"]:
         raise DatasetError(f"{json_file} must list at least one category")
 
 
