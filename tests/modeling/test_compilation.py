@@ -77,3 +77,21 @@ def test_a_padding_invariant_model_says_that_it_cannot(make_model):
     with pytest.raises(ValueError, match="padding_invariant cannot be compiled"):
         model.compile_for_training()
     assert not model.is_compiled
+
+
+def test_losses_of_a_model_that_its_user_compiles_are_computed_as_they_are_written(make_model):
+    torch._dynamo.reset()
+    criterion, generator = make_model().criterion, torch.Generator().manual_seed(0)
+    shapes = {
+        "pred_logits": (2, 1, 11, 5),
+        "pred_boxes": (2, 1, 11, 4),
+        "enc_logits": (1, 20, 5),
+        "enc_boxes": (1, 20, 4),
+    }
+    raw = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])}]
+
+    def losses(raw):
+        return criterion({name: x.sigmoid() if "boxes" in name else x for name, x in raw.items()}, targets)
+
+    torch.testing.assert_close(torch.compile(losses, backend="eager")(raw), losses(raw))

@@ -122,6 +122,8 @@ class SetCriterion(nn.Module):
         finally:
             self._is_alone = before
 
+    # Matching is scipy's, on the host: a model that its user compiles is compiled without it.
+    @torch.compiler.disable
     def forward(self, outputs: dict[str, Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Compute all losses.
 
