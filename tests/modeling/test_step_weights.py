@@ -6,9 +6,12 @@ import pytest
 import torch
 from detectron2.modeling import ResNet
 from detectron2.modeling.backbone import BasicStem
+from detectron2.modeling.backbone.resnet import BottleneckBlock
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from deformable_detr.benchmark.launches import count_launches
-from deformable_detr.modeling import MultiScaleBackbone
+from deformable_detr.modeling import MultiScaleBackbone, prepare_for_inference
 from deformable_detr.modeling import detector as room
 
 
@@ -101,3 +104,25 @@ def test_a_step_dispatches_a_quarter_less(model, batch, monkeypatch):
     ready = sum(count_launches(lambda: step(model, batch, torch.bfloat16), model).values())
     without(monkeypatch)
     assert ready < 0.75 * sum(count_launches(lambda: step(model, batch, torch.bfloat16), model).values())
+
+
+def test_what_its_user_lets_compute_twice_is_left_out(model, batch):
+    losses, gradients = step(model, batch, torch.bfloat16)
+    twice = BottleneckBlock, type(model.transformer.encoder)
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, twice))
+    again, wrapped = step(model, batch, torch.bfloat16)
+    unwrapped = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in wrapped.items()}
+    assert_equal((losses, gradients), (again, unwrapped))
+
+
+def test_a_norm_that_is_not_frozen_any_more_is_computed_as_what_it_is(model, batch):
+    step(model, batch, torch.bfloat16)
+    stem = model.backbone.bottom_up.stem.conv1
+    stem.norm = nn.BatchNorm2d(64)
+    step(model, batch, torch.bfloat16)
+    # It counts what it sees, which a frozen one does not.
+    assert stem.norm.num_batches_tracked == 1 and stem.norm.weight.grad is not None
+    image = torch.randn(1, 3, 16, 16)
+    prepared = prepare_for_inference(model).model.backbone.bottom_up.stem.conv1
+    expected = stem.norm.eval()(nn.functional.conv2d(image, stem.weight, stride=2, padding=3))
+    torch.testing.assert_close(prepared(image), expected)

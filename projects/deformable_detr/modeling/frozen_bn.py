@@ -14,11 +14,13 @@ class FrozenBNConv2d(Conv2d):
 
     One pass over the features in place of two, or of three in training, where the products are kept for the backward
     pass (89 MiB for a ResNet-50 in float32): a tenth off a ResNet. Gradients, and names and values of parameters and
-    buffers are unchanged.
+    buffers are unchanged. With another norm in the place of its FrozenBN it is Detectron2's convolution again.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W')."""
+        if not _has_frozen_norm(self):
+            return super().forward(x)
         x = self._conv_forward(x, *self.folded())
         return x if self.activation is None else self.activation(x)
 
@@ -46,10 +48,17 @@ def fold_frozen_batch_norm(module: nn.Module) -> nn.Module:
 def fold_for_good(module: nn.Module) -> nn.Module:
     """Replace every :class:`FrozenBNConv2d` in ``module`` by a convolution that holds the product: for inference.
 
+    Those whose norm has been replaced by one that is not frozen stay.
+
     Returns:
         ``module``, or what replaces it.
     """
-    return replace_modules(module, _as_folded, lambda m: type(m) is FrozenBNConv2d)
+    return replace_modules(module, _as_folded, is_folding)
+
+
+def is_folding(module: nn.Module) -> bool:
+    """Whether a module is a :class:`FrozenBNConv2d` that still has a FrozenBN."""
+    return type(module) is FrozenBNConv2d and _has_frozen_norm(module)
 
 
 def _has_frozen_norm(conv: Conv2d) -> bool:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from ..layers import MultiheadAttention
 from ..layers.precision import autocast_dtype
 from .backbone import MultiScaleBackbone
-from .frozen_bn import FrozenBNConv2d
+from .frozen_bn import FrozenBNConv2d, is_folding
 
 # What of a module has ready weights as attributes for a while: its attributes, and their names.
 Shadows = list[tuple[dict[str, Any], str]]
@@ -58,10 +58,12 @@ def _layers(model: nn.Module) -> list[nn.Module]:
         layers.append(model.backbone.input_proj)
         if isinstance(model.backbone.bottom_up, ResNet):
             layers += model.backbone.bottom_up.children()
-    if model.is_compiled:
+    if model.is_compiled or _is_checkpoint(model.transformer):
         return layers  # Heads are called in the transformer as well.
     layers += [model.class_embed, model.bbox_embed]
     for part in model.transformer.children():
+        if _is_checkpoint(part):
+            continue
         if not hasattr(part, "layers"):
             layers.append(part)
             continue
@@ -71,8 +73,15 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
+def _is_checkpoint(module: nn.Module) -> bool:
+    """Whether a module is what PyTorch's apply_activation_checkpointing, which users call, puts around another."""
+    return "_checkpoint_wrapped_module" in module._modules
+
+
 class _Members:
     """The modules of a layer whose weights are made ready, and what is kept of them between steps.
+
+    Not among them are modules that compute a second time.
 
     Attributes:
         children: of every module in the layer, as they are and as they were found.
@@ -84,7 +93,9 @@ class _Members:
     def __init__(self, layer: nn.Module) -> None:
         modules = list(layer.modules())
         self.children = [(module._modules, module._modules.copy()) for module in modules if module._modules]
-        self.convs = [module for module in modules if type(module) is FrozenBNConv2d]
+        again = {inner for module in modules if _is_checkpoint(module) for inner in module.modules()}
+        modules = [module for module in modules if module not in again]
+        self.convs = [module for module in modules if is_folding(module)]
         self.slots = [
             (module.__dict__, module._parameters, name)
             for module in modules
