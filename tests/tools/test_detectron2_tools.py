@@ -18,6 +18,7 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
 from detectron2.data.benchmark import DataLoaderBenchmark
 from detectron2.engine import DefaultPredictor, DefaultTrainer, SimpleTrainer, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset
@@ -30,7 +31,9 @@ from detectron2.utils.visualizer import Visualizer
 from omegaconf import DictConfig
 
 from deformable_detr import add_deformable_detr_config
+from deformable_detr.data.augmentation import augmentation_from_config
 from deformable_detr.data.datasets import register_coco_data
+from deformable_detr.data.mapper import NamedErrorsMapper
 from deformable_detr.engine import Trainer
 from deformable_detr.solver import build_optimizer
 
@@ -175,6 +178,14 @@ def test_benchmark_takes_the_data_and_the_model_of_a_yaml_configuration(yaml_cfg
     model = build_model(yaml_cfg).eval()
     with torch.no_grad():
         assert len(model(inputs_of(yaml_cfg))[0]["instances"]) > 0
+
+
+def test_yaml_loaders_crop_every_image_until_they_are_given_our_mapper(yaml_cfg):
+    first = build_detection_train_loader.from_config(yaml_cfg)["mapper"].augmentations.augs[0]
+    assert isinstance(first, T.RandomCrop)
+    mapper = NamedErrorsMapper(yaml_cfg, True, augmentations=augmentation_from_config(yaml_cfg, is_train=True))
+    assert "RandomApply" in str(mapper.augmentations) and "prob=0.5" in str(mapper.augmentations)
+    assert len(next(iter(build_detection_train_loader(yaml_cfg, mapper=mapper)))) == 2
 
 
 # Pictures
