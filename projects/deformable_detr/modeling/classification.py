@@ -61,7 +61,7 @@ class FocalClassification:
 
     def scores(self, logits: Tensor) -> Tensor:
         """Probabilities (..., K) of the classes."""
-        return at_least_float32(logits).sigmoid()
+        return logits.float().sigmoid()
 
     def selectable_scores(self, logits: Tensor) -> Tensor:
         """Return :meth:`scores`: any pair of query and class may be selected."""
@@ -124,7 +124,7 @@ class SoftmaxClassification:
 
     def scores(self, logits: Tensor) -> Tensor:
         """Probabilities (..., K) of the classes; what they lack to 1 is that of "no object"."""
-        return at_least_float32(logits).softmax(-1)[..., :-1]
+        return logits.float().softmax(-1)[..., :-1]
 
     def selectable_scores(self, logits: Tensor) -> Tensor:
         """Return :meth:`scores`, -1 where :meth:`select` does not look: each query has its best class alone."""

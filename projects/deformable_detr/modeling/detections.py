@@ -10,8 +10,6 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from ..layers.precision import at_least_float32
-
 
 class Detections(NamedTuple):
     """The k best pairs of query and class of N images, best first.
@@ -41,10 +39,10 @@ def select_detections(logits: Tensor, boxes: Tensor, limit: int) -> Detections:
         limit: largest k.
     """
     num_classes = logits.shape[-1]
-    scores = at_least_float32(logits).sigmoid().flatten(1)
+    scores = logits.float().sigmoid().flatten(1)
     scores, index = scores.topk(min(limit, scores.shape[1]), dim=1)
     queries = index.div(num_classes, rounding_mode="floor")
-    corners = box_convert(at_least_float32(boxes), "cxcywh", "xyxy").gather(1, queries[..., None].expand(-1, -1, 4))
+    corners = box_convert(boxes.float(), "cxcywh", "xyxy").gather(1, queries[..., None].expand(-1, -1, 4))
     return Detections(corners, scores, index % num_classes, queries)
 
 
@@ -60,7 +58,7 @@ def select_one_per_query(scores: Tensor, boxes: Tensor, limit: int) -> Detection
     """
     best, labels = scores.max(-1)
     best, queries = best.topk(min(limit, best.shape[1]), dim=1)
-    corners = box_convert(at_least_float32(boxes), "cxcywh", "xyxy").gather(1, queries[..., None].expand(-1, -1, 4))
+    corners = box_convert(boxes.float(), "cxcywh", "xyxy").gather(1, queries[..., None].expand(-1, -1, 4))
     return Detections(corners, best, labels.gather(1, queries), queries)
 
 
