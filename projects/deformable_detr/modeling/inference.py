@@ -39,7 +39,7 @@ def prepare_for_inference(
     Args:
         model: stays as it is; the copy does not see later changes of it.
         dtype: of weights and features, by default the model's. Points, boxes and scores are float32 in half precision
-            too (float64 for float64).
+            too, and float64 in between for float64; scores and boxes of detections are float32.
         cuda_graphs: record and replay CUDA graphs, by default on CUDA; see :class:`GraphCache` for when.
 
     Raises:

@@ -121,7 +121,6 @@ def _log_and_seed(cfg: CfgNode | DictConfig, args: argparse.Namespace) -> None:
     detectron2.info(f"Command line arguments: {args}")
     with PathManager.open(args.config_file) as file:
         detectron2.info(f"Contents of args.config_file={args.config_file}:\n{file.read()}")
-    if isinstance(cfg, CfgNode):
-        detectron2.info(f"Running with full config:\n{cfg.dump()}")
+    detectron2.info(f"Running with full config:\n{cfg}")
     seed = RunConfig(cfg).get("seed", -1)
     seed_all_rng(None if seed < 0 else seed + comm.get_rank())
