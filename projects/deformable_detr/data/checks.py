@@ -100,7 +100,7 @@ def load_coco_data(
     twice = {key for key, group in _group(content["categories"], "id").items() if len(group) > 1}
     if twice:
         raise DatasetError(f"{json_file}: more than one category has the id {min(twice)}")
-    used = _group(content["annotations"], "category_id").keys()
+    used = {annotation["category_id"] for annotation in content["annotations"]}
     for name, group in _group(content["categories"], "name").items():
         # Results find a category by its name, and then the last one. Some exports begin with an unused category, named
         # like the whole data set, which may be the name of a class as well.
