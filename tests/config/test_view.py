@@ -14,6 +14,7 @@ from torch import nn
 import deformable_detr
 from deformable_detr import load_config
 from deformable_detr.config import KEYS, RunConfig
+from deformable_detr.startup.schedule import drops_of
 from deformable_detr.training.loop import TrainingLoop
 from deformable_detr.training.per_layer_ap import EveryLayer
 from deformable_detr.training.precision import Precision
@@ -94,6 +95,25 @@ def test_forms_are_those_of_the_system():
         run.set("train_datasets", ("a",))
     assert yaml.cfg.SOLVER.STEPS == (3,) and lazy.cfg.lr_multiplier.scheduler.milestones == [3, 5]
     assert yaml.cfg.DATASETS.TRAIN == ("a",) and lazy.cfg.dataloader.train.dataset.names == "a"
+
+
+@pytest.mark.parametrize(
+    "scheduler, told",
+    [
+        ({"values": [1.0, 0.1, 0.01], "milestones": [6, 8], "num_updates": 9}, (6, 8, 9)),
+        ({"values": [1.0, 0.1, 0.01], "milestones": [6, 8, 9]}, (6, 8, 9)),
+        # One value drops nowhere.
+        ({"values": [1.0], "milestones": [9]}, None),
+        ({"values": [1.0], "milestones": [], "num_updates": 9}, None),
+    ],
+)
+def test_the_last_milestone_of_a_lazy_config_is_the_end_however_it_is_written(scheduler, told):
+    run = RunConfig(DictConfig({"lr_multiplier": {"scheduler": scheduler}, "train": {"max_iter": 90}}))
+    assert run.get("milestones") == told and drops_of(run) == ([60, 80] if told else [])
+    if told:
+        run.set("milestones", (4, 5))
+        assert run.get("milestones") == (4, 5)
+        assert run.cfg.lr_multiplier.scheduler == {"values": [1.0, 0.1], "milestones": [4, 5]}
 
 
 def test_without_a_dataset_to_evaluate_on_nothing_is_evaluated(run):

@@ -19,7 +19,7 @@ from deformable_detr.config import RunConfig
 from deformable_detr.data.coco_format import DatasetError
 from deformable_detr.engine import argument_parser, main
 from deformable_detr.solver import build_lr_multiplier, build_lr_scheduler
-from deformable_detr.startup.schedule import FINETUNE_EPOCHS, apply_schedule, plan_schedule, scale_to_processes
+from deformable_detr.startup.schedule import FINETUNE_EPOCHS, apply_schedule, scale_to_processes
 from deformable_detr.startup.user_data import apply_user_data
 
 CONFIG = Path(__file__).parents[2] / "configs" / "COCO-Detection" / "deformable_detr_R_50"
@@ -67,19 +67,6 @@ def save(cfg, path: Path) -> str:
 
 
 # The schedule
-
-
-def test_official_schedule_follows_from_its_epochs_and_batch():
-    plan = plan_schedule(num_images=118_287, epochs=50, batch=32, reference_lr=2e-4, reference_batch=32)
-    # 3,697 iterations see every image at least once; the official code drops the incomplete last batch.
-    assert plan["max_iter"] == 50 * 3697 and plan["drop"] == 40 * 3697 and plan["lr"] == 2e-4
-
-
-@pytest.mark.parametrize("name", ("epochs", "num_images", "batch"))
-def test_schedules_of_nothing_are_refused(name):
-    values = {"num_images": 10, "epochs": 2, "batch": 2, name: 0}
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        plan_schedule(**values, reference_lr=1e-4, reference_batch=2)
 
 
 def test_fine_tuning_gets_a_schedule_for_one_gpu_that_is_logged(configure, write_coco, caplog):
@@ -183,20 +170,6 @@ def test_flags_about_data_that_are_not_given_are_refused(configure, write_coco):
         configure(*write_coco().flags("val"), "--epochs", "3")
     with pytest.raises(ValueError, match="--repair needs --train-json or --val-json"):
         configure("--repair")
-
-
-def test_schedules_without_steps_get_their_length_alone(caplog):
-    caplog.set_level(logging.INFO)
-    target = "fvcore.common.param_scheduler.CosineParamScheduler"
-    lazy = load_config(f"{CONFIG}.py")
-    lazy.lr_multiplier.scheduler = {"_target_": target, "start_value": 1.0, "end_value": 0.0}
-    yaml = load_config(f"{CONFIG}.yaml", ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"])
-    for cfg in (lazy, yaml):
-        reference = RunConfig(copy.deepcopy(cfg))
-        apply_schedule(RunConfig(cfg), reference=reference, epochs=3, num_images=4, num_gpus=1)
-    assert lazy.train.max_iter == yaml.SOLVER.MAX_ITER == 6
-    assert "milestones" not in lazy.lr_multiplier.scheduler and yaml.SOLVER.STEPS == (147840,)
-    assert "dropped" not in caplog.text
 
 
 def test_a_schedule_for_these_gpus_is_not_scaled_to_them_again(configure, write_coco):

@@ -21,7 +21,8 @@ KEYS: dict[str, tuple[str | None, str]] = {
     "num_workers": ("DATALOADER.NUM_WORKERS", "dataloader.train.num_workers"),
     "lr": ("SOLVER.BASE_LR", "optimizer.lr"),
     "max_iter": ("SOLVER.MAX_ITER", "train.max_iter"),
-    # Iterations at which the learning rate drops, and the last one; a schedule without steps has none.
+    # Iterations at which the learning rate drops, and the last one, which a LazyConfig may have as num_updates; a
+    # schedule without steps has none.
     "milestones": ("SOLVER.STEPS", "lr_multiplier.scheduler.milestones"),
     "amp_enabled": ("SOLVER.AMP.ENABLED", "train.amp.enabled"),
     "amp_precision": ("SOLVER.AMP.PRECISION", "train.amp.precision"),
@@ -90,12 +91,25 @@ class RunConfig:
         if name == "milestones" and self._is_yaml:
             has_steps = self.cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR"
             return (*value, self.get("max_iter")) if has_steps else default
-        return tuple(value) if name == "milestones" else value
+        if name == "milestones":
+            end = self._find("lr_multiplier.scheduler.num_updates")
+            milestones = (*value, end) if end is not None else tuple(value)
+            return milestones if len(milestones) > 1 else default
+        return value
 
     def set(self, name: str, value: Any) -> None:
-        """Set a setting to a value of the form in which :meth:`get` returns it."""
-        if name == "milestones":
-            value = value[:-1] if self._is_yaml else list(value)
+        """Set a setting to a value of the form in which :meth:`get` returns it.
+
+        Of a schedule with more drops than there are to be, the first shares of the learning rate stay.
+        """
+        if name == "milestones" and self._is_yaml:
+            value = value[:-1]
+        elif name == "milestones":
+            value, scheduler = list(value), self._find("lr_multiplier.scheduler")
+            scheduler.pop("num_updates", None)
+            # A scheduler of another project may have none.
+            if "values" in scheduler:
+                scheduler["values"] = scheduler["values"][: len(value)]
         if name.endswith("_datasets") and not self._is_yaml:
             # A LazyConfig's evaluator takes one name.
             value = value[0] if len(value) == 1 else list(value)

@@ -77,7 +77,12 @@ def apply_schedule(
         num_gpus: over all machines; 0 counts as one.
         resumed_batch: of the run that goes on, perhaps on another number of GPUs: it stays, and with it the learning
             rate and the length. None where a run begins.
+
+    Raises:
+        ValueError: if the configuration has no batch or no learning rate, as some of other projects.
     """
+    if lacking := [run.key(name) for name in ("batch", "lr") if reference.get(name) is None]:
+        raise ValueError(f"a schedule for so many epochs needs {' and '.join(lacking)}, and the configuration has none")
     # A cosine follows the number of iterations by itself.
     names = [name for name in _NAMES if name != "milestones" or run.get("milestones") is not None]
     given = [name for name in names if run.overridden(name)]
