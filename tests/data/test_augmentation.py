@@ -236,3 +236,35 @@ def test_unknown_flip_is_refused():
     cfg = load_config(CONFIG, ["INPUT.RANDOM_FLIP", "vertical"])
     with pytest.raises(ValueError, match="RANDOM_FLIP must be 'horizontal' or 'none', got 'vertical'"):
         augmentation_from_config(cfg, is_train=True)
+    key = "dataloader.train.mapper.augmentations.random_flip"
+    with pytest.raises(ValueError, match="its value must be true or false, got 'none'"):
+        load_config(CONFIG.replace(".yaml", ".py"), [f"{key}=none"])
+    with pytest.raises(ValueError, match=r"random_flip must be True \(horizontal\) or False, got 'vertical'"):
+        build_detr_augmentation(is_train=True, min_size=[64], max_size=96, random_flip="vertical")
+
+
+@pytest.mark.parametrize(
+    "crop_type, size, rule",
+    [
+        # The base model's size, which is in pixels, with another type alone.
+        ("relative", [384, 600], r"two shares in \(0, 1\]"),
+        ("relative_range", [0.5, 1.1], r"two shares in \(0, 1\]"),
+        ("relative", [0.0, 0.5], r"two shares in \(0, 1\]"),
+        ("absolute", [0.9, 0.9], "two numbers of pixels from 1"),
+        ("absolute_range", [384], "two numbers of pixels from 1"),
+    ],
+)
+def test_crop_size_of_another_type_is_refused(crop_type, size, rule):
+    with pytest.raises(
+        ValueError, match=rf"crop_size \(INPUT\.CROP\.SIZE\) must be {rule} .*'{crop_type}', got \{size}"
+    ):
+        build_detr_augmentation(is_train=True, min_size=[64], max_size=96, crop_type=crop_type, crop_size=size)
+
+
+def test_relative_crop_keeps_its_share():
+    """Of 80x120 pixels, first made 400 to 600 wide; 0.25 x 0.5 of both sides have the aspect of 80 to 240."""
+    opts = ["INPUT.CROP.TYPE", "relative", "INPUT.CROP.SIZE", "[0.25, 0.5]", "INPUT.RANDOM_FLIP", "none"]
+    crop, _ = augmentation_from_config(load_config(CONFIG, opts), is_train=True)
+    data = T.AugInput(np.zeros((80, 120, 3), dtype=np.uint8))
+    T.AugmentationList(crop.aug.augs)(data)
+    assert data.image.shape in [(100, 300, 3), (125, 375, 3), (150, 450, 3)]

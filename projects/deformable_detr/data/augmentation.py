@@ -86,7 +86,10 @@ def build_detr_augmentation(
     Args:
         min_size: short sides in pixels to choose from.
         max_size: limit on the long side in pixels.
-        crop_size: range of the crop's sides in pixels (``crop_type`` as in Detectron2); None never crops.
+        random_flip: horizontally, in half of the cases.
+        crop_type: one of Detectron2's ``RandomCrop``.
+        crop_size: range of the crop's sides in pixels, or what else ``crop_type`` says; for relative types shares of
+            the image's height and width in (0, 1]; None never crops.
         brightness: jitter in [0, 1): the image is blended with black by a factor of [1 - b, 1 + b]; 0 for none.
         contrast: the same with its mean.
         saturation: the same with its gray image, which is of RGB channels.
@@ -96,6 +99,9 @@ def build_detr_augmentation(
     Raises:
         ValueError: on values out of their range.
     """
+    # A word such as "none" would count as true.
+    if not isinstance(random_flip, bool):
+        raise ValueError(f"random_flip must be True (horizontal) or False, got {random_flip!r}")
     min_size = min_size if isinstance(min_size, int) else list(min_size)
     resize = ResizeShortestEdge(min_size, max_size, sample_style)
     if not is_train:
@@ -112,9 +118,21 @@ def build_detr_augmentation(
 def _resize_and_crop(resize: T.Augmentation, crop_type: str, crop_size: Sequence[float] | None) -> list[T.Augmentation]:
     augmentations: list[T.Augmentation] = []
     if crop_size is not None:
+        _check_crop_size(crop_type, crop_size)
         crop = [ResizeShortestEdge(PRE_CROP_SIZES, sys.maxsize, "choice"), T.RandomCrop(crop_type, crop_size)]
         augmentations.append(RandomApply(T.AugmentationList(crop), prob=0.5))
     return [*augmentations, resize]
+
+
+def _check_crop_size(crop_type: str, crop_size: Sequence[float]) -> None:
+    """Refuse sizes in the unit of another type: Detectron2 fails at them in the first crop, or crops to nothing."""
+    is_relative = crop_type.startswith("relative")
+    unit = "shares in (0, 1]" if is_relative else "numbers of pixels from 1"
+    if len(crop_size) != 2 or not all(0 < size <= 1 if is_relative else size >= 1 for size in crop_size):
+        raise ValueError(
+            f"crop_size (INPUT.CROP.SIZE) must be two {unit} for crop_type (INPUT.CROP.TYPE) {crop_type!r}, "
+            f"got {list(crop_size)}"
+        )
 
 
 def _large_scale_jitter(size: int, min_scale: float, max_scale: float) -> list[T.Augmentation]:
