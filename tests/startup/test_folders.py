@@ -219,6 +219,54 @@ def test_the_same_checks_are_made(yolo, tiny_yaml):
 
 @needs_supervision
 def test_a_text_that_is_no_box_is_named_with_its_file(yolo, tmp_path):
+    # Beside a polygon, for which the labels are read from copies.
+    (yolo / "labels" / "train" / "a.txt").write_text("0 .1 .1 .2 .1 .2 .2\n")
     (yolo / "labels" / "train" / "b.txt").write_text("0 0.9\n")
-    with pytest.raises(DatasetError, match=r"supervision cannot read .*labels/train: .*b\.txt"):
+    with pytest.raises(DatasetError, match=r"supervision cannot read (.*labels/train): .*'\1/b\.txt"):
+        convert_folders(find_folders(str(yolo)), str(tmp_path / "out"))
+
+
+# Of a square of side 0.4 the middle is cut out; a square has a twin far from it: neither is a crowd region.
+RING = "0 .1 .1 .5 .1 .5 .5 .1 .5 .1 .1 .2 .2 .2 .4 .4 .4 .4 .2 .2 .2 .1 .1"
+PAIR = "1 .1 .1 .2 .1 .2 .2 .1 .2 .1 .1 .8 .8 .9 .8 .9 .9 .8 .9 .8 .8 .1 .1 .75"
+
+
+@needs_supervision
+def test_polygons_become_objects_with_their_boxes_without_a_mask(yolo, tmp_path, monkeypatch):
+    (yolo / "labels" / "train" / "a.txt").write_text(f"{RING}\r\n{PAIR}\n1 .5 .5 .5 .5 .9")
+    (yolo / "labels" / "train" / "b.txt").write_text("0 .5 .5 .5 .5")
+    monkeypatch.setattr("supervision.detection.utils.converters.polygon_to_mask", None)
+    monkeypatch.setattr("supervision.dataset.formats.yolo.polygon_to_mask", None)
+    files = convert_folders(find_folders(str(yolo)), str(tmp_path / "out"))
+    objects = json.loads(Path(files["train"][0]).read_text())["annotations"]
+    boxes = [[4, 2, 16, 8], [4, 2, 32, 16], [10, 5, 20, 10], [5, 10, 10, 20]]
+    assert [a["bbox"] for a in objects] == [pytest.approx(box, abs=1e-4) for box in boxes]
+    assert [(a["category_id"], a["iscrowd"]) for a in objects] == [(1, 0), (2, 0), (2, 0), (1, 0)]
+
+
+@needs_supervision
+def test_pascal_vocs_objects_of_two_polygons_are_no_crowds_and_have_no_masks(voc, tmp_path, monkeypatch):
+    corners = "<x1>{0}</x1><y1>7</y1><x2>{1}</x2><y2>7</y2><x3>{1}</x3><y3>9</y3>"
+    parts = "".join(f"<polygon>{corners.format(*ends)}</polygon>\n" for ends in ((12, 14), (24, 28)))
+    path = voc / "Annotations" / "a 1.xml"
+    path.write_text(path.read_text().replace("</object>", f"{parts}</object>"))
+    monkeypatch.setattr("supervision.dataset.formats.pascal_voc.polygon_to_mask", None)
+    files = convert_folders(find_folders(str(voc)), str(tmp_path / "out"))
+    (annotation,) = json.loads(Path(files["train"][0]).read_text())["annotations"]
+    assert (annotation["bbox"], annotation["iscrowd"]) == (pytest.approx([10, 5, 20, 10]), 0)
+
+
+@needs_supervision
+def test_points_of_a_pose_are_no_polygon(yolo, tmp_path):
+    (yolo / "data.yaml").write_text((yolo / "data.yaml").read_text() + "kpt_shape: [2, 3]\n")
+    (yolo / "labels" / "train" / "a.txt").write_text("0 .5 .5 .5 .5 .1 .1 2 .9 .9 2\n")
+    files = convert_folders(find_folders(str(yolo)), str(tmp_path / "out"))
+    (annotation,) = json.loads(Path(files["train"][0]).read_text())["annotations"]
+    assert annotation["bbox"] == pytest.approx([10, 5, 20, 10])
+
+
+@needs_supervision
+def test_a_class_named_twice_is_not_merged_in_silence(yolo, tmp_path):
+    (yolo / "data.yaml").write_text("train: images/train\nnames: [dog, cat, dog]\n")
+    with pytest.raises(DatasetError, match=r"data\.yaml: every class must have a name of its own; .*\['dog'\]"):
         convert_folders(find_folders(str(yolo)), str(tmp_path / "out"))

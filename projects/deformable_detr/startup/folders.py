@@ -1,7 +1,11 @@
 """Folders of YOLO's and Pascal VOC's kind, made into COCO's format by the library ``supervision``."""
 
 import os
+import re
+import tempfile
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +17,7 @@ from ..files import replacing_file, write_json
 # Where a folder's splits are, by the names that are in use.
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
 _IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_XML_POLYGON = re.compile(rb"<polygon\b[^>]*(?<!/)>.*?</polygon\s*>", re.DOTALL)
 
 
 class Folder(NamedTuple):
@@ -62,15 +67,16 @@ def find_folder(split: str, annotations: str, images: str | None) -> Folder | No
 def convert_folders(folders: dict[str, Folder], output_dir: str) -> dict[str, tuple[str, str]]:
     """Write the annotations of every split in COCO's format into the output folder.
 
-    The categories of all splits are the same: those of ``data.yaml``, or all that occur in Pascal VOC's files.
+    The categories of all splits are the same: those of ``data.yaml``, or all that occur in Pascal VOC's files. Of
+    polygons their boxes are kept.
 
     Returns:
         Split -> annotation file and image folder.
 
     Raises:
         ModuleNotFoundError: without the package supervision.
-        DatasetError: on files that it cannot read, on images that it would leave out, and on names in a list that no
-            image has; repairs come after that.
+        DatasetError: on files that it cannot read, on images that it would leave out, on names in a list that no image
+            has, and on two classes of one name; repairs come after that.
     """
     os.makedirs(output_dir, exist_ok=True)
     files = {split: os.path.join(output_dir, f"{split}_coco.json") for split in folders}
@@ -82,6 +88,8 @@ def convert_folders(folders: dict[str, Folder], output_dir: str) -> dict[str, tu
         if wanted := _names_in_list(folder.labels.parent, split):
             _keep_images(contents[split], wanted, folder=folder.images, listed=_list_of(folder.labels.parent, split))
         number_by_name(contents[split])
+        for annotation in contents[split]["annotations"]:
+            annotation["iscrowd"] = 0  # Neither format has crowds; supervision takes objects of several parts for them.
         write_json(files[split], contents[split])
     return {split: (files[split], os.fspath(folder.images)) for split, folder in folders.items()}
 
@@ -122,19 +130,56 @@ def _convert(folder: Folder, path: str) -> None:
         if not part.is_dir():
             raise FileNotFoundError(f"there is no folder {part}")
     _check_no_image_below(folder.images)
-    options = {"images_directory_path": str(folder.images), "annotations_directory_path": str(folder.labels)}
-    read: Callable = dataset.from_pascal_voc
-    if folder.data_yaml is not None:
-        read, options["data_yaml_path"] = dataset.from_yolo, str(folder.data_yaml)
+    if folder.data_yaml is None:
+        read: Callable = dataset.from_pascal_voc
+    else:
+        read = partial(dataset.from_yolo, data_yaml_path=str(folder.data_yaml))
+    with tempfile.TemporaryDirectory() as temporary:
+        labels = _without_polygons(folder, Path(temporary))
+        try:
+            data = read(images_directory_path=str(folder.images), annotations_directory_path=str(labels))
+            if not len(data):
+                raise ValueError(f"{folder.images} has no image")
+            with replacing_file(path) as unfinished:
+                data.as_coco(annotations_path=str(unfinished))
+        # SyntaxError is that of XML.
+        except (ValueError, SyntaxError, KeyError, IndexError) as error:
+            told = str(error).replace(str(labels), str(folder.labels))
+            raise DatasetError(f"supervision cannot read {folder.labels}: {told}") from error
+    if twice := [name for name, number in Counter(data.classes).items() if number > 1]:
+        raise DatasetError(f"{folder.data_yaml}: every class must have a name of its own; names has {twice} repeatedly")
+
+
+def _without_polygons(folder: Folder, temporary: Path) -> Path:
+    """Return a folder of labels with boxes alone: that of the data where it has no others, or else copies.
+
+    Of polygons supervision keeps masks as large as the image, those of all objects at once.
+    """
+    suffix, boxes_of = ("xml", partial(_XML_POLYGON.sub, b"")) if folder.data_yaml is None else ("txt", _boxes)
+    # supervision knows the rows of key points by their length, and leaves the points out.
+    if folder.data_yaml is not None and "kpt_shape" in yaml.safe_load(folder.data_yaml.read_text(encoding="utf-8")):
+        return folder.labels
+    paths = list(folder.labels.glob(f"*.{suffix}"))
+    changed = {path: text for path in paths if (text := boxes_of(path.read_bytes())) != path.read_bytes()}
+    for path in paths if changed else ():
+        (temporary / path.name).write_bytes(changed.get(path) or path.read_bytes())
+    return temporary if changed else folder.labels
+
+
+def _boxes(text: bytes) -> bytes:
+    """Put their boxes in place of polygons in YOLO's labels: of lines with a class and at least three pairs."""
+    return b"".join(_box(line) if len(line.split()) > 6 else line for line in text.splitlines(keepends=True))
+
+
+def _box(line: bytes) -> bytes:
+    label, *values = line.split()
     try:
-        data = read(**options)
-        if not len(data):
-            raise DatasetError(f"{folder.images} has no image")
-        with replacing_file(path) as unfinished:
-            data.as_coco(annotations_path=str(unfinished))
-    # SyntaxError is that of XML.
-    except (ValueError, SyntaxError, KeyError, IndexError) as error:
-        raise DatasetError(f"supervision cannot read {folder.labels}: {error}") from error
+        # Behind the pairs there may be a confidence.
+        x, y = ([float(value) for value in values[axis : len(values) // 2 * 2 : 2]] for axis in (0, 1))
+    except ValueError:
+        return line  # supervision names it, with its file.
+    x0, y0, x1, y1 = min(x), min(y), max(x), max(y)
+    return b"%s %r %r %r %r\n" % (label, (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0)
 
 
 def _check_no_image_below(folder: Path) -> None:
