@@ -85,7 +85,9 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_computation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=int, default=1, help="images at a time (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="images at a time, one of what is live (default: %(default)s)"
+    )
     parser.add_argument(
         "--precision",
         "--dtype",
@@ -121,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     predictor = _build_predictor(args)
     if ids:
-        ids.check(names=[source.name for source in sources], class_names=predictor.class_names)
+        ids.check(names=[source.name for source in sources], class_names=args.classes or predictor.class_names)
     categories = ids.categories if ids else dict(zip(predictor.class_names, predictor.category_ids, strict=True))
     results = CocoResults(categories, ids.images if ids else None)
     side_files = SideFiles(args.output, predictor.class_names, crops=args.crops, txt=args.txt)

@@ -108,14 +108,16 @@ class Job:
             self._say(path, instances.pred_classes.tolist())
 
     def _detect_frames(self, video: Video, source: Source, output: Path) -> None:
-        kind = VideoWriter if isinstance(video, VideoReader) else RealTimeWriter
-        writer = kind(output, video.fps, inputs=self._inputs)
+        has_all_frames = isinstance(video, VideoReader)
+        writer = (VideoWriter if has_all_frames else RealTimeWriter)(output, video.fps, inputs=self._inputs)
         before, classes = self.frames, []
         total, title = video.num_frames or None, show(source.name)
         bar = tqdm(self._in_time(video, source), total=total, unit="frame", desc=title, disable=None)
+        # What comes as it happens is not held back until there is a batch of it.
+        batch_size = self.predictor.batch_size if has_all_frames else 1
         with closing(video), bar, closing(writer):
             try:
-                for index, (frame, instances) in enumerate(self._predict_frames(bar)):
+                for index, (frame, instances) in enumerate(self._predict_frames(bar, batch_size)):
                     self._record(source, instances, frame_index=index)
                     self.frames += 1
                     classes += instances.pred_classes.tolist()
@@ -132,9 +134,9 @@ class Job:
         if not source.is_live and count < _WHOLE_VIDEO * video.num_frames:
             raise VideoError(f"it breaks off after {count} of the {video.num_frames} frames that it announces")
 
-    def _predict_frames(self, frames: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Instances]]:
+    def _predict_frames(self, frames: Iterable[np.ndarray], batch_size: int) -> Iterator[tuple[np.ndarray, Instances]]:
         frames = iter(frames)
-        while batch := list(islice(frames, self.predictor.batch_size)):
+        while batch := list(islice(frames, batch_size)):
             inputs = [prepare_image(self.predictor.loaded, frame) for frame in batch]
             yield from zip(batch, self.predictor.predict(inputs), strict=True)
 
