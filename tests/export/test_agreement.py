@@ -79,8 +79,10 @@ def test_images_stand_in_the_top_left_corner_of_their_canvas():
 def test_pictures_fit_a_fixed_canvas_and_are_of_two_sizes(tiny_model):
     resize = tiny_model().resize
     assert [image.shape[:2] for image in prepare_images(draw_pictures(), resize, None)] == [(64, 85), (96, 64)]
-    for pictures in (draw_pictures(), draw_pictures()[:1]):
-        first, second = (image.shape[:2] for image in prepare_images(pictures, resize, (64, 70)))
+    landscape, portrait = draw_pictures()
+    for pictures in ([landscape, portrait], [landscape], [landscape] * 3, [landscape, landscape, portrait]):
+        # The first two share a batch.
+        first, second, *_ = (image.shape[:2] for image in prepare_images(pictures, resize, (64, 70)))
         assert first == (52, 70) and second != first and max(second) <= 64
 
 

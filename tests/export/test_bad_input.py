@@ -1,9 +1,12 @@
 """Arguments of the command line that cannot work are named before anything takes long."""
 
+from dataclasses import replace
+
+import detectron2.data.transforms as T
 import pytest
 
 from deformable_detr.cli import run as run_command
-from deformable_detr.export import onnx_format
+from deformable_detr.export import exporter, onnx_format
 from deformable_detr.export.__main__ import main, new_file
 
 
@@ -89,6 +92,17 @@ def test_size_to_which_the_model_never_pads(fails):
 
 def test_batch_without_images(fails):
     assert "batch must be at least 1, got 0" in fails("--format", "onnx", "--batch", "0")
+
+
+SHORTEST_EDGE = T.ResizeShortestEdge(64, 96)
+
+
+@pytest.mark.parametrize("augmentations", [[T.Resize((64, 64))], [SHORTEST_EDGE, T.RandomFlip()], [SHORTEST_EDGE] * 2])
+def test_a_resize_that_no_file_can_tell_of(augmentations, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "capture", lambda *_, **__: pytest.fail("began"))
+    loaded = replace(tiny_model(), resize=T.AugmentationList(augmentations))
+    with pytest.raises(ValueError, match=r"must be one ResizeShortestEdge or none, .* got \[Res"):
+        exporter.export_model(loaded, tmp_path / "model.onnx", format_name="onnx")
 
 
 def test_missing_package(fails, monkeypatch):

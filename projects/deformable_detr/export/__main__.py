@@ -70,7 +70,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="ms_deform_attn as grid_sample, which every runtime has (default), or as a node of its own",
     )
     parser.add_argument(
-        "--check", nargs="+", default=[], metavar="IMAGE", help="images to compare on (default: two that are drawn)"
+        "--check",
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help="images to compare on, and a smaller copy of the first where all are of one size (default: two that are "
+        "drawn)",
     )
     return parser.parse_args(argv)
 

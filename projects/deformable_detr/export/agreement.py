@@ -140,17 +140,21 @@ def prepare_images(
     """Resize as for evaluation and, where a canvas (height, width) is given, on until the image fits into it.
 
     Args:
-        images: (H, W, 3) uint8 RGB. A single one gets a smaller copy, for batches need two sizes.
+        images: (H, W, 3) uint8 RGB.
+
+    Returns:
+        The images, the second of another size than the first: padding is met in a batch of both. Where all are of one
+        size, it is a smaller copy of the first.
     """
     prepared = []
     for image in images:
         inputs = T.AugInput(image)
         resize(inputs)
         prepared.append(_shrink(inputs.image, canvas or inputs.image.shape[:2]))
-    if len(prepared) == 1:
-        height, width = prepared[0].shape[:2]
-        prepared.append(_shrink(prepared[0], (height * 3 // 4, width)))
-    return prepared
+    height, width = prepared[0].shape[:2]
+    others = [index for index, image in enumerate(prepared) if image.shape[:2] != (height, width)]
+    second = prepared.pop(others[0]) if others else _shrink(prepared[0], (height * 3 // 4, width))
+    return [prepared[0], second, *prepared[1:]]
 
 
 def _shrink(image: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:

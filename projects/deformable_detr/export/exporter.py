@@ -71,7 +71,7 @@ def export_model(
         The difference of each batch that was compared, none above ``TOLERANCE``.
 
     Raises:
-        ValueError: if the arguments do not fit together.
+        ValueError: if the arguments do not fit together, or images are resized in a way that no file can tell of.
         ModuleNotFoundError: if a package for the format is missing.
         OSError: if the file cannot be written.
         DisagreementError: if the file does not compute what the model computes. It is deleted.
@@ -79,13 +79,14 @@ def export_model(
     kind = FORMATS[format_name]
     shape = _complete(shape or InputShape(), kind, loaded)
     options = _check_arguments(kind, path, loaded, shape=shape, opset=opset)
+    metadata = _metadata(loaded)
     check_writable(path)
     with replacing_file(path) as unfinished:
         program = DetectionProgram(loaded.model.eval())
         logger.info("capturing the model with images %s", shape)
         captured: ExportedProgram = capture(program, shape, decompose=decompose)
         logger.info("writing %s", path)
-        kind.write(captured, unfinished, metadata=_metadata(loaded), **options)
+        kind.write(captured, unfinished, metadata=metadata, **options)
         images = prepare_images(pictures or draw_pictures(), loaded.resize, shape.size)
         differences = []
         for description, difference in check_agreement(program, kind.load(unfinished), images, shape):
@@ -138,11 +139,20 @@ def _canvas(loaded: LoadedModel, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _test_sizes(loaded: LoadedModel) -> tuple[int, int]:
-    """Short and longest long side in pixels to which images are resized; 0, 0 where they are not."""
-    for augmentation in getattr(loaded.resize, "augs", [loaded.resize]):
-        if hasattr(augmentation, "short_edge_length"):
-            return int(min(augmentation.short_edge_length)), int(augmentation.max_size)
-    return 0, 0
+    """Short and longest long side in pixels to which images are resized; 0, 0 where they are not.
+
+    Raises:
+        ValueError: if something else is done to them.
+    """
+    augmentations = getattr(loaded.resize, "augs", [loaded.resize])
+    if not augmentations:
+        return 0, 0
+    if len(augmentations) > 1 or not hasattr(augmentations[0], "short_edge_length"):
+        raise ValueError(
+            "the augmentations of the evaluation (dataloader.test.mapper.augmentations) must be one ResizeShortestEdge "
+            f"or none, as an exported file names no other, got {augmentations}"
+        )
+    return int(min(augmentations[0].short_edge_length)), int(augmentations[0].max_size)
 
 
 def _metadata(loaded: LoadedModel) -> dict[str, str]:
