@@ -58,6 +58,13 @@ def test_images_are_resized_as_for_evaluation(config):
     assert [(a.short_edge_length, a.max_size) for a in resize.augs] == [((64, 64), 96)]
 
 
+def test_a_config_that_does_not_say_how_images_are_resized_is_refused_before_weights_are_read(tmp_path):
+    model = "from detectron2.config import LazyCall as L\nfrom torch import nn\nmodel = L(nn.Identity)()\n"
+    (tmp_path / "model.py").write_text(model)
+    with pytest.raises(ValueError, match=r"has no dataloader.test.mapper.augmentations, .* \[\] for not at all"):
+        load_model(tmp_path / "model.py", "absent.pth")
+
+
 def test_weights_of_a_backbone_alone_cannot_detect(config, write_coco, tmp_path):
     path, opts = config
     backbone = build_model(load_config(path, opts)).backbone.bottom_up

@@ -63,12 +63,14 @@ def load_model(
         KeyError: if ``opts`` name no key of the config.
         CheckpointError: if the weights cannot be read, or leave a part of the model as initialised.
         ValueError: if ``model`` is neither a file or folder nor a name of the model zoo, if ``device`` is none that
-            PyTorch has here, if ``opts`` are values that their keys cannot take.
+            PyTorch has here, if ``opts`` are values that their keys cannot take, if a LazyConfig does not say how its
+            evaluation resizes images.
     """
     check_device(device)
     model = os.fspath(model)
     cfg = load_config(model, opts)
     weights = default_weights(model, RunConfig(cfg, opts)) if weights is None else os.fspath(weights)
+    resize = _resize(cfg)
     built = build_model(cfg, device).eval()
     # Without names of ours: what the outputs mean is for the file to say, and only then for the config's dataset.
     checkpointer = DeformableDETRCheckpointer(built, weights_key="--weights")
@@ -76,7 +78,7 @@ def load_model(
         checkpointer.load_to_detect(weights)
     names = checkpointer.class_names or get_class_names(cfg) or [None] * built.num_classes
     names = [name or f"class {index}" for index, name in enumerate(names)]
-    return LoadedModel(built, cfg, names, _resize(cfg))
+    return LoadedModel(built, cfg, names, resize)
 
 
 def class_index(name: str, class_names: Sequence[str]) -> int:
@@ -102,7 +104,12 @@ def build_model(cfg: CfgNode | DictConfig, device: str | torch.device = "cpu") -
 
 
 def _resize(cfg: CfgNode | DictConfig) -> T.Augmentation:
+    if isinstance(cfg, CfgNode):
+        return T.AugmentationList(augmentation_from_config(cfg, is_train=False))
     augmentations = RunConfig(cfg).lazy_node("dataloader.test.mapper.augmentations")
     if augmentations is None:
-        return T.AugmentationList(augmentation_from_config(cfg, is_train=False))
+        raise ValueError(
+            "the configuration has no dataloader.test.mapper.augmentations, which say how images are resized for the "
+            "model: give a list of Detectron2's augmentations, or [] for not at all"
+        )
     return T.AugmentationList(instantiate(augmentations))
