@@ -20,6 +20,7 @@ LAZY = re.compile(r"^\| `([a-z_.]+)` \| `(.*?)` \| (.+) \|$", re.MULTILINE)
 # Of later versions of Detectron2 than 0.6.
 LATER = {
     "DATALOADER.RANDOM_SUBSET_RATIO",
+    "DATALOADER.REPEAT_SQRT",
     "FLOAT32_PRECISION",
     "SOLVER.BASE_LR_END",
     "SOLVER.NUM_DECAYS",

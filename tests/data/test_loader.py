@@ -1,17 +1,26 @@
 """Batches as a function of seed and position."""
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from detectron2.config import CfgNode, instantiate
+from detectron2.config import LazyCall as L
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
+from omegaconf import DictConfig
 
+from deformable_detr import load_config
 from deformable_detr.data import loader as room
 from deformable_detr.data.loader import TrainLoader
-from deformable_detr.data.sampler import sampler_from_config
+from deformable_detr.data.sampler import repeat_factor_sampler, sampler_from_config
 
+CONFIG = Path(__file__).parents[2] / "configs" / "COCO-Detection" / "deformable_detr_R_50.py"
 RECORDS = [{"id": n, "width": 10 + n % 3, "height": 11, "annotations": [{"category_id": n % 2}]} for n in range(10)]
 
 
@@ -94,7 +103,7 @@ def test_batch_must_be_divisible_among_processes(monkeypatch):
 
 @pytest.mark.parametrize("name", ["TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"])
 def test_samplers_of_detectron2_are_repeatable(name):
-    data = SimpleNamespace(SAMPLER_TRAIN=name, REPEAT_THRESHOLD=0.6, RANDOM_SUBSET_RATIO=0.5)
+    data = CfgNode({"SAMPLER_TRAIN": name, "REPEAT_THRESHOLD": 0.6, "RANDOM_SUBSET_RATIO": 0.5})
     make = sampler_from_config(SimpleNamespace(DATALOADER=data), RECORDS)
     assert type(make(5)).__name__ == name
     first = list(islice(make(5), 30))
@@ -106,3 +115,50 @@ def test_unknown_sampler_is_refused():
     cfg = SimpleNamespace(DATALOADER=SimpleNamespace(SAMPLER_TRAIN="Best"))
     with pytest.raises(ValueError, match="SAMPLER_TRAIN must be TrainingSampler.*got 'Best'"):
         sampler_from_config(cfg, RECORDS)
+
+
+def test_random_subset_needs_a_detectron2_that_has_its_ratio():
+    cfg = load_config(CONFIG.with_suffix(".yaml"), ["DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"])
+    cfg.DATALOADER.pop("RANDOM_SUBSET_RATIO", None)  # As in version 0.6.
+    with pytest.raises(ValueError, match=r"needs DATALOADER\.RANDOM_SUBSET_RATIO, .* which the installed one"):
+        sampler_from_config(cfg, RECORDS)
+
+
+@pytest.mark.parametrize(
+    "keys, asked", [({}, {}), ({"REPEAT_SQRT": True}, {}), ({"REPEAT_SQRT": False}, {"sqrt": False})]
+)
+def test_repeat_factors_are_without_a_root_where_a_later_detectron2_is_told_so(monkeypatch, keys, asked):
+    def factors(dataset, threshold, **options):
+        assert (dataset, threshold, options) == (RECORDS, 0.6, asked)
+        return torch.ones(10)
+
+    monkeypatch.setattr(RepeatFactorTrainingSampler, "repeat_factors_from_category_frequency", staticmethod(factors))
+    node = CfgNode({"SAMPLER_TRAIN": "RepeatFactorTrainingSampler", "REPEAT_THRESHOLD": 0.6, **keys})
+    assert len(set(islice(sampler_from_config(SimpleNamespace(DATALOADER=node), RECORDS)(1), 10))) == 10
+
+
+def rare_class() -> list[dict]:
+    """Class 1 in one image of ten."""
+    return [{**record, "annotations": [{"category_id": int(record["id"] == 7)}]} for record in RECORDS]
+
+
+def augment_alone() -> Callable[[dict], dict]:
+    return augment
+
+
+def lazy_loader(sampler: DictConfig) -> TrainLoader:
+    node = load_config(CONFIG).dataloader.train
+    node.update(dataset=L(rare_class)(), mapper=L(augment_alone)(), sampler=sampler, total_batch_size=11, num_workers=0)
+    return instantiate(node)
+
+
+def test_a_lazy_config_repeats_images_of_rare_classes():
+    """A frequency of 0.1 and a threshold of 0.4: sqrt(0.4 / 0.1) = 2 times in an epoch, which has 11 samples then."""
+    loader = lazy_loader(L(repeat_factor_sampler)(dataset="${..dataset}", repeat_threshold=0.4))
+    for batch in islice(loader.batches(seed=1), 3):
+        assert sorted(x["id"] for x in batch) == [0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9]
+
+
+def test_a_sampler_that_is_made_already_is_refused():
+    with pytest.raises(TypeError, match=r"sampler must be a function of a seed .* got a RepeatFactorTrainingSampler"):
+        lazy_loader(L(RepeatFactorTrainingSampler)(repeat_factors=torch.ones(10)))

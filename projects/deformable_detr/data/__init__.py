@@ -5,7 +5,7 @@ from .datasets import check_dataset_files, get_class_names, get_train_dicts, reg
 from .evaluators import build_evaluator, check_evaluator
 from .loader import TrainLoader
 from .mapper import NamedErrorsMapper
-from .sampler import sampler_from_config
+from .sampler import repeat_factor_sampler, sampler_from_config
 
 __all__ = [
     "NamedErrorsMapper",
@@ -18,5 +18,6 @@ __all__ = [
     "get_class_names",
     "get_train_dicts",
     "register_coco_data",
+    "repeat_factor_sampler",
     "sampler_from_config",
 ]

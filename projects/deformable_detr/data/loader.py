@@ -31,12 +31,14 @@ class TrainLoader:
         dataset: records in Detectron2's format.
         mapper: makes of a record what the model takes; None leaves the record out, and another one takes its place.
         total_batch_size: images per iteration, over all processes.
-        sampler: makes a sampler of Detectron2 from a seed; None shuffles the dataset.
+        sampler: makes a sampler of Detectron2 from a seed, as what :func:`repeat_factor_sampler` returns; None shuffles
+            the dataset.
         aspect_ratio_grouping: only images wider than high, or only others, in one batch.
         num_workers: loading processes; 0 loads in this one.
 
     Raises:
         ValueError: if the batch cannot be divided among the processes.
+        TypeError: on a sampler that is made already.
     """
 
     def __init__(
@@ -53,6 +55,12 @@ class TrainLoader:
         if total_batch_size < 1 or total_batch_size % world_size:
             raise ValueError(
                 f"total_batch_size must be a multiple of the {world_size} processes, got {total_batch_size}"
+            )
+        if sampler is not None and not callable(sampler):
+            raise TypeError(
+                "sampler must be a function of a seed that makes a sampler, as repeat_factor_sampler(dataset=dataset, "
+                "repeat_threshold=0.001) or lambda seed: TrainingSampler(len(dataset), seed=seed), got a "
+                f"{type(sampler).__name__}"
             )
         self.num_images = len(dataset)
         self.total_batch_size = total_batch_size
