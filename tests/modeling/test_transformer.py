@@ -228,6 +228,10 @@ def test_switches_of_a_decoder_of_ones_own_are_those_of_the_transformer(make_mod
             make_model(decoder=decoder, **switches | {name: False})
     with pytest.raises(ValueError, match=r"inverse_sigmoid_eps is 1e-05 and that of the decoder 0\.001"):
         make_model(decoder=decoder, **switches | {"inverse_sigmoid_eps": 1e-5})
+    with pytest.raises(ValueError, match="activation_checkpoint is True and that of the decoder False"):
+        make_model(decoder=decoder, activation_checkpoint=True, **switches)
+    decoder.activation_checkpoint = True
+    make_model(decoder=decoder, activation_checkpoint=True, **switches)
 
 
 def test_an_encoder_of_ones_own_trains_with_layers_and_forward_alone(make_model, make_input):
@@ -242,6 +246,8 @@ def test_an_encoder_of_ones_own_trains_with_layers_and_forward_alone(make_model,
     model = make_model(encoder=Own())
     sum(model([make_input(64, 64, [[4, 8, 40, 60]], [2])]).values()).backward()
     assert model.transformer.encoder.layers[0].weight.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="activation_checkpoint is True and that of the encoder False"):
+        make_model(encoder=Own(), activation_checkpoint=True)
 
 
 def test_parameters_of_the_flat_values_have_the_official_names(make_model):

@@ -68,8 +68,8 @@ class DeformableTransformer(nn.Module):
             time there: less memory for more time, same gradients.
 
     Raises:
-        ValueError: if sizes do not fit, if a switch lacks another that it needs, or if a ``decoder`` of one's own works
-            in another way than the switches say.
+        ValueError: if sizes do not fit, if a switch lacks another that it needs, if a ``decoder`` of one's own works
+            in another way than the switches say, or if a stack of one's own lacks ``activation_checkpoint``.
     """
 
     def __init__(
@@ -134,6 +134,8 @@ class DeformableTransformer(nn.Module):
             activation_checkpoint=activation_checkpoint,
         )
         _check_decoder(self.decoder, switches)
+        if activation_checkpoint:
+            _check_recomputation(encoder=self.encoder, decoder=self.decoder)
         self.d_model = d_model
         self.n_heads = n_heads
         self.num_decoder_layers = len(self.decoder.layers)
@@ -310,3 +312,12 @@ def _check_decoder(decoder: nn.Module, switches: dict[str, bool | float]) -> Non
     for name, value in switches.items():
         if found[name] != value:
             raise ValueError(f"{name} is {value} and that of the decoder {found[name]}: they must be the same")
+
+
+def _check_recomputation(**stacks: nn.Module) -> None:
+    """Refuse stacks of one's own that keep everything although the transformer's switch is on."""
+    for name, stack in stacks.items():
+        if not getattr(stack, "activation_checkpoint", False):
+            raise ValueError(
+                f"activation_checkpoint is True and that of the {name} False: {type(stack).__name__} must have it too"
+            )
