@@ -31,6 +31,18 @@ def test_a_crop_has_every_pixel_that_the_box_touches_and_at_least_one():
     assert np.array_equal(at_corner, rgb[39:, 79:])
 
 
+def test_frames_do_not_overwrite_what_an_image_in_a_folder_of_that_name_got(tmp_path):
+    files = SideFiles(tmp_path, ["a"], crops=True, txt=True)
+    rgb = np.zeros((40, 80, 3), np.uint8)
+    files.write(tmp_path / "Clip" / "000000.jpg", rgb, found())
+    for frame in range(2):
+        files.write(tmp_path / "clip.mp4", rgb, found((0, 0, 9, 9)), frame=frame)
+    written = sorted(str(path.relative_to(tmp_path / "labels")) for path in tmp_path.glob("labels/*/*"))
+    assert written == ["Clip/000000.txt", "clip_2/000000.txt", "clip_2/000001.txt"]
+    assert (tmp_path / "labels" / "Clip" / "000000.txt").read_text() == ""
+    assert (tmp_path / "crops" / "a" / "clip_2" / "000000_1.jpg").is_file()
+
+
 def test_an_image_without_detections_gets_an_empty_text_and_class_names_make_folders(tmp_path):
     files = SideFiles(tmp_path, ["a/b: c", "../"], crops=True, txt=True)
     rgb = np.zeros((40, 80, 3), np.uint8)

@@ -34,6 +34,7 @@ class SideFiles:
         self.txt = txt
         self._names: dict[Path, PurePosixPath] = {}
         self._taken: set[str] = set()
+        self._folders_of_images: set[str] = set()
         if txt:
             write_text(folder / "classes.txt", "".join(f"{name}\n" for name in class_names))
 
@@ -49,7 +50,7 @@ class SideFiles:
         Raises:
             OSError: naming what cannot be written.
         """
-        name = self._name_after(picture)
+        name = self._name_after(picture, is_video=frame is not None)
         if frame is not None:
             name = name / f"{frame:06}"
         if self.txt:
@@ -63,10 +64,17 @@ class SideFiles:
                 folder = self.folder / "crops" / _as_file_name(self.class_names[label])
                 save_image(crop, folder / f"{name}_{number}{suffix}")
 
-    def _name_after(self, picture: Path) -> PurePosixPath:
-        """Return the path below the folder without the suffix; of x.jpg and x.png the second becomes x_2."""
+    def _name_after(self, picture: Path, *, is_video: bool) -> PurePosixPath:
+        """Return the path below the folder without the suffix; of x.jpg and x.png the second becomes x_2.
+
+        So does x.mp4 beside a folder x of images, which may be called as its frames are.
+        """
         if picture not in self._names:
             path = PurePosixPath(picture.relative_to(self.folder).with_suffix("").as_posix())
+            if is_video:
+                self._taken |= self._folders_of_images
+            else:
+                self._folders_of_images.add(path.parent.as_posix().casefold())
             self._names[picture] = distinct_name(path, self._taken)
         return self._names[picture]
 
