@@ -43,11 +43,15 @@ python train_net.py --eval-only --config-file configs/COCO-Detection/{example}.y
     --weights deformable-detr://{example}
 ```
 
-`deformable-detr://NAME` works wherever Detectron2 takes a path to weights. It downloads the Hub's file, or the authors'
-where there is a direct link, once into `$FVCORE_CACHE/deformable_detr` (default
-`~/.torch/iopath_cache/deformable_detr`); `HF_ENDPOINT` names a mirror of the Hub. Without a network, and for what is on
-Drive alone, put `NAME.safetensors` (the Hub's `model.safetensors`) or the authors' `.pth`, as `NAME.pth` or under the
-name that it has there, into that folder.
+`deformable-detr://NAME` works wherever this project takes weights: in `MODEL.WEIGHTS` (`train.init_checkpoint`) for
+`train_net.py` and our `Trainer`, and behind `--weights` of every command. Detectron2's own checkpointer, which
+`DefaultPredictor`, `demo.py` and its `lazyconfig_train_net.py` have, fetches the file too, but converts no names: give
+it what `python -m deformable_detr.checkpoint` makes of the file ([docs/detectron2.md](docs/detectron2.md)).
+
+The address downloads the Hub's file, or the authors' where there is a direct link, once into
+`$FVCORE_CACHE/deformable_detr` (default `~/.torch/iopath_cache/deformable_detr`); `HF_ENDPOINT` names a mirror of the
+Hub. Without a network, and for what is on Drive alone, put `NAME.safetensors` (the Hub's `model.safetensors`) or the
+authors' `.pth`, as `NAME.pth` or under the name that it has there, into that folder.
 
 {hashes}
 
