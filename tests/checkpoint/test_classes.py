@@ -144,6 +144,18 @@ def test_placeholder_names_of_transformers_are_no_names(tmp_path):
     assert "class_names" not in read_checkpoint(str(tmp_path / "model.safetensors"))
 
 
+def test_rows_that_transformers_calls_not_available_have_no_name_and_a_broken_file_is_named(tmp_path):
+    path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    save_file({"a": torch.zeros(1)}, path)
+    config.write_text(json.dumps({"id2label": {"0": "N/A", "1": "person", "2": "N/A"}}))
+    assert read_checkpoint(str(path))["class_names"] == [None, "person", None]
+    config.write_text('{"id2label": ')
+    with pytest.raises(
+        CheckpointError, match="config.json, in which transformers names the classes, is broken .*Expec"
+    ):
+        read_checkpoint(str(path))
+
+
 @pytest.mark.parametrize("meta", ({"dataset_meta": {"classes": ("cat", "dog")}}, {"CLASSES": ["cat", "dog"]}))
 def test_files_of_mmdetection_name_their_classes(meta, build, mmdetection_names, tmp_path):
     theirs, ours = numbered(build, classes=2), build(NUM_CLASSES=2)

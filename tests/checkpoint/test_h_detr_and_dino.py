@@ -169,6 +169,9 @@ def test_averaged_weights_of_dino_are_taken_when_asked_for(build_dino, dino_name
     checkpoint = read_checkpoint(str(tmp_path / "checkpoint0011_4scale.pth"))
     assert_equal(select_weights(checkpoint, averaged=True)[0], averaged)
     assert_equal(select_weights(checkpoint, averaged=False)[0], trained)
+    # As torch's AveragedModel, and so torchvision's trainings, name them.
+    wrapped = {"n_averaged": torch.tensor(9), **{f"module.{key}": value for key, value in averaged.items()}}
+    assert_equal(select_weights({"model": trained, "model_ema": wrapped}, averaged=True)[0], averaged)
 
 
 @pytest.mark.parametrize("source", ("DINO", "detrex"))

@@ -90,7 +90,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError: if there is no such file.
         CheckpointError: if the file is no checkpoint (a web page, a Git LFS pointer), is truncated, needs code to
-            be run for loading, or holds no state dict.
+            be run for loading, or holds no state dict, or if the config.json beside it is broken.
     """
     check_weights_file(path)
     try:
@@ -136,6 +136,9 @@ def select_weights(
         return own["model"], f"Weights averaged over {own['updates']} updates (ema)"
     found = {name: checkpoint[name] for name in _AVERAGES_KEYS if isinstance(checkpoint.get(name), Mapping)}
     for name, averages in found.items():
+        if not averages.keys() & weights.keys():
+            # torch's AveragedModel, as in torchvision's trainings.
+            averages = {key.removeprefix("module."): value for key, value in averages.items()}
         if averages.keys() & weights.keys():
             if averaged:
                 return {key: averages.get(key, value) for key, value in weights.items()}, f"Averaged weights ({name})"
@@ -200,14 +203,20 @@ def _class_names_in_meta(checkpoint: Mapping[str, Any]) -> Any:
     return next((place[key] for place in places for key in ("classes", "CLASSES") if _are_names(place.get(key))), None)
 
 
-def _class_names_beside(path: str) -> list[str] | None:
+def _class_names_beside(path: str) -> list[str | None] | None:
     """Return the names that transformers saves beside its weights, unless nobody gave the classes names."""
     config = os.path.join(os.path.dirname(path), "config.json")
     if os.path.basename(path) not in _TRANSFORMERS_FILES or not os.path.isfile(config):
         return None
-    with open(config, encoding="utf-8") as file:
-        labels = json.load(file).get("id2label") or {}
-    names = [labels.get(str(row)) for row in range(len(labels))]
+    try:
+        with open(config, encoding="utf-8") as file:
+            labels = json.load(file).get("id2label") or {}
+    except ValueError as error:
+        raise CheckpointError(
+            f"{config}, in which transformers names the classes, is broken ({error}): fetch it again, or delete it"
+        ) from error
+    # COCO's ids of no category are classes called "N/A" there.
+    names = [None if (name := labels.get(str(row))) == "N/A" else name for row in range(len(labels))]
     return None if all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names) else names
 
 
