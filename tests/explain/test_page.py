@@ -66,6 +66,15 @@ def test_a_page_says_why_it_lists_more_than_was_asked_for(explanation, tmp_path)
     assert why(detections=best[:3]) == []
 
 
+def test_the_object_of_a_query_belongs_to_all_of_its_detections(explanation):
+    best = explanation.detections[0]
+    detections = [best, best._replace(label=best.label + 1, score=best.score / 2)]
+    truths = [Truth(0, (10.0, 10.0, 50.0, 50.0), query=best.query, iou=0.5)]
+    data = page_data(replace(explanation, detections=detections, chosen=[0], truths=truths))
+    assert [entry["query"] for entry in data["detections"]] == [best.query] * 2
+    assert [truth["query"] for truth in data["truths"]] == [best.query]
+
+
 def test_names_cannot_break_out_of_the_data(explanation, tmp_path):
     names = ["</script><b>&"] * len(explanation.class_names)
     path = write_page(replace(explanation, class_names=names, name="<!--<script>"), tmp_path / "x.html")

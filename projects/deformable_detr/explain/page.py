@@ -61,7 +61,6 @@ def page_data(explanation: Explanation) -> dict[str, Any]:
     recording = explanation.recording
     shown = _shown(explanation)
     queries = [explanation.detections[index].query for index in shown]
-    matched = {explanation.detections[index].query: number for number, index in enumerate(shown)}
     return {
         "name": explanation.name,
         "is_dense": recording.is_dense,
@@ -78,7 +77,7 @@ def page_data(explanation: Explanation) -> dict[str, Any]:
             {
                 "label": explanation.class_names[truth.label],
                 "box": _rounded(truth.box),
-                "detection": matched.get(truth.query),
+                "query": truth.query,
                 "iou": round(truth.iou, 3),
             }
             for truth in explanation.truths
