@@ -153,6 +153,15 @@ def test_ground_truth_that_does_not_fit_is_refused(coco_file):
         read_truth(coco_file(), "noise.png", (80, 100), ["cat"])
     with pytest.raises(ValueError, match="truth.json must list at least one category"):
         read_truth(coco_file(categories=[]), "noise.png", (80, 100), ["dog"])
+    box = {"id": 1, "image_id": 4, "category_id": 9, "bbox": [10, 20, 30, 40]}
+    for change, told in (
+        ({"bbox": None}, r"truth\.json: annotation 1 of image 4: bbox must be four finite numbers, got null"),
+        ({"category_id": 8}, r"truth\.json: annotation 1 has the unknown category 8"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            read_truth(coco_file(annotations=[{**box, **change}]), "noise.png", (80, 100), ["dog"])
+    unused = [{**box, **change} for change in ({"ignore": 1}, {"bbox": [10, 20, 0, 5]}, {"image_id": 5, "bbox": None})]
+    assert read_truth(coco_file(annotations=unused), "noise.png", (80, 100), ["dog"]) == []
     assert match_truth(None, read_truth(coco_file(annotations=[]), "noise.png", (80, 100), []), None) == []
 
 

@@ -179,3 +179,32 @@ def test_detections_in_crowds_of_their_category_do_not_lower_f1(run_folder):
     run_folder.write_truth((1, CAT, [0, 0, 10, 10]), (1, CAT, [40, 40, 50, 50], 1))
     run_folder.write_detections((1, CAT, [50, 50, 10, 10], 0.9), (1, CAT, [0, 0, 10, 10], 0.5))
     assert load(run_folder).best_scores()[0] == BestScore(0.25, 1.0, 1.0, 1.0)
+
+
+def add_to_truth(run_folder, **entry):
+    path = run_folder.data / "val.json"
+    content = json.loads(path.read_text())
+    content["annotations"].append({"id": 99, "image_id": 1, "category_id": CAT, "bbox": [1, 1, 5, 5], **entry})
+    path.write_text(json.dumps(content))
+
+
+def test_objects_of_no_image_are_left_out_as_by_the_loader(evaluated):
+    before = load(evaluated).matches
+    add_to_truth(evaluated, image_id=77, bbox=None)
+    after = load(evaluated).matches
+    assert after.errors(0.3)[0].tolist() == before.errors(0.3)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "entry, told",
+    [
+        ({"bbox": None}, "annotation 99 of image 1: bbox must be four finite numbers, got null"),
+        ({"ignore": 1}, 'annotation 99 has "ignore": 1'),
+        ({"category_id": 1}, "category_id=1 but this id does not exist"),
+        ({"id": 1}, "Annotation ids in .* are not unique"),
+    ],
+)
+def test_ground_truth_that_cannot_be_used_is_named(evaluated, entry, told):
+    add_to_truth(evaluated, **entry)
+    with pytest.raises(NoData, match=rf"(?s)The ground truth of by_hand_val in .*val\.json cannot be used: .*{told}"):
+        load(evaluated)

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from .coco_format import DatasetError, is_readable_segmentation, read_coco_json
+from .coco_format import DatasetError, is_finite_box, is_readable_segmentation, read_coco_json
 from .images import check_readable, upright_size
 
 # Reading the header of an image takes about 0.2 ms where the disk is fast. Of larger datasets an evenly spaced sample
@@ -250,7 +250,7 @@ def _with_box_inside(annotation: dict[str, Any], image: dict[str, Any], problems
     """Return the annotation, its box clipped to the image where it leaves it; None if no box is left."""
     box = annotation.get("bbox")
     case = f"annotation {annotation.get('id')}, {image['file_name']}: {box}"
-    if not _is_finite_box(box):
+    if not is_finite_box(box):
         problems.add("box that is not four finite numbers", case, repair="left out")
         return None
     if box[2] <= 0 or box[3] <= 0:
@@ -267,13 +267,6 @@ def _with_box_inside(annotation: dict[str, Any], image: dict[str, Any], problems
         return None
     problems.add("box that leaves its image", case, repair="clipped")
     return {**annotation, "bbox": [x0, y0, x1 - x0, y1 - y0]}
-
-
-def _is_finite_box(box: Any) -> bool:
-    """Whether this has the form of COCO's [x, y, width, height]."""
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
-        return False
-    return all(math.isfinite(value) for value in box)
 
 
 def _without_ignore(annotation: dict[str, Any], problems: Problems) -> dict[str, Any]:

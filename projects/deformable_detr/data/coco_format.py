@@ -4,7 +4,7 @@ import codecs
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 
@@ -35,7 +35,7 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, int) and value in (0, 1)
 
 
-# Boxes and missing or repeated ids of objects are not here: data_checks counts and repairs them.
+# Boxes and missing or repeated ids of objects are not here: checks.py counts and repairs them.
 _RULES = {
     "images": {
         "id": _Rule("a whole number or text", _is_image_id),
@@ -117,6 +117,25 @@ def check_coco_format(content: Any, json_file: str, *, kinds: Sequence[str] = tu
         raise DatasetError(f"{json_file}: the ids of images must be all whole numbers or all text, got both")
     if "categories" in kinds and not content["categories"]:
         raise DatasetError(f"{json_file} must list at least one category")
+
+
+def is_finite_box(box: Any) -> bool:
+    """Whether this has the form of COCO's [x, y, width, height]."""
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
+        return False
+    return all(math.isfinite(value) for value in box)
+
+
+def check_boxes(annotations: Iterable[dict[str, Any]], json_file: str) -> None:
+    """Check the boxes, where nobody repairs them.
+
+    Raises:
+        DatasetError: on the first that :func:`is_finite_box` does not hold for.
+    """
+    for annotation in annotations:
+        if not is_finite_box(box := annotation.get("bbox")):
+            where = f"{json_file}: annotation {annotation.get('id')} of image {annotation['image_id']}"
+            raise DatasetError(f"{where}: bbox must be four finite numbers, got {_shorten(box)}")
 
 
 def is_readable_segmentation(segmentation: Any) -> bool:

@@ -8,7 +8,7 @@ import torch
 from detectron2.structures import BoxMode
 from torchvision.ops import box_convert, box_iou
 
-from ..data.coco_format import read_coco_json
+from ..data.coco_format import check_boxes, read_coco_json
 from ..loading import class_index
 from ..modeling import HungarianMatcher
 from .recorder import Recording
@@ -31,7 +31,7 @@ class Truth(NamedTuple):
 
 
 def read_truth(json_path: str | Path, name: str, size: tuple[int, int], class_names: Sequence[str]) -> list[Truth]:
-    """Objects of one image, without crowd regions; images are found by their file name, classes by their names.
+    """Objects of one image to train on, without crowd regions; images are found by their file name, classes by names.
 
     Args:
         json_path: annotations in COCO's format.
@@ -40,8 +40,8 @@ def read_truth(json_path: str | Path, name: str, size: tuple[int, int], class_na
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not in COCO's format, does not have this image once, has it in another size, or has a
-            class unknown to the model.
+        ValueError: the file is not in COCO's format, does not have this image once, has it in another size, or has an
+            object in it without a box, of no category, or of a class unknown to the model.
     """
     content = read_coco_json(str(json_path))
     entries = [entry for entry in content["images"] if Path(entry["file_name"]).name == name]
@@ -52,11 +52,19 @@ def read_truth(json_path: str | Path, name: str, size: tuple[int, int], class_na
         stated, found = f"{entry['width']}x{entry['height']}", f"{size[1]}x{size[0]}"
         raise ValueError(f"{json_path} says that {name} is {stated} pixels, but the image is {found}")
     names = {category["id"]: category["name"] for category in content["categories"]}
+    objects = [a for a in content["annotations"] if a["image_id"] == entry["id"]]
+    # What "ignore" marks is a crowd after --repair.
+    objects = [a for a in objects if not a.get("iscrowd", 0) and not a.get("ignore", 0)]
+    check_boxes(objects, str(json_path))
     truths = []
-    for annotation in content["annotations"]:
-        if annotation["image_id"] == entry["id"] and not annotation.get("iscrowd", 0):
-            box = BoxMode.convert(annotation["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
-            truths.append(Truth(class_index(names[annotation["category_id"]], class_names), tuple(map(float, box))))
+    for annotation in objects:
+        x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+        if annotation["category_id"] not in names:
+            category = annotation["category_id"]
+            raise ValueError(f"{json_path}: annotation {annotation.get('id')} has the unknown category {category}")
+        if x1 > x0 and y1 > y0:
+            label = class_index(names[annotation["category_id"]], class_names)
+            truths.append(Truth(label, (float(x0), float(y0), float(x1), float(y1))))
     return truths
 
 

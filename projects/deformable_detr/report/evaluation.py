@@ -16,6 +16,7 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..data.coco_format import check_boxes, read_coco_json
 from ..detect.results import RESULTS
 from .run import NoData, Run, find_dataset
 
@@ -276,7 +277,7 @@ def load_evaluation(run: Run, dataset_name: str | None = None) -> Evaluation:
     """
     detections = _read_detections(run.folder / RESULTS)
     name = find_dataset(run) if dataset_name is None else dataset_name
-    dicts, metadata = _load_dataset(name)
+    dicts, metadata, truth = _load_dataset(name)
     known = {
         "image_id": {image["image_id"] for image in dicts},
         "category_id": metadata.thing_dataset_id_to_contiguous_id,
@@ -287,7 +288,6 @@ def load_evaluation(run: Run, dataset_name: str | None = None) -> Evaluation:
             raise NoData(
                 f"{run.folder / RESULTS} is not about the dataset {name}: {metadata.json_file} has no {key} {unknown}."
             )
-    truth = json.loads(Path(metadata.json_file).read_bytes())
     return Evaluation(name, metadata, dicts, truth, detections)
 
 
@@ -300,7 +300,7 @@ def _read_detections(path: Path) -> list[dict]:
         raise NoData(f"{path} is not complete: an evaluation is writing it, or was interrupted.") from None
 
 
-def _load_dataset(name: str) -> tuple[list[dict], Metadata]:
+def _load_dataset(name: str) -> tuple[list[dict], Metadata, dict]:
     if name not in DatasetCatalog:
         raise NoData(f"The dataset {name} is not registered here; give --val-json and --val-images.")
     metadata = MetadataCatalog.get(name)
@@ -311,8 +311,19 @@ def _load_dataset(name: str) -> tuple[list[dict], Metadata]:
             f"There is no {metadata.json_file}, the ground truth of {name}: set DETECTRON2_DATASETS to the folder "
             f"above it, or give --val-json and --val-images."
         )
-    # Loading fills in the metadata that maps the category ids.
-    return DatasetCatalog.get(name), metadata
+    try:
+        truth = read_coco_json(metadata.json_file)
+        # An object of no image is in none of them, as in the evaluation of the run.
+        images = {image["id"] for image in truth["images"]}
+        truth["annotations"] = [entry for entry in truth["annotations"] if entry["image_id"] in images]
+        check_boxes(truth["annotations"], metadata.json_file)
+        # Loading fills in the metadata that maps the category ids.
+        dicts = DatasetCatalog.get(name)
+    # Detectron2's loader has assertions for ids, and a KeyError for an unknown category.
+    except (ValueError, KeyError, AssertionError) as error:
+        told = str(error.args[0]) if error.args else type(error).__name__
+        raise NoData(f"The ground truth of {name} in {metadata.json_file} cannot be used: {told}") from error
+    return dicts, metadata, truth
 
 
 def _indices(entries: Sequence[Mapping], key: str, index: Mapping[object, int]) -> np.ndarray:
