@@ -92,6 +92,9 @@ def test_page_of_a_finished_run_is_complete_and_loads_nothing(complete):
     assert all(image["alt"] for image in page.images)
     assert "iteration 100 of 100, finished" in page.text
     assert "12.5 at iteration 100; best 12.5 at iteration 100" in page.text
+    # Of seven detections one lies in a crowd region; of the five others from 0.3 two are right.
+    told = "Scores of 6 detections; of those from 0.3 (dotted), 40% are right"
+    assert told in [image["alt"] for image in page.images]
     alts = [image["alt"] for image in page.images]
     for beginning in (
         "Total loss",
@@ -164,6 +167,35 @@ def test_images_come_most_errors_first_and_those_without_stay_away(complete):
     assert pairs[:4:2] == ["1.png: 1 missed, 1 false: ground truth", "2.png: 1 missed, 1 false: ground truth"]
     assert len(pairs) == 2 * (2 + 2)  # as many evenly spaced ones follow
     assert "0 of 3 images have none" in page.text
+
+
+def test_the_best_of_equal_values_is_the_first_as_in_the_checkpoint_of_the_best(run_folder):
+    run_folder.write_metrics(*({"iteration": i, "bbox/AP": ap} for i, ap in ((9, 0.0), (19, 5.0), (29, 5.0))))
+    (table,) = summary(read_run(run_folder.path))
+    assert ("Box AP", "5.0 at iteration 29; best 5.0 at iteration 19") in [row[:2] for row in table.rows]
+
+
+@pytest.mark.parametrize(
+    "metrics, told",
+    [
+        ({"bbox/AP50": 1.0}, "Detectron2 leaves it out for Pascal VOC."),
+        ({"bbox/APs": 1.0, "bbox/APr": 1.0}, "Detectron2 leaves it out for LVIS."),
+        ({"bbox/APs": 1.0}, "Detectron2 leaves it out for a single category."),
+        ({"bbox/APs": math.nan, "bbox/AP-cat": math.nan}, "none has an object in it."),
+    ],
+)
+def test_why_there_is_no_ap_by_category_depends_on_the_evaluator(run_folder, metrics, told):
+    run_folder.write_metrics({"iteration": 9, "bbox/AP": 1.0, **metrics})
+    grids = [part for part in sections.average_precision(read_run(run_folder.path)) if hasattr(part, "parts")]
+    (reason,) = (part.text for grid in grids for part in grid.parts if hasattr(part, "text"))
+    assert reason.endswith(told)
+
+
+def test_a_folder_whose_name_is_no_text_has_a_page(run_folder, capsys):
+    folder = run_folder.path.rename(os.fsdecode(os.fsencode(run_folder.path) + b"\xff"))
+    command_line.main([str(folder)])
+    assert capsys.readouterr().out.endswith("run?/report.html\n")
+    assert "<title>run?" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_sections_without_data_say_why(run_folder):

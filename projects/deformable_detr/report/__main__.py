@@ -47,9 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_images=args.num_images,
         score_threshold=args.score,
     )
-    print(path)
-    if args.sheet:
-        print(args.sheet)
+    for file in filter(None, (path, args.sheet)):
+        print(str(file).encode(errors="replace").decode())  # The name of a folder may be no text.
 
 
 if __name__ == "__main__":

@@ -98,7 +98,9 @@ def render(title: str, state: str, sections: Sequence[Section]) -> str:
         loader=PackageLoader(__package__, ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"svg": _svg, "jpeg": _jpeg, "kind": lambda value: type(value).__name__}
-    return environment.get_template("page.html").render(title=title, state=state, sections=sections)
+    page = environment.get_template("page.html").render(title=title, state=state, sections=sections)
+    # Names of files may hold what is no text, which has no UTF-8.
+    return page.encode(errors="replace").decode()
 
 
 def _svg(figure: Figure) -> str:

@@ -11,6 +11,7 @@ from detectron2.config import LazyConfig
 from omegaconf import DictConfig
 
 from ..config import RunConfig
+from ..data.coco_format import DatasetError
 from ..data.datasets import read_user_data, register_coco_data
 from ..training.metrics import Metrics, read_metrics, series
 from ..training.settings import TrainingSettings
@@ -165,7 +166,10 @@ def find_dataset(run: Run) -> str:
     # Every evaluation of a yaml run writes the same file: the last dataset's detections are the ones that stay.
     name = names[-1]
     if name == "user_val":
-        register_coco_data(name, *_user_files(run))
+        try:
+            register_coco_data(name, *_user_files(run))
+        except DatasetError as error:
+            raise NoData(f"The test data cannot be used: {error}") from error
     return name
 
 

@@ -12,7 +12,7 @@ from ..detect.drawing import missing_letters
 from ..training.metrics import series, training_seconds
 from ..wording import counted
 from . import figures
-from .evaluation import Evaluation
+from .evaluation import IN_CROWD, Evaluation
 from .gallery import draw_pair, evenly_spaced, group_coco_detections
 from .page import Chart, Grid, Heading, Pair, Part, Table, Text, Verbatim
 from .run import NoData, Run
@@ -81,11 +81,11 @@ def summary(run: Run) -> list[Part]:
 
 def _last_and_best(iterations: list[int], values: list[float]) -> str:
     last = f"{values[-1]:.1f} at iteration {iterations[-1]:,}"
-    finite = [(value, iteration) for iteration, value in zip(iterations, values, strict=True) if math.isfinite(value)]
-    if not finite:
+    if not (finite := [value for value in values if math.isfinite(value)]):
         return last
-    best, iteration = max(finite)
-    return f"{last}; best {best:.1f} at iteration {iteration:,}"
+    # The first of equal ones, as the checkpoint of the best.
+    best = max(finite)
+    return f"{last}; best {best:.1f} at iteration {iterations[values.index(best)]:,}"
 
 
 def _not_finite(run: Run) -> list[Part]:
@@ -147,10 +147,8 @@ def layers(run: Run) -> list[Part]:
         drawn.append(_curves(run, labels, _meaning(term), alt=alt))
     if not drawn:
         raise NoData("Only the last decoder layer has losses: the model is trained without auxiliary losses.")
-    return [
-        Text("Every layer's predictions are trained alike; “encoder” are the proposals of two stages."),
-        Grid(drawn),
-    ]
+    text = "Every layer's predictions are trained alike; “encoder” are the proposals of two stages."
+    return [Text(text), Grid(drawn)]
 
 
 def schedule(run: Run) -> list[Part]:
@@ -170,12 +168,9 @@ def schedule(run: Run) -> list[Part]:
         if name not in drawn_already and not _TERM.match(name) and not _AP.match(name):
             alt = f"{name} over the iterations, at last {series(run.metrics, name)[1][-1]:.4g}"
             drawn.append(_curves(run, {name: name}, _meaning(name), alt=alt))
-    memory = [int(found) for found in re.findall(r"max_mem: (\d+)M", run.log)]
-    note = (
-        f"Most GPU memory in use: {max(memory):,} MiB."
-        if memory
-        else ("GPU memory is not in log.txt: Detectron2 writes it when it trains on a GPU.")
-    )
+    note = "GPU memory is not in log.txt: Detectron2 writes it when it trains on a GPU."
+    if memory := [int(found) for found in re.findall(r"max_mem: (\d+)M", run.log)]:
+        note = f"Most GPU memory in use: {max(memory):,} MiB."
     return [Grid(drawn), Text(note)]
 
 
@@ -225,9 +220,14 @@ def _has_finite(run: Run, name: str) -> bool:
 def _categories(run: Run, matches: Mapping[str, re.Match]) -> list[Part]:
     points = {m["category"]: series(run.metrics, n)[1] for n, m in matches.items() if m["category"] is not None}
     last = {category: values[-1] for category, values in points.items() if math.isfinite(values[-1])}
+    if points and not last:
+        return [Text("No category has an AP at the last evaluation: none has an object in it.", missing=True)]
     if not last:
-        reason = "AP per category is not in metrics.json: Detectron2 leaves it out for a single category."
-        return [Text(reason, missing=True)]
+        # AP of rare categories, and by the size of objects: what the evaluators of LVIS and COCO alone write.
+        of_lvis = any(f"{name}r" in metric_names(run) for name in matches)
+        of_coco = any(match["size"] for match in matches.values())
+        where = "for LVIS" if of_lvis else "for a single category" if of_coco else "for Pascal VOC"
+        return [Text(f"AP per category is not in metrics.json: Detectron2 leaves it out {where}.", missing=True)]
     earlier = {category: values[-2] for category, values in points.items() if len(values) > 1}
     best, worst = max(last, key=last.get), min(last, key=last.get)
     alt = f"AP of {len(last)} categories, from {worst} ({last[worst]:.1f}) to {best} ({last[best]:.1f})"
@@ -256,17 +256,11 @@ def precision_recall(evaluation: Evaluation) -> list[Part]:
         )
         shown = figures.precision_recall(result.recall, curves, small=True)
         drawn.append(Chart(shown, f"Precision over recall of {caption_of_one}", caption_of_one))
-    few = (
-        f"The {_MAX_CLASSES} categories with the most objects, of {len(present)}"
-        if len(present) > len(drawn)
-        else "By category"
-    )
+    most = f"The {_MAX_CLASSES} categories with the most objects, of {len(present)}"
+    few = most if len(present) > len(drawn) else "By category"
     text = f"{few}, in the colours of the figure above. The area under a curve is its AP."
-    return [
-        Grid([Chart(figures.precision_recall(result.recall, overall), alt, caption)]),
-        Text(text),
-        Grid(drawn, small=True),
-    ]
+    mean = Chart(figures.precision_recall(result.recall, overall), alt, caption)
+    return [Grid([mean]), Text(text), Grid(drawn, small=True)]
 
 
 def best_scores(evaluation: Evaluation) -> list[Part]:
@@ -317,9 +311,11 @@ def confusion(evaluation: Evaluation, score: float) -> list[Part]:
 
 def scores(evaluation: Evaluation, score: float) -> list[Part]:
     """How sure the right and the wrong detections are."""
-    values, correct = evaluation.matches.scores, evaluation.matches.is_correct()
+    matches = evaluation.matches
+    counts = matches.matched != IN_CROWD
+    values, correct = matches.scores[counts], matches.is_correct()[counts]
     if not len(values):
-        raise NoData("The last evaluation detected nothing at all.")
+        raise NoData("The last evaluation detected nothing at all outside of crowd regions.")
     share = f"{correct[values >= score].mean():.0%}" if (values >= score).any() else "none"
     alt = f"Scores of {len(values):,} detections; of those from {score:g} (dotted), {share} are right"
     caption = "Share of right detections by score. On the dotted line a score is a probability."
@@ -327,7 +323,9 @@ def scores(evaluation: Evaluation, score: float) -> list[Part]:
         Chart(figures.scores(values, correct, score), alt, f"{alt}."),
         Chart(figures.calibration(values, correct), "Share of right detections by score, in tenths", caption),
     ]
-    text = "Right: the detection has an object of its category to itself, with an IoU of at least 0.5."
+    text = (
+        "Right: with an IoU of at least 0.5 on an object of its category, alone. Those in crowd regions do not count."
+    )
     return [Text(text), Grid(drawn)]
 
 
