@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import detectron2.data.transforms as T
 import pytest
+import torch
 
 from deformable_detr.cli import run as run_command
 from deformable_detr.export import exporter, onnx_format
@@ -108,6 +109,13 @@ def test_a_resize_that_no_file_can_tell_of(augmentations, tiny_model, tmp_path, 
 def test_missing_package(fails, monkeypatch):
     monkeypatch.setattr(onnx_format, "_PACKAGES", ("onnx", "no_such_package"))
     assert "ONNX needs no_such_package: pip install no_such_package" in fails("--format", "onnx")
+
+
+def test_a_pytorch_that_cannot_translate_captured_programs(fails, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", lambda model, args, f, *, dynamo=False: pytest.fail("began"))
+    assert f"ONNX needs PyTorch 2.6 or newer, for captured programs; this is {torch.__version__}" in (
+        fails("--format", "onnx")
+    )
 
 
 def test_missing_image(fails, tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from deformable_detr.detect.__main__ import parse_args as detect_arguments
 from deformable_detr.export import DisagreementError, InputShape, export_model, exporter
 from deformable_detr.export.__main__ import parse_args
 from deformable_detr.export.agreement import draw_pictures
+from deformable_detr.export.torch_formats import load_torchscript, write_torchscript
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -147,6 +149,12 @@ def test_a_file_is_for_the_cpu_unless_asked_otherwise(monkeypatch):
     required = ["--model", "deformable_detr_R_50", "--format", "torch_export"]
     assert parse_args(required).device == "cpu"
     assert parse_args([*required, "--device", "cuda:1"]).device == "cuda:1"
+
+
+def test_torchscript_is_written_by_a_pytorch_whose_programs_have_no_guards(tmp_path):
+    older = SimpleNamespace(module=lambda: torch.nn.Flatten(), example_inputs=((torch.ones(1, 2, 3),), {}))
+    write_torchscript(older, tmp_path / "model.pt", metadata={})
+    assert load_torchscript(tmp_path / "model.pt")(torch.ones(1, 2, 3)).shape == (1, 6)
 
 
 def test_torchscript_keeps_the_op_on_demand(short_model, capture, tmp_path):

@@ -31,6 +31,8 @@ class Predictor:
     of small images are rounded to whole cells (measured: scores by up to 0.66, on a model of 128 pixel images). Images
     of any sizes share a batch of a model that is ``padding_invariant``.
 
+    A predictor is for one thread at a time; others take a predictor of their own, or a lock.
+
     Args:
         model: a name of the model zoo, a config file, the output folder of a training, or a model of
             :func:`deformable_detr.loading.load_model`, which keeps its weights, device and config.

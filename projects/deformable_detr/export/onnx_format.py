@@ -1,6 +1,7 @@
 """Writes and runs ONNX files. The packages for it are imported where they are used: few users have all of them."""
 
 import importlib.util
+import inspect
 import warnings
 from pathlib import Path
 
@@ -25,7 +26,10 @@ def check_requirements() -> None:
 
     Raises:
         ModuleNotFoundError: with the command that installs what is missing.
+        ValueError: if this PyTorch is too old.
     """
+    if "custom_translation_table" not in inspect.signature(torch.onnx.export).parameters:
+        raise ValueError(f"ONNX needs PyTorch 2.6 or newer, for captured programs; this is {torch.__version__}")
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")

@@ -1,5 +1,6 @@
 """Writes and runs the two formats that PyTorch itself loads."""
 
+import inspect
 import warnings
 from pathlib import Path
 
@@ -28,10 +29,12 @@ def write_torchscript(program: ExportedProgram, path: Path, *, metadata: dict[st
     Traced from the captured program, whose sizes are constants: from the model itself a trace would record some of
     its sizes as constants and others not.
     """
+    # Newer PyTorch puts checks of the inputs into the module, which TorchScript cannot take; an older one has none.
+    options = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
     with warnings.catch_warnings():
         # TorchScript is deprecated, which the documentation of the command line says.
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(program.module(check_guards=False), program.example_inputs[0], check_trace=False)
+        traced = torch.jit.trace(program.module(**options), program.example_inputs[0], check_trace=False)
         torch.jit.save(traced, path, _extra_files=metadata)
 
 
