@@ -17,7 +17,13 @@ from detectron2.engine import (
     create_ddp_model,
 )
 from detectron2.engine.hooks import CallbackHook
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    DatasetEvaluators,
+    inference_on_dataset,
+    print_csv_format,
+    verify_results,
+)
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from fvcore.nn.precise_bn import get_bn_modules
@@ -234,14 +240,19 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict | None:
     precision = Precision.of(settings, model)
     if settings.per_layer_ap:
         model = EveryLayer(model, key=settings.keys["per_layer_ap"])
-        evaluator = LayerEvaluators([instantiate(cfg.dataloader.evaluator) for _ in range(model.num_layers)])
+        evaluator = LayerEvaluators([_build_lazy_evaluator(cfg) for _ in range(model.num_layers)])
     else:
-        evaluator = instantiate(cfg.dataloader.evaluator)
+        evaluator = _build_lazy_evaluator(cfg)
     with precision.autocast():
         results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
     if comm.is_main_process():
         print_csv_format(results)
     return results
+
+
+def _build_lazy_evaluator(cfg: DictConfig) -> DatasetEvaluator:
+    built = instantiate(RunConfig(cfg).lazy_evaluators())
+    return built[0] if len(built) == 1 else DatasetEvaluators(built)
 
 
 def do_eval(
@@ -284,17 +295,20 @@ def do_train(cfg: DictConfig, *, resume: bool = False) -> None:
         cfg: has ``model``, ``optimizer``, ``lr_multiplier``, ``dataloader`` and ``train``.
         resume: continue from the last checkpoint in ``train.output_dir`` if there is one.
     """
-    settings = TrainingSettings.from_config(cfg)
+    run, settings = RunConfig(cfg), TrainingSettings.from_config(cfg)
     scheduler = solver.build_lr_multiplier(cfg.lr_multiplier)
-    warn_of_unscaled_learning_rate(cfg.optimizer.lr, cfg.dataloader.train.total_batch_size)
+    lr, batch = run.get("lr"), run.get("batch")
+    # Loaders and optimisers of other projects may call them otherwise.
+    if lr is not None and batch is not None:
+        warn_of_unscaled_learning_rate(lr, batch)
     model = instantiate(cfg.model).to(cfg.train.device)
     logging.getLogger("detectron2").info(f"Model:\n{model}")
     check_unused_parameters(model, cfg)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    model = _distribute(model, **cfg.train.ddp)
+    model = _distribute(model, **cfg.train.get("ddp", {}))
     loop = TrainingLoop(model, instantiate(cfg.dataloader.train), optimizer, settings)
-    log_start(RunConfig(cfg), unwrap(loop.model), num_images=getattr(loop.data_loader, "num_images", None))
+    log_start(run, unwrap(loop.model), num_images=getattr(loop.data_loader, "num_images", None))
     checkpointer = _build_checkpointer(cfg, loop.model, trainer=loop, ema=loop.ema)
     loop.register_hooks(_before_first_step(cfg, loop))
     loop.register_hooks(

@@ -90,3 +90,25 @@ def test_a_batch_is_checked_as_it_is_scaled_to_the_processes(set_up):
 def test_a_batch_that_the_gpus_it_is_meant_for_cannot_share_is_refused(set_up):
     with pytest.raises(ValueError, match=r"multiple of SOLVER\.REFERENCE_WORLD_SIZE \(16\), got 2$"):
         set_up(1, "SOLVER.REFERENCE_WORLD_SIZE", "16")
+
+
+@pytest.mark.parametrize("metric, refused", [("", True), ("bbox/AP", True), ("there/bbox/AP", False)])
+def test_a_metric_of_several_datasets_names_one_of_them(set_up, write_coco, metric, refused):
+    data = write_coco("there")
+    register_coco_data("there", data.json, data.images)
+    opts = ("DATASETS.TEST", "('here', 'there')", "TEST.PATIENCE", "3", "TEST.EVAL_PERIOD", "1")
+    if not refused:
+        set_up(1, *opts, "TEST.BEST_METRIC", metric)
+        return
+    message = r"with 2 datasets in DATASETS\.TEST, TEST\.BEST_METRIC must begin .* such as here/bbox/AP, got "
+    told = "^TEST.PATIENCE 3 asks for one: " if not metric else "^"
+    with pytest.raises(ValueError, match=f"{told}{message}'{metric}'$"):
+        set_up(1, *opts, "TEST.BEST_METRIC", metric)
+
+
+def test_a_lazy_config_evaluates_one_dataset(tiny_lazy):
+    args = argument_parser().parse_args(["--eval-only", *tiny_lazy(), "dataloader.test.dataset.names=[a,b]"])
+    with pytest.raises(
+        ValueError, match=r"one dataset, got 2: a, b\. Set dataloader\.test\.dataset\.names to its name"
+    ):
+        setup(args)

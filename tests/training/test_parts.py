@@ -4,11 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 from torch import nn
 
+from deformable_detr.data.datasets import register_coco_data
+from deformable_detr.engine import argument_parser, main
 from deformable_detr.training.checkpointer import DeformableDETRCheckpointer
 from deformable_detr.training.ema import ModelEMA
-from deformable_detr.training.hooks import PeriodicCheckpointer, PreciseBN
+from deformable_detr.training.hooks import BestCheckpointer, PeriodicCheckpointer, PreciseBN
 from deformable_detr.training.loop import TrainingLoop
 from deformable_detr.training.settings import TrainingSettings, warn_of_unscaled_learning_rate
 
@@ -129,6 +132,43 @@ def test_early_evaluation_and_best_checkpoint(run, tmp_path, monkeypatch):
     assert evaluated[3:] == [0.4]
     best = read_checkpoint(tmp_path / "run", "model_best")
     assert best["best"] == {"metric": "bbox/AP", "value": 0.5, "iteration": 1} and best["iteration"] == 1
+
+
+def test_a_metric_that_no_evaluation_gives_is_told_with_those_that_there_are(caplog):
+    hook = BestCheckpointer(SimpleNamespace(save_dir=""), "bbox/AP", period=1)
+    with EventStorage() as storage:
+        hook.trainer = SimpleNamespace(iter=0, max_iter=2, storage=storage)
+        storage.put_scalars(**{"total_loss": 1.0, "a/bbox/AP": 5.0, "b/bbox/AP": 6.0})
+        hook.after_step()
+    assert "gives no 'bbox/AP'" in caplog.text and caplog.text.endswith("Its metrics are a/bbox/AP, b/bbox/AP\n")
+
+
+OWN_PARTS = """
+import copy
+from detectron2.config import LazyCall as L
+from detectron2.evaluation import DatasetEvaluators
+from detectron2.solver.build import get_default_optimizer_params
+from torch.optim import AdamW
+
+optimizer = L(AdamW)(params=L(get_default_optimizer_params)(base_lr=1e-4))
+dataloader.train = L(copy.copy)(x=dataloader.train)
+dataloader.train.x.dataset.names = dataloader.test.dataset.names = "here"
+dataloader.evaluator = [dataloader.evaluator, L(DatasetEvaluators)(evaluators=[])]
+model.num_classes = 3
+train.update(max_iter=1, per_layer_ap=True)
+del train["ddp"]
+"""
+
+
+def test_a_lazy_config_of_other_parts_trains_as_it_is(tiny_lazy, write_coco, tmp_path):
+    """A loader and an optimiser with other arguments, two evaluators, nothing about distributed training."""
+    data = write_coco()
+    register_coco_data("here", data.json, data.images)
+    arguments = tiny_lazy()
+    with open(arguments[-1], "a", encoding="utf-8") as file:
+        file.write(OWN_PARTS)
+    main(argument_parser().parse_args(arguments))
+    assert {"bbox/AP", "bbox_layer_0/AP"} <= losses_of(tmp_path / "output")[1].keys()
 
 
 def test_a_resumed_run_keeps_as_many_checkpoints_as_one_that_was_never_stopped(tmp_path):

@@ -132,10 +132,14 @@ class RunConfig:
         """
         if self._is_yaml:
             return self.get("test_datasets", ())
-        evaluator = self.lazy_node("dataloader.evaluator")
-        if evaluator is None or self.get("test_datasets") == ():
+        if self.get("test_datasets") == ():
             return ()
-        return (evaluator.get("dataset_name"),)
+        return tuple(dict.fromkeys(evaluator.get("dataset_name") for evaluator in self.lazy_evaluators()))
+
+    def lazy_evaluators(self) -> list[DictConfig]:
+        """Return a LazyConfig's ``dataloader.evaluator``, one or a list of them, as a list; none in yaml."""
+        found = self.lazy_node("dataloader.evaluator")
+        return [found] if isinstance(found, Mapping) else list(found or ())
 
     def lazy_node(self, key: str) -> DictConfig | None:
         """Return what a LazyConfig has under a key; None where it has nothing, and in yaml."""

@@ -115,9 +115,14 @@ def _check_evaluators(run: RunConfig) -> None:
     A LazyConfig's evaluator of another kind than :func:`build_evaluator` is built, as nothing is known about it.
     """
     if run.evaluated_datasets() and not _has_own_evaluator(run):
-        instantiate(run.lazy_node("dataloader.evaluator"))
+        instantiate(run.lazy_evaluators())
         return
     for name in run.evaluated_datasets():
+        if not isinstance(name, str):
+            raise ValueError(
+                f"a LazyConfig evaluates one dataset, got {len(name)}: {', '.join(name)}. Set "
+                f"{run.key('test_datasets')} to its name, without brackets"
+            )
         check_evaluator(name)
     check_dataset_files(run.evaluated_datasets())
 
@@ -130,12 +135,25 @@ def _check_settings(run: RunConfig) -> None:
     _check_auto_batch(run)
     if run.get("wandb_enabled"):
         import_wandb(run.key("wandb_enabled"))
-    metric = TrainingSettings.from_config(run.cfg).best_metric
+    settings = TrainingSettings.from_config(run.cfg)
+    metric = settings.best_metric
+    _check_metric_of_several(run, metric, patience=settings.patience)
     # Evaluators of other projects may give anything.
     if metric and "/" not in metric and _has_own_evaluator(run):
         raise ValueError(
             f"{run.key('best_metric')} must be one of metrics.json, such as bbox/AP, got {metric!r}; "
             f"did you mean bbox/{metric}?"
+        )
+
+
+def _check_metric_of_several(run: RunConfig, metric: str, *, patience: int) -> None:
+    """Refuse a metric that no evaluation of several datasets gives: the name of one stands before each of theirs."""
+    datasets = run.get("test_datasets", ())
+    if len(datasets) > 1 and (metric or patience) and not metric.startswith(tuple(f"{name}/" for name in datasets)):
+        asking = f"{run.key('patience')} {patience} asks for one: " if patience and not metric else ""
+        raise ValueError(
+            f"{asking}with {len(datasets)} datasets in {run.key('test_datasets')}, {run.key('best_metric')} must begin "
+            f"with the name of one of them, such as {datasets[0]}/bbox/AP, got {metric!r}"
         )
 
 
@@ -177,9 +195,6 @@ def _check_auto_batch(run: RunConfig) -> None:
 
 
 def _has_own_evaluator(run: RunConfig) -> bool:
-    """Whether :func:`build_evaluator` makes the evaluator, if there is one."""
-    evaluator = run.lazy_node("dataloader.evaluator")
-    if evaluator is None:
-        return True
-    target = evaluator["_target_"]
-    return (locate(target) if isinstance(target, str) else target) is build_evaluator
+    """Whether :func:`build_evaluator` makes every evaluator that there is."""
+    targets = [evaluator["_target_"] for evaluator in run.lazy_evaluators()]
+    return all((locate(target) if isinstance(target, str) else target) is build_evaluator for target in targets)

@@ -18,6 +18,7 @@ from torch import nn
 from ..data.loader import TrainLoader
 from ..data.randomness import STEP, seed_generators
 from ..files import replacing
+from ..wording import name_first
 from .checkpointer import DeformableDETRCheckpointer, step_checkpoints
 from .early_stopping import EarlyStopping
 from .loop import TrainingLoop
@@ -227,9 +228,14 @@ class BestCheckpointer(HookBase):
             self._check()
 
     def _check(self) -> None:
-        value, iteration = self.trainer.storage.latest().get(self._metric, (None, None))
+        latest = self.trainer.storage.latest()
+        value, iteration = latest.get(self._metric, (None, None))
         if value is None:
-            logger.warning(f"The evaluation gives no {self._metric!r}: no checkpoint is kept as the best")
+            # Losses and times have no task before their name.
+            given = name_first([name for name in latest if "/" in name])
+            logger.warning(
+                f"The evaluation gives no {self._metric!r}: no checkpoint is kept as the best. Its metrics are {given}"
+            )
         elif self._best < value < math.inf:
             self._best = value
             best = {"metric": self._metric, "value": value, "iteration": iteration}
