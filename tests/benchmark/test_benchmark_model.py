@@ -2,12 +2,13 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from deformable_detr.benchmark.__main__ import main
-from deformable_detr.benchmark.inference import count_flops, make_inference, tf32
+from deformable_detr.benchmark.inference import Contender, count_flops, make_inference, measure, tf32
 from deformable_detr.benchmark.launches import count_launches
 from deformable_detr.benchmark.peers import Ours, build, make_batch
 from deformable_detr.benchmark.timing import peak_memory, summarise
@@ -123,6 +124,20 @@ def test_model_benchmark_has_a_row_for_every_combination(run):
     ]  # fmt: skip
     assert rows[0]["ratio"] == 1 and all(row["ms"] > 0 and row["MiB"] > 0 for row in rows)
     assert rows[2]["MiB"] > rows[0]["MiB"] and rows[2]["GFLOPs"] == rows[0]["GFLOPs"]
+
+
+@pytest.mark.parametrize("graphs, memory", [(None, None), (True, None), (False, 5.0)])
+def test_the_memory_of_replayed_graphs_is_not_told_as_none(monkeypatch, graphs, memory):
+    module = "deformable_detr.benchmark.inference"
+    monkeypatch.setattr(f"{module}.build", lambda *_, **__: SimpleNamespace(model=None))
+    monkeypatch.setattr(f"{module}.count_flops", lambda *_: 1.0)
+    monkeypatch.setattr(f"{module}.time_contenders", lambda contenders, *_: [{"ms": 1.0}] * len(contenders))
+    monkeypatch.setattr(f"{module}.peak_memory", lambda *_: 5.0)
+    modes = ("eager", "prepared")
+    contenders = [Contender({"implementation": "a", "mode": mode}, torch.nn.Identity(), int) for mode in modes]
+    args = SimpleNamespace(opts=[], no_memory=False, cuda_graphs=graphs)
+    on_gpu, on_cpu = (measure(contenders, "", SimpleNamespace(images=[0], device=d), args) for d in ("cuda:0", "cpu"))
+    assert [row["MiB"] for row in on_gpu] == [5.0, memory] and [row["MiB"] for row in on_cpu] == [5.0, 5.0]
 
 
 def test_launches_of_a_step_are_those_of_its_model_and_its_optimizer(run):

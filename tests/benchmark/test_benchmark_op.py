@@ -1,6 +1,7 @@
 """`python -m deformable_detr.benchmark op` on a tiny shape, and how calls are timed."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from deformable_detr.benchmark.__main__ import main
 from deformable_detr.benchmark.inference import Contender
 from deformable_detr.benchmark.shapes import SHAPES, Shape, make_inputs
-from deformable_detr.benchmark.timing import CLOCKS, time_cold_and_settled, time_in_turns
+from deformable_detr.benchmark.timing import CLOCKS, peak_memory, time_cold_and_settled, time_in_turns, time_on_host
 
 TINY = Shape(((4, 6), (2, 3)), 5, M=2, D=4, P=2)
 
@@ -116,6 +117,43 @@ def test_what_was_measured_before_an_error_is_printed_and_saved(monkeypatch, cap
         main()
     assert [row["ms"] for row in json.loads(path.read_text())["results"]] == [10, 20]
     assert "20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["op", "model"])
+def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch, capsys, command):
+    current, measured = ["cuda:0"], []
+
+    @contextmanager
+    def device(name):
+        current.append(name)
+        yield
+        current.pop()
+
+    def measure(*_, **__):
+        measured.append(current[-1])
+        return [{"ms": 1}]
+
+    monkeypatch.setattr("torch.cuda.device", device)
+    monkeypatch.setattr("deformable_detr.benchmark.timing.check_device", lambda device: None)
+    monkeypatch.setattr("deformable_detr.benchmark.timing.describe_machine", lambda *_: "")
+    monkeypatch.setattr("deformable_detr.benchmark.op.measure_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr("deformable_detr.benchmark.op.measure", measure)
+    monkeypatch.setattr("deformable_detr.benchmark.inference.make_batch", lambda *_, **__: None)
+    monkeypatch.setattr("deformable_detr.benchmark.inference.make_contenders", lambda *_: [Contender({}, None, None)])
+    monkeypatch.setattr("deformable_detr.benchmark.inference.measure", measure)
+    arguments = ["--shapes", "r50_decoder", "--dtypes", "float32"] if command == "op" else []
+    monkeypatch.setattr("sys.argv", ["benchmark", command, "--devices", "cuda:1", "cpu", *arguments])
+    main()
+    assert measured == ["cuda:1", "cuda:0"] and current == ["cuda:0"]
+
+
+def test_times_and_memory_are_those_of_the_device(monkeypatch):
+    asked = []
+    values = {"synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 0}
+    for name, value in {**values, "max_memory_allocated": 3 << 20}.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda device=None, value=value: (asked.append(device), value)[1])
+    assert peak_memory(int, "cuda:1") == 3 and time_on_host(int, "cuda:1") >= 0
+    assert asked == ["cuda:1"] * 6
 
 
 @pytest.fixture

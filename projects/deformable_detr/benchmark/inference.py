@@ -19,11 +19,12 @@ from ..loading import DTYPES
 from ..modeling import SetPredictionDetector, prepare_for_inference
 from .launches import count_launches, format_launches, sum_by_phase
 from .peers import OURS, TORCHVISION, TRANSFORMERS, Batch, Ours, build, find_peers, make_batch
-from .timing import CLOCKS, Call, peak_memory, printing_and_saving, summarise, time_in_turns
+from .timing import CLOCKS, Call, on_device, peak_memory, printing_and_saving, summarise, time_in_turns
 
 NOTES = """\
 ms: median of the rounds; spread: quartile range / median; ratio: median over rounds of time / time of the first row of
-the same input; MiB: peak on top of weights and input; GFLOPs: multiply-adds, as papers count (first rows only)."""
+the same input; MiB: peak on top of weights and input; GFLOPs: multiply-adds, as papers count (first rows only). The
+memory of CUDA graphs (prepared) is kept for them, and not measured."""
 
 LAUNCH_NOTES = """\
 Operations that PyTorch dispatches in one call, the first one (which fills caches) left out: ATen's, without views and
@@ -112,10 +113,11 @@ def run_combinations(
         measure, notes = show_launches, LAUNCH_NOTES
     with printing_and_saving(args, notes) as rows:
         for device, variant, size, number in itertools.product(args.devices, args.variants, args.sizes, args.batches):
-            batch = make_batch(*size, size=number, device=device)
-            contenders = make_contenders(variant, batch, args)
             common = {"variant": variant, "device": device, "size": "x".join(map(str, size)), "N": number}
-            found = measure(contenders, variant, batch, args)
+            with on_device(device):
+                batch = make_batch(*size, size=number, device=device)
+                contenders = make_contenders(variant, batch, args)
+                found = measure(contenders, variant, batch, args)
             rows += [{**common, **c.columns, **row} for c, row in zip(contenders, found, strict=True)]
 
 
@@ -147,12 +149,14 @@ def measure(
     flops = count_flops(build(OURS, variant, batch, opts=args.opts).model, batch)
     rows = []
     for contender, numbers in zip(contenders, time_contenders(contenders, batch, args), strict=True):
+        prepared = contender.columns["mode"] == "prepared"
+        replayed = prepared and batch.device.startswith("cuda") and args.cuda_graphs is not False
         own_flops = contender.columns["implementation"] in (OURS, TRANSFORMERS)
         rows.append(
             {
                 **numbers,
                 "images/s": 1e3 * len(batch.images) / numbers["ms"],
-                "MiB": None if args.no_memory else peak_memory(contender.call, batch.device),
+                "MiB": None if args.no_memory or replayed else peak_memory(contender.call, batch.device),
                 "M params": sum(p.numel() for p in contender.model.parameters()) / 1e6,
                 "GFLOPs": flops if own_flops else None,
             }

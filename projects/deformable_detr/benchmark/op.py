@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cli import default_device, positive_int
 from ..layers import ms_deform_attn, ms_deform_attn_pytorch
 from .shapes import SHAPES, Inputs, make_inputs
-from .timing import printing_and_saving, summarise, time_call, time_cold_and_settled
+from .timing import on_device, printing_and_saving, summarise, time_call, time_cold_and_settled
 
 Attend = Callable[[Inputs, Tensor, Tensor, Tensor], Tensor]
 OURS, TWIN, TRANSFORMERS, MMCV = "deformable_detr", "twin", "transformers", "mmcv"
@@ -60,17 +60,18 @@ def run(args: argparse.Namespace) -> None:
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     with printing_and_saving(args, NOTES) as rows:
         for device in args.devices:
-            bandwidth = measure_bandwidth(device)
-            peers = find_peers(device, args.peers)
-            for combination in itertools.product(args.shapes, args.batches, args.dtypes, args.distributions):
-                rows += measure(
-                    *combination,
-                    device=device,
-                    rounds=args.rounds,
-                    bandwidth=bandwidth,
-                    peers=peers,
-                    graphs=args.cuda_graphs,
-                )
+            with on_device(device):
+                bandwidth = measure_bandwidth(device)
+                peers = find_peers(device, args.peers)
+                for combination in itertools.product(args.shapes, args.batches, args.dtypes, args.distributions):
+                    rows += measure(
+                        *combination,
+                        device=device,
+                        rounds=args.rounds,
+                        bandwidth=bandwidth,
+                        peers=peers,
+                        graphs=args.cuda_graphs,
+                    )
     torch.use_deterministic_algorithms(False)
 
 

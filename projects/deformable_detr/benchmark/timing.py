@@ -30,8 +30,13 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 _PROFILERS_OWN = (b"] profiler_start", b"] profiler_stop", b"gpuGetDeviceCount failed with code 35")
 
 
+def on_device(device: str) -> contextlib.AbstractContextManager:
+    """Make a GPU the current one, which streams, events and recordings of graphs belong to."""
+    return torch.cuda.device(device) if device.startswith("cuda") else contextlib.nullcontext()
+
+
 def time_call(call: Call, device: str, *, count: int = 1) -> float:
-    """Milliseconds of one of ``count`` calls in a row; on CUDA by events in its stream."""
+    """Milliseconds of one of ``count`` calls in a row; on CUDA by events in the stream of :func:`on_device`."""
     if not device.startswith("cuda"):
         return time_on_host(call, device, count=count)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -47,12 +52,12 @@ def time_on_host(call: Call, device: str, *, clock: str = "wall", count: int = 1
     """Milliseconds of one of ``count`` calls in a row by the host's clock, until the device has finished them."""
     read = CLOCKS[clock]
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     start = read()
     for _ in range(count):
         call()
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return 1e3 * (read() - start) / count
 
 
@@ -118,11 +123,11 @@ def peak_memory(call: Call, device: str) -> float:
     and MKL take by themselves is not in it.
     """
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         call()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with _without_the_profilers_own_lines(), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         call()
@@ -160,7 +165,7 @@ def _without_the_profilers_own_lines() -> Iterator[None]:
 def describe_machine(devices: list[str], threads: int) -> str:
     """Processors, torch, threads, and which implementation of the op runs."""
     kernels = ", ".join(f"{device}: {'kernel' if _ops.has_kernel(device) else 'twin'}" for device in devices)
-    names = [torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name() for device in devices]
+    names = [torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name() for device in devices]
     return f"{', '.join(names)}; torch {torch.__version__}; {counted(threads, 'thread')}; {kernels}"
 
 
