@@ -2,10 +2,12 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from omegaconf import OmegaConf
 from PIL import Image
@@ -14,7 +16,7 @@ from deformable_detr import load_config
 from deformable_detr.config import RunConfig, find_config_file
 from deformable_detr.startup.checks import largest_image
 from deformable_detr.training.auto_batch import AutoBatch, largest_images, largest_part, used_share
-from deformable_detr.training.data_sheet import denormalised
+from deformable_detr.training.data_sheet import DataSheet, denormalised
 from deformable_detr.training.loop import TrainingLoop
 from deformable_detr.training.settings import TrainingSettings
 
@@ -47,6 +49,17 @@ def test_the_sheet_shows_the_pixels_that_the_model_takes(tiny_yaml, order):
         # Padding is zero behind the normalisation: the mean.
         mean = model.pixel_mean.flatten() if order == "RGB" else model.pixel_mean.flatten().flip(0)
         assert canvas[height:, width:].size == 0 or canvas[-1, -1].tolist() == mean.round().int().tolist()
+
+
+def test_a_class_name_with_dollar_signs_is_drawn_as_it_is_written():
+    labels = Instances((96, 96), gt_boxes=Boxes([[10.0, 40.0, 90.0, 90.0]]), gt_classes=torch.tensor([0]))
+
+    def tile(name):
+        sheet = SimpleNamespace(_class_names=[name])
+        return DataSheet._tile(sheet, np.zeros((96, 96, 3), np.uint8), {"instances": labels})
+
+    # As one sign alone, which begins no formula.
+    assert tile("$5_$ bill").getbbox() and tile("5 $").tobytes() != tile("5 ").tobytes()
 
 
 @pytest.mark.parametrize("batch_size", ["0", "many", "2.5"])

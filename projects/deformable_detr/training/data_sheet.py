@@ -89,6 +89,8 @@ class DataSheet(HookBase):
         instances = sample["instances"]
         names = self._class_names
         labels = [names[index] if names else str(index) for index in instances.gt_classes.tolist()]
+        # Between two dollar signs matplotlib reads a formula, unless told not to.
+        labels = [label.replace("$", r"\$") for label in labels]
         drawing = Visualizer(canvas, Metadata()).overlay_instances(boxes=instances.gt_boxes, labels=labels)
         image = Image.fromarray(np.ascontiguousarray(drawing.get_image()))
         image.thumbnail((_TILE, _TILE))
