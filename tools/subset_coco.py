@@ -39,7 +39,7 @@ def read_annotations(path: Path) -> dict:
         ValueError: it is not JSON, or has no images and annotations.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())  # Bytes may begin with a byte order mark.
     except ValueError as error:
         raise ValueError(f"{path} must be JSON in COCO's format: {error}") from error
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():

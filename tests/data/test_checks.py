@@ -10,7 +10,7 @@ from detectron2.evaluation import COCOEvaluator
 from PIL import Image
 
 from deformable_detr.data import checks as data_checks
-from deformable_detr.data.checks import load_coco_data
+from deformable_detr.data.checks import CocoData, Problems, drop_overlap, load_coco_data
 from deformable_detr.data.coco_format import DatasetError, read_coco_json
 from deformable_detr.data.datasets import get_train_dicts, register_coco_data
 from deformable_detr.startup.user_data import check_user_data
@@ -247,6 +247,25 @@ def test_images_of_both_splits_are_found_by_their_bytes_and_left_out_of_training
     content = json.loads(Path(repaired["train"][0]).read_text())
     assert [x["id"] for x in content["images"]] == [x["image_id"] for x in content["annotations"]] == [10, 11, 13]
     assert repaired.keys() == {"train"}
+
+
+def test_files_that_begin_alike_are_read_as_a_whole_and_no_others(tmp_path, monkeypatch):
+    def data(split, **files):
+        (tmp_path / split).mkdir()
+        for name, content in files.items():
+            (tmp_path / split / name).write_bytes(content)
+        images = [{"id": name, "file_name": name} for name in files]
+        content = {"images": images, "annotations": []}
+        return CocoData(f"{split}.json", str(tmp_path / split), content, Problems(split))
+
+    long, digest, whole = bytes(1 << 16), data_checks._digest, []
+    monkeypatch.setattr(
+        data_checks, "_digest", lambda path, length=-1: length < 0 and whole.append(path[-1]) or digest(path, length)
+    )
+    train = data("train", a=long + b"1", b=long + b"2", c=b"3" + long, d=b"4")
+    drop_overlap(train, data("val", e=long + b"2", f=b"5" + long, g=b"66"))
+    assert [image["id"] for image in train.content["images"]] == ["a", "c", "d"]
+    assert sorted(whole) == ["a", "b", "e"]
 
 
 def test_strict_is_the_default_and_tells_counts_first_examples_and_remedy(write_coco, tmp_path):

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
+from detectron2.structures import BoxMode
 
 from deformable_detr.data.datasets import check_annotations, get_train_dicts, register_coco_data
 
@@ -30,8 +31,11 @@ def test_boxes_that_are_not_finite_are_named(value, position):
 
 @pytest.mark.parametrize("box", [(10, 20, 0, 40), (10, 20, 30, 0), (10, 20, -5, 40)])
 def test_boxes_without_area_are_reported_once(caplog, box):
+    corners = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+    good = annotation((10, 20, 11, 21), bbox_mode=BoxMode.XYXY_ABS)
+    bad = annotation(corners, bbox_mode=BoxMode.XYXY_ABS)
     with caplog.at_level(logging.WARNING, "deformable_detr"):
-        check_annotations([record(annotation(), annotation(box)), record(annotation(box), image_id=8)], num_classes=3)
+        check_annotations([record(annotation(), annotation(box)), record(bad, good, image_id=8)], num_classes=3)
     (message,) = [r.getMessage() for r in caplog.records]
     assert message.startswith("2 boxes without area are left out of training")
     assert str(list(box)) in message and "image a.jpg (image_id 7)" in message

@@ -32,7 +32,7 @@ def test_unknown_image_id_is_an_error_that_names_it():
 
 def test_command_line_writes_the_file_and_refuses_unknown_ids(tmp_path):
     source, target = tmp_path / "all.json", tmp_path / "new" / "some.json"
-    source.write_text(json.dumps(CONTENT))
+    source.write_text(json.dumps(CONTENT), encoding="utf-8-sig")
     subprocess.run([sys.executable, TOOL, source, target, "1"], check=True)
     assert json.loads(target.read_text())["images"] == [{"id": 1}]
     refused = subprocess.run([sys.executable, TOOL, source, target, "7"], capture_output=True, text=True)

@@ -4,9 +4,10 @@ import hashlib
 import math
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -20,6 +21,9 @@ MAX_OPENED_IMAGES = 20_000
 # Boxes that leave the image by less are rounding errors; training clips them.
 TOLERANCE = 1.0  # px
 _MAX_EXAMPLES = 3
+_BEGINNING = 1 << 16  # bytes
+
+Images = list[dict[str, Any]]
 
 
 @dataclass
@@ -121,12 +125,13 @@ def load_coco_data(
 
 def drop_overlap(train: CocoData, val: CocoData) -> None:
     """Leaves images out of the training data whose file is, byte by byte, one of the validation data."""
-    train_sizes = _group_by_file_size(train)
-    val_sizes = _group_by_file_size(val)
-    common = train_sizes.keys() & val_sizes.keys()
-    in_val = {_digest(val.path(image)): image for size in common for image in val_sizes[size]}
+    in_train, in_val = train.content["images"], val.content["images"]
+    # Most files differ in their sizes, and most others in how they begin: few are read as a whole.
+    for key in (os.path.getsize, partial(_digest, length=_BEGINNING)):
+        in_train, in_val = _with_common_key(train, in_train, val, in_val, key)
+    in_val = {_digest(val.path(image)): image for image in in_val}
     shared = set()
-    for image in (image for size in sorted(common) for image in train_sizes[size]):
+    for image in in_train:
         if twin := in_val.get(_digest(train.path(image))):
             case = f"{image['file_name']} is {twin['file_name']} of {val.json_file}"
             train.problems.add("image that is also in the validation data", case, repair="left out of training")
@@ -297,13 +302,19 @@ def _complete(annotation: dict[str, Any], problems: Problems) -> dict[str, Any]:
     return {"area": annotation["bbox"][2] * annotation["bbox"][3], "iscrowd": 0, **annotation}
 
 
-def _group_by_file_size(data: CocoData) -> dict[int, list[dict[str, Any]]]:
-    groups = defaultdict(list)
-    for image in data.content["images"]:
-        groups[os.path.getsize(data.path(image))].append(image)
-    return groups
+def _with_common_key(
+    train: CocoData, in_train: Images, val: CocoData, in_val: Images, key: Callable[[str], Hashable]
+) -> tuple[Images, Images]:
+    """Return the images on either side whose files have a key that one on the other side has too."""
+    train_keys = [key(train.path(image)) for image in in_train]
+    val_keys = [key(val.path(image)) for image in in_val]
+    common = set(train_keys) & set(val_keys)
+    return (
+        [image for image, own in zip(in_train, train_keys, strict=True) if own in common],
+        [image for image, own in zip(in_val, val_keys, strict=True) if own in common],
+    )
 
 
-def _digest(path: str) -> bytes:
+def _digest(path: str, length: int = -1) -> bytes:
     with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).digest()
+        return hashlib.sha256(file.read(length)).digest()
