@@ -173,12 +173,14 @@ def test_official_signature_gives_the_same_result_for_any_batch_size(make_case, 
     assert all(tensor.grad is not None for tensor in case.tensors)
 
 
-def test_official_signature_notices_shapes_that_change_in_place(make_case):
+@pytest.mark.parametrize("inference", [False, True])
+def test_official_signature_notices_shapes_that_change_in_place(make_case, inference):
     case = make_case(shapes=((6, 4), (3, 4)))
-    shapes, starts = official_arguments(case)
-    first = MSDeformAttnFunction.apply(case.value, shapes, starts, *case.tensors[1:], 64)
-    shapes[0] = torch.tensor([4, 6])
-    second = MSDeformAttnFunction.apply(case.value, shapes, starts, *case.tensors[1:], 64)
+    with torch.inference_mode(inference):
+        shapes, starts = official_arguments(case)
+        first = MSDeformAttnFunction.apply(case.value, shapes, starts, *case.tensors[1:], 64)
+        shapes[0] = torch.tensor([4, 6])
+        second = MSDeformAttnFunction.apply(case.value, shapes, starts, *case.tensors[1:], 64)
     assert torch.equal(first, ms_deform_attn(*case.args))
     assert torch.equal(second, ms_deform_attn(case.value, [(4, 6), (3, 4)], *case.tensors[1:]))
 

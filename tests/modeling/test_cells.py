@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deformable_detr.layers.kept import keep_per_size
 from deformable_detr.modeling.cells import get_cells, get_sampled_pixels
@@ -49,5 +50,8 @@ def test_what_is_kept_is_made_once_per_size_and_never_for_a_compiler():
     assert ones(2, torch.float32) is first and not first.is_inference()
     assert ones(2, torch.float64).dtype is torch.float64
     assert ones(2, torch.float32) is not first and calls == [2, 2, 2]
+    with FakeTensorMode():
+        assert ones(2, torch.float32) is not ones(3, torch.float32) and calls[3:] == [2, 3]
+    assert type(ones(3, torch.float32)) is torch.Tensor
     traced = torch.jit.trace(lambda x: x + ones(x.shape[0], x.dtype), torch.ones(2), check_trace=False)
     assert traced(torch.ones(3)).tolist() == [2, 2, 2]

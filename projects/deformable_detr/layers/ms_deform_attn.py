@@ -77,7 +77,7 @@ class MSDeformAttnFunction:
 
     # spatial_shapes and level_start_index of the last call and what they hold: the layers of one forward share them,
     # so a model waits for the device once per forward and not once per layer.
-    _last: tuple[weakref.ref, weakref.ref, tuple[int, int], list[int]] | None = None
+    _last: tuple[weakref.ref, weakref.ref, tuple[int, int] | None, list[int]] | None = None
 
     @classmethod
     def apply(
@@ -112,8 +112,10 @@ class MSDeformAttnFunction:
     def _read_shapes(cls, spatial_shapes: Tensor, level_start_index: Tensor) -> list[int]:
         if torch.compiler.is_compiling():
             return _flatten_shapes(spatial_shapes)
-        versions = (spatial_shapes._version, level_start_index._version)
-        if cls._last is not None:
+        # Of inference tensors nobody counts the changes: they are read every time.
+        counted = not (spatial_shapes.is_inference() or level_start_index.is_inference())
+        versions = (spatial_shapes._version, level_start_index._version) if counted else None
+        if counted and cls._last is not None:
             shapes_ref, starts_ref, last_versions, flat = cls._last
             if shapes_ref() is spatial_shapes and starts_ref() is level_start_index and last_versions == versions:
                 return flat
@@ -123,7 +125,8 @@ class MSDeformAttnFunction:
         expected = [sum(areas[:level]) for level in range(len(areas))]
         if starts != expected:
             raise ValueError(f"level_start_index must be {expected} for spatial_shapes {flat}, got {starts}")
-        cls._last = (weakref.ref(spatial_shapes), weakref.ref(level_start_index), versions, flat)
+        if counted:
+            cls._last = (weakref.ref(spatial_shapes), weakref.ref(level_start_index), versions, flat)
         return flat
 
 
