@@ -42,6 +42,8 @@ int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+int64_t most_shared_memory() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticSharedMemory; }
+
 bool has_vector_reductions() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
 
 Geometry geometry_of(const at::Tensor& value, at::IntArrayRef spatial_shapes, const Sizes& sizes, int32_t lanes,
@@ -55,6 +57,13 @@ Geometry geometry_of(const at::Tensor& value, at::IntArrayRef spatial_shapes, co
   TORCH_CHECK(at.tasks < (int64_t{1} << 31),
               "sampling_locations has too many queries for CUDA: ", sizes.N * sizes.M * sizes.Lq);
   return at;
+}
+
+// Shared memory of a block in which each warp has `bytes`. All warps of an encoder's backward pass have more than
+// Pascal gives to a block, and those of float64 more than Turing does.
+int64_t shared_by_warps(Geometry& at, int64_t bytes) {
+  if (at.warps * bytes > kDefaultSharedMemory) leave_out_warps(at, bytes, most_shared_memory());
+  return at.warps * bytes;
 }
 
 template <typename Kernel, typename... Arguments>
@@ -98,10 +107,10 @@ at::Tensor ms_deform_attn_cuda(const at::Tensor& value, at::IntArrayRef spatial_
     const bool vectors = fits_vectors(source, vector, 1);
     const int32_t lanes = lanes_for(sizes.D, vectors ? vector : 1);
     const auto run = [&](auto kernel, int32_t heads) {
-      const Geometry at = geometry_of(source, spatial_shapes, sizes, lanes, 0, heads);
-      launch(kernel, at, at.tasks, at.warps * sizeof(Staged<A>), source.template const_data_ptr<T>(),
-             locations.template const_data_ptr<A>(), weights.template const_data_ptr<A>(),
-             output.template mutable_data_ptr<T>());
+      Geometry at = geometry_of(source, spatial_shapes, sizes, lanes, 0, heads);
+      const int64_t shared = shared_by_warps(at, sizeof(Staged<A>));
+      launch(kernel, at, at.tasks, shared, source.template const_data_ptr<T>(), locations.template const_data_ptr<A>(),
+             weights.template const_data_ptr<A>(), output.template mutable_data_ptr<T>());
     };
     if constexpr (sizeof(T) == 2) {
       if (vectors && pays_in_pairs<T>(sizes)) return run(forward_kernel<T, A, vector, 2>, 2);
@@ -144,8 +153,7 @@ struct BackwardLaunch {
     const OwnedTiles owned = make_owned_tiles(at, sizes);
     const int64_t shared = owned_backward_bytes(at, owned);
     // Before the A100 a block has less than many queries need.
-    const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStaticSharedMemory;
-    if (!owned.pay(at) || shared > most) return {};
+    if (!owned.pay(at) || shared > most_shared_memory()) return {};
     const auto grad_value = at::empty(value.sizes(), value.options());
     launch(owned_backward_kernel<T>, at, at.tasks + owned.tasks, shared, owned, grad_output.const_data_ptr<T>(),
            value.const_data_ptr<T>(), locations.const_data_ptr<float>(), weights.const_data_ptr<float>(),
@@ -164,11 +172,11 @@ struct BackwardLaunch {
 
   template <int VEC, int G, typename Sum>
   void run(const Sum& grad_value) const {
-    const Geometry at = geometry_of(value, spatial_shapes, sizes, G);
-    launch(backward_kernel<T, A, VEC, G, Sum>, at, at.tasks, at.warps * sizeof(StagedWithDots<A>),
-           grad_output.const_data_ptr<T>(), value.const_data_ptr<T>(), locations.const_data_ptr<A>(),
-           weights.const_data_ptr<A>(), grad_value, grad_locations.mutable_data_ptr<A>(),
-           grad_weights.mutable_data_ptr<A>());
+    Geometry at = geometry_of(value, spatial_shapes, sizes, G);
+    const int64_t shared = shared_by_warps(at, sizeof(StagedWithDots<A>));
+    launch(backward_kernel<T, A, VEC, G, Sum>, at, at.tasks, shared, grad_output.const_data_ptr<T>(),
+           value.const_data_ptr<T>(), locations.const_data_ptr<A>(), weights.const_data_ptr<A>(), grad_value,
+           grad_locations.mutable_data_ptr<A>(), grad_weights.mutable_data_ptr<A>());
   }
 };
 

@@ -97,6 +97,12 @@ inline Geometry make_geometry(const Sizes& sizes, const int64_t* spatial_shapes,
   return at;
 }
 
+// Leaves out warps until the shared memory of a block, `bytes` for each, fits into `most`. The others take their places
+// for queries in turns.
+inline void leave_out_warps(Geometry& at, int64_t bytes, int64_t most) {
+  while (at.warps > 1 && at.warps * bytes > most) at.warps /= 2;
+}
+
 // The product of two 32-bit numbers. The compiler, left alone, takes two instructions where a factor is a parameter.
 __device__ inline uint64_t multiply_wide(uint32_t a, uint32_t b) {
 #ifdef __CUDA_ARCH__

@@ -26,10 +26,17 @@ struct Call {
   void *output, *grad_value, *grad_locations, *grad_weights;
   bool deterministic;
   float bound;
+  int64_t most_shared;
 };
 
 Geometry geometry_of(const Call& call, int32_t lanes, int32_t warps = 0, int32_t heads = 1) {
   return make_geometry(call.sizes, call.spatial_shapes, call.strides, lanes, warps, heads);
+}
+
+int64_t shared_by_warps(const Call& call, Geometry& at, int64_t bytes) {
+  leave_out_warps(at, bytes, call.most_shared);
+  if (at.warps * bytes > call.most_shared) throw std::invalid_argument("too much shared memory");
+  return at.warps * bytes;
 }
 
 template <typename Kernel, typename... Arguments>
@@ -40,16 +47,16 @@ void launch(const Geometry& at, int64_t blocks, size_t shared_bytes, Kernel kern
 
 template <typename T, typename A, int VEC, int HEADS = 1>
 void forward(const Call& call, int32_t lanes) {
-  const Geometry at = geometry_of(call, lanes, 0, HEADS);
-  launch(at, at.tasks, at.warps * sizeof(Staged<A>), forward_kernel<T, A, VEC, HEADS>,
+  Geometry at = geometry_of(call, lanes, 0, HEADS);
+  launch(at, at.tasks, shared_by_warps(call, at, sizeof(Staged<A>)), forward_kernel<T, A, VEC, HEADS>,
          static_cast<const T*>(call.value), static_cast<const A*>(call.locations), static_cast<const A*>(call.weights),
          static_cast<T*>(call.output));
 }
 
 template <typename T, typename A, int VEC, int G, typename Sum>
 void backward(const Call& call, const Sum& sum) {
-  const Geometry at = geometry_of(call, G);
-  launch(at, at.tasks, at.warps * sizeof(StagedWithDots<A>), backward_kernel<T, A, VEC, G, Sum>,
+  Geometry at = geometry_of(call, G);
+  launch(at, at.tasks, shared_by_warps(call, at, sizeof(StagedWithDots<A>)), backward_kernel<T, A, VEC, G, Sum>,
          static_cast<const T*>(call.grad_output), static_cast<const T*>(call.value),
          static_cast<const A*>(call.locations), static_cast<const A*>(call.weights), sum,
          static_cast<A*>(call.grad_locations), static_cast<A*>(call.grad_weights));
@@ -119,11 +126,12 @@ void run(const Call& call, int32_t vector, int32_t lanes) {
 
 // type: 0 float64, 1 float32, 2 bfloat16, 3 float16. `output` chooses the forward, without it the backward runs.
 // vector: channels a thread loads at once; lanes: threads per row; for the backward pass 0 is the one that
-// sorts and 1 the one of owners. Returns 0 unless the kernel did something that a device would not allow.
+// sorts and 1 the one of owners; most_shared: bytes that a block may have. Returns 0 unless the kernel did something
+// that a device would not allow.
 extern "C" int emulate(int type, int vector, int lanes, const int64_t* sizes, const int64_t* spatial_shapes,
                        const int64_t* strides, const void* value, const void* locations, const void* weights,
                        void* output, const void* grad_output, void* grad_value, void* grad_locations,
-                       void* grad_weights, int deterministic, float bound) {
+                       void* grad_weights, int deterministic, float bound, int64_t most_shared) {
   const Call call{{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]},
                   spatial_shapes,
                   strides,
@@ -136,7 +144,8 @@ extern "C" int emulate(int type, int vector, int lanes, const int64_t* sizes, co
                   grad_locations,
                   grad_weights,
                   deterministic != 0,
-                  bound};
+                  bound,
+                  most_shared};
   try {
     switch (type) {
       case 0:

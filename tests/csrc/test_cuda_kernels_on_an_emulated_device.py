@@ -34,7 +34,7 @@ def emulate(request, tmp_path_factory):
     flags += ["-DEMULATE_SM_90"] * (request.param == "sm_90")
     subprocess.run([*compiler, *flags, str(source), "-o", str(library)], check=True)
     function = ctypes.CDLL(str(library)).emulate
-    function.argtypes = [ctypes.c_int] * 3 + [ctypes.c_void_p] * 11 + [ctypes.c_int, ctypes.c_float]
+    function.argtypes = [ctypes.c_int] * 3 + [ctypes.c_void_p] * 11 + [ctypes.c_int, ctypes.c_float, ctypes.c_int64]
     return function
 
 
@@ -43,7 +43,7 @@ def device():
     return "cpu"
 
 
-def run(emulate, case, vector, lanes, *, output=None, grads=(None,) * 4, deterministic=False):
+def run(emulate, case, vector, lanes, *, output=None, grads=(None,) * 4, deterministic=False, shared=256 << 10):
     value, _, locations, weights = case.args
     N, S, M, D = value.shape
     _, Lq, _, L, P, _ = locations.shape
@@ -51,7 +51,7 @@ def run(emulate, case, vector, lanes, *, output=None, grads=(None,) * 4, determi
     longs = [torch.tensor(numbers) for numbers in ((N, S, M, D, Lq, L, P), flat_shapes, value.stride())]
     bound = 0.0 if grads[0] is None else (grads[0].float().abs().max() * weights.abs().max()).item()
     pointers = [None if x is None else x.data_ptr() for x in (*longs, value, locations, weights, output, *grads)]
-    failed = emulate(TYPES.index(value.dtype), vector, lanes, *pointers, deterministic, bound)
+    failed = emulate(TYPES.index(value.dtype), vector, lanes, *pointers, deterministic, bound, shared)
     assert not failed
 
 
@@ -59,14 +59,14 @@ def relative_error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
-def forward(emulate, case, vector, lanes):
+def forward(emulate, case, vector, lanes, **options):
     N, Lq, M = case.attention_weights.shape[:3]
     output = torch.full((N, Lq, M * case.value.shape[3]), math.nan, dtype=case.value.dtype)
-    run(emulate, case, vector, lanes, output=output)
+    run(emulate, case, vector, lanes, output=output, **options)
     return output
 
 
-def backward(emulate, case, vector, lanes, *, grad_output, deterministic=False):
+def backward(emulate, case, vector, lanes, *, grad_output, **options):
     """Gradients of value (before the cast to its dtype, but for owners), locations and weights."""
     accumulate = torch.promote_types(case.value.dtype, torch.float32)
     gradients = [torch.full_like(t, math.nan, dtype=accumulate) for t in case.tensors]
@@ -74,7 +74,7 @@ def backward(emulate, case, vector, lanes, *, grad_output, deterministic=False):
         gradients[0] = torch.full(case.value.shape, math.nan, dtype=case.value.dtype)
     else:
         gradients[0] = torch.zeros(case.value.shape, dtype=accumulate)
-    run(emulate, case, vector, lanes, grads=(grad_output, *gradients), deterministic=deterministic)
+    run(emulate, case, vector, lanes, grads=(grad_output, *gradients), **options)
     return gradients
 
 
@@ -228,6 +228,20 @@ def test_any_number_of_points_fits_into_shared_memory(emulate, make_case, P):
     actual = backward(emulate, case, 4, 8, grad_output=grad_output)
     for ours, theirs in zip(actual, expected_gradients(case, grad_output), strict=True):
         assert relative_error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_blocks_of_fewer_warps_give_the_same_where_shared_memory_is_small(emulate, make_case, dtype):
+    """20 KB in place of 92 and 55: 2 and 4 warps of 16. Each query is still summed by one warp in one order."""
+    Lq = sum(h * w for h, w in SHAPES)
+    case = make_case(shapes=SHAPES, Lq=Lq, D=32, M=1).to(dtype, dtype)
+    vector, lanes = (1, 32) if dtype == torch.float64 else (4, 8)
+    small, large = ({"shared": size << 10} for size in (20, 256))
+    assert torch.equal(forward(emulate, case, 1, 32, **small), forward(emulate, case, 1, 32, **large))
+    grad_output = torch.randn(2, Lq, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ours, theirs = (backward(emulate, case, vector, lanes, grad_output=grad_output, **size) for size in (small, large))
+    assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[2], theirs[2])
+    assert relative_error(ours[0], theirs[0].double()) < TOLERANCE[dtype]
 
 
 def test_value_may_have_any_strides_with_contiguous_channels(emulate, make_case):
