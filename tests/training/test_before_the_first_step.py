@@ -102,20 +102,26 @@ def loop(model_and_batch, tmp_path) -> TrainingLoop:
     return TrainingLoop(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), settings)
 
 
-def with_room_for(images: int, model: torch.nn.Module) -> None:
+OUT_OF_MEMORY = torch.cuda.OutOfMemoryError("CUDA out of memory")
+# cuDNN's, for want of memory.
+NO_ENGINE = RuntimeError("GET was unable to find an engine to execute this computation")
+
+
+def with_room_for(images: int, model: torch.nn.Module, error: RuntimeError = OUT_OF_MEMORY) -> None:
     """Let a model run out of memory where a part is larger."""
     forward = model.forward
 
     def limited(batch):
         if len(batch) > images:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            raise error
         return forward(batch)
 
     model.forward = limited
 
 
-def test_a_batch_goes_through_the_model_in_the_largest_parts_that_fit(loop, caplog):
-    with_room_for(3, loop.model)
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, NO_ENGINE], ids=lambda error: type(error).__name__)
+def test_a_batch_goes_through_the_model_in_the_largest_parts_that_fit(loop, caplog, error):
+    with_room_for(3, loop.model, error)
     before = {name: value.clone() for name, value in loop.model.state_dict().items()}
     hook = AutoBatch(loop, (48, 64), sizes_key="INPUT.MAX_SIZE_TRAIN")
     caplog.set_level("INFO")
@@ -130,6 +136,13 @@ def test_a_batch_goes_through_the_model_in_the_largest_parts_that_fit(loop, capl
 def test_an_image_that_does_not_fit_is_an_error_with_what_to_lower(loop):
     with_room_for(0, loop.model)
     with pytest.raises(RuntimeError, match=r"not even one training image of 48x64 .*: lower INPUT\.MAX_SIZE_TRAIN"):
+        AutoBatch(loop, (48, 64), sizes_key="INPUT.MAX_SIZE_TRAIN").before_train()
+
+
+@pytest.mark.parametrize(("room", "error"), [(0, NO_ENGINE), (3, RuntimeError("a bug"))])
+def test_an_error_that_no_memory_explains_is_not_taken_for_one(loop, room, error):
+    with_room_for(room, loop.model, error)
+    with pytest.raises(RuntimeError, match=str(error)):
         AutoBatch(loop, (48, 64), sizes_key="INPUT.MAX_SIZE_TRAIN").before_train()
 
 

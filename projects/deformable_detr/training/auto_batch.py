@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 _OBJECTS = 100
 # Of the memory: sizes vary from step to step, and what was freed in other pieces is not always of use.
 _LARGEST_SHARE = 0.9
+# CUDA's, cuBLAS' and cuDNN's words; cuDNN finds no engine where none has room for its workspace.
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "nable to find an engine", "nable to find a valid cuDNN")
 
 
 class AutoBatch(HookBase):
@@ -77,7 +79,10 @@ class AutoBatch(HookBase):
         fits = True
         try:
             self._try(count)
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            # Where one image went through, the same in larger numbers fails for want of memory alone.
+            if not isinstance(error, torch.cuda.OutOfMemoryError) and (count == 1 or not _tells_of_memory(error)):
+                raise
             fits = False
         # Behind the handler, whose traceback would keep the tensors of the failed attempt.
         self._loop.optimizer.zero_grad(set_to_none=True)
@@ -135,6 +140,11 @@ def used_share(device: torch.device) -> float:
     if device.type != "cuda":
         return 0.0
     return torch.cuda.max_memory_reserved(device) / torch.cuda.get_device_properties(device).total_memory
+
+
+def _tells_of_memory(error: RuntimeError) -> bool:
+    """Whether a library says that memory ran out: PyTorch's own error is not what cuDNN and cuBLAS end in."""
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _check_it_can_be_alone(model: nn.Module, key: str) -> None:
