@@ -112,10 +112,18 @@ def test_an_unknown_name_lists_the_zoo():
         load_model("deformable_detr_R_51")
 
 
-@pytest.mark.parametrize("device, message", [("gpu", "got 'gpu'"), ("cuda", "sees none here")])
-def test_a_device_that_is_not_there_is_named(device, message, config, monkeypatch):
+@pytest.mark.parametrize(
+    "device, gpus, message",
+    [
+        ("gpu", 0, "got 'gpu'"),
+        ("cuda", 0, "sees none here"),
+        ("cuda:7", 1, "device cuda:7 is not here: PyTorch sees 1 GPU, counted from cuda:0"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(device, gpus, message, config, monkeypatch):
     path, opts = config
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(ValueError, match=message):
         load_model(path, "", device=device, opts=opts)
 

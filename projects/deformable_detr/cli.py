@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException
 
-from .wording import message_of
+from .wording import counted, message_of
 
 PROGRAM = "deformable-detr"
 MODEL_HELP = "a name of the model zoo, a config file (.yaml, .py), or the OUTPUT_DIR of train_net.py"
@@ -98,13 +98,18 @@ def positive_int(text: str) -> int:
 def check_device(device: str | torch.device) -> None:
     """Refuse a device that PyTorch does not know, or has not got here, with a ValueError."""
     try:
-        kind = torch.device(device).type
+        wanted = torch.device(device)
     except RuntimeError as error:
         raise ValueError(
             f'device must be one of PyTorch\'s, such as "cpu", "cuda" or "cuda:1", got {device!r}'
         ) from error
-    if kind == "cuda" and not torch.cuda.is_available():
+    if wanted.type != "cuda":
+        return
+    if not torch.cuda.is_available():
         raise ValueError(f"device {device} needs a GPU, and PyTorch {torch.__version__} sees none here")
+    count = torch.cuda.device_count()
+    if (wanted.index or 0) >= count:
+        raise ValueError(f"device {device} is not here: PyTorch sees {counted(count, 'GPU')}, counted from cuda:0")
 
 
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
