@@ -151,9 +151,13 @@ def test_criterion_accepts_raw_predictions(make_model, make_input):
     torch.testing.assert_close(model.criterion(model.predict_raw(images), model.prepare_targets(images)), model(images))
 
 
-def test_ground_truth_is_relative_to_the_unpadded_image(make_model, make_input):
+def test_ground_truth_is_relative_to_the_unpadded_image(make_model, make_input, monkeypatch):
     images = [make_input(50, 100, [[10, 10, 30, 40]], [2]), make_input(200, 200)]
-    targets = make_model().prepare_targets(images)
+    model, to, waited = make_model(), torch.Tensor.to, []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda x, *a, **b: waited.append(not b.get("non_blocking")) or to(x, *a, **b))
+        targets = model.prepare_targets(images)
+    assert waited == [False] * 4
     torch.testing.assert_close(targets[0]["boxes"], torch.tensor([[0.2, 0.5, 0.2, 0.6]]))
     assert targets[0]["labels"].tolist() == [2] and targets[1]["boxes"].shape == (0, 4)
 

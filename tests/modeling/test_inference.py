@@ -1,11 +1,14 @@
 """Models prepared for inference against the models that they were made of."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
 from deformable_detr import prepare_for_inference
 from deformable_detr.modeling import inference
-from deformable_detr.modeling.cuda_graphs import MAX_GRAPHS, GraphCache
+from deformable_detr.modeling.cuda_graphs import MAX_GRAPHS, GraphCache, StaticBatch
 
 from .imitated_graphs import imitated_graphs
 
@@ -113,6 +116,29 @@ def test_pixels_of_several_types_in_a_batch_are_not_truncated(make_model, make_i
     assert len(prepared._graphs) == 1
 
 
+def test_a_batch_made_under_inference_mode_is_filled_again_outside_of_it():
+    image, sizes = torch.ones(3, 2, 2), [(2, 2)]
+    with torch.inference_mode():
+        batch = StaticBatch(1, 3, (2, 4), True, torch.float32, device=torch.device("cpu")).fill([image], sizes)
+    batch.fill([5 * image], sizes)
+    assert batch.pixels[0, 0].tolist() == [[5, 5, 0, 0]] * 2 and batch.image_sizes.tolist() == [[2, 2]]
+
+
+@torch.no_grad()
+def test_a_recording_without_enough_memory_says_so(make_model, make_input, monkeypatch):
+    prepared = prepare_for_inference(make_model().eval())
+    prepared._graphs = GraphCache(prepared._detect)
+
+    def without_memory(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with imitated_graphs():
+        prepared([make_input(64, 64)])
+        monkeypatch.setattr(torch.cuda, "graph", without_memory)
+        with pytest.raises(torch.cuda.OutOfMemoryError, match="^CUDA out of memory$"):
+            prepared([make_input(64, 64)])
+
+
 @torch.no_grad()
 def test_the_geometry_of_few_canvases_is_kept_and_of_no_padded_batch(model, make_input, monkeypatch):
     monkeypatch.setattr(inference, "MAX_GEOMETRIES", 2)
@@ -123,13 +149,18 @@ def test_the_geometry_of_few_canvases_is_kept_and_of_no_padded_batch(model, make
     assert list(prepared._geometries) == [(64, 64), (128, 64)]
 
 
-def test_what_cannot_be_prepared_is_named(make_model):
+def test_what_cannot_be_prepared_is_named(make_model, monkeypatch):
     model = make_model()
     with pytest.raises(TypeError, match="needs a DeformableDETR or a DETR, got Linear"):
         prepare_for_inference(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="floating point type, got torch.int8"):
         prepare_for_inference(model, dtype=torch.int8)
     with pytest.raises(ValueError, match="cuda_graphs needs a model on CUDA, this one is on cpu"):
+        prepare_for_inference(model, cuda_graphs=True)
+    model.backbone.use_rel_pos = True  # As in the attention of Detectron2's ViT.
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert prepare_for_inference(model)._graphs is None
+    with pytest.raises(ValueError, match=r"cuda_graphs does not go with a ViT of relative positions \(use_rel_pos\)"):
         prepare_for_inference(model, cuda_graphs=True)
     with pytest.raises(RuntimeError, match="cannot train"):
         prepare_for_inference(model).train()
@@ -151,6 +182,11 @@ def test_graphs_are_recorded_on_one_stream_of_the_models_device(make_model, make
         for seed in range(3):
             for batch in ([make_input(64, 64, seed=seed)], [make_input(80, 64, seed=seed), make_input(64, 48, seed=9)]):
                 assert_same_detections(prepared(batch), model(batch), score_bound=1e-6, box_bound=1e-3)
+    assert len(prepared._graphs) == 2
+    copies = copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))
+    for copied in copies:
+        # Bound to the copy, and without the original's graphs, which hold its addresses.
+        assert copied._graphs._detect.__self__ is copied and len(copied._graphs) == 0
     assert len(prepared._graphs) == 2
     assert len(streams) == 2 and streams[0] is streams[1] and streams[0].device == model.device
 

@@ -290,6 +290,9 @@ def test_a_compiled_model_and_one_with_hooks_are_refused(make_model):
     model.backbone.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="a module with hooks"):
         model.record_for_training()
+    model.backbone.use_rel_pos = True
+    with pytest.raises(ValueError, match="a ViT of relative positions"):
+        model.record_for_training()
     model.is_compiled = True
     with pytest.raises(ValueError, match="MODEL.DEFORMABLE_DETR.COMPILE"):
         model.record_for_training()

@@ -15,8 +15,8 @@ T = TypeVar("T")
 def keep_per_size(maxsize: int | None) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorate a function of hashable arguments, sizes among them: what it made for the last ``maxsize`` is kept.
 
-    Compilers and tracers, to whom sizes are no numbers, get what is made anew, and so does FakeTensorMode. Nothing may write to what is kept. A
-    CUDA graph that reads it needs it as long as the graph lives; with None all is kept.
+    Compilers and tracers, to whom sizes are no numbers, get what is made anew, and so does FakeTensorMode. Nothing may
+    write to what is kept. A CUDA graph that reads it needs it as long as the graph lives; with None all is kept.
     """
 
     def decorate(make: Callable[P, T]) -> Callable[P, T]:

@@ -6,10 +6,10 @@ Shapes: N images on a canvas of (H, W) pixels.
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial, reduce
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Graphs that are kept, the least recently used being dropped. They share one pool of memory, as they never run at the
 # same time, and one stream, without which PyTorch would share nothing; each adds its input and what it holds of the
@@ -28,7 +28,7 @@ class GraphCache:
 
     A kind is: number of images, canvas, whether there is padding, dtype of the pixels. The first batch of a kind runs
     eagerly, which also lets libraries choose their kernels; the second one is recorded. Nothing else runs eagerly: what
-    cannot be recorded raises.
+    cannot be recorded raises. A copy or a pickle has no graphs yet.
 
     Args:
         detect: (N, 3, H, W) pixels and (N, 2) int64 sizes, or None for images that fill the canvas, to a tensor, and
@@ -44,6 +44,9 @@ class GraphCache:
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_graphs": Recordings(), "_pool": None, "_stream": None}
 
     def clear(self) -> None:
         """Forget all graphs."""
@@ -105,8 +108,9 @@ class StaticBatch:
     def __init__(
         self, number: int, channels: int, canvas: Size, padded: bool, dtype: torch.dtype, *, device: torch.device
     ) -> None:
-        self.pixels = torch.zeros(number, channels, *canvas, dtype=dtype, device=device)
-        self.image_sizes = torch.zeros(number, 2, dtype=torch.int64, device=device) if padded else None
+        with torch.inference_mode(False):  # An inference tensor could not be filled outside of that mode.
+            self.pixels = torch.zeros(number, channels, *canvas, dtype=dtype, device=device)
+            self.image_sizes = torch.zeros(number, 2, dtype=torch.int64, device=device) if padded else None
 
     def fill(self, images: Sequence[Tensor], sizes: Sequence[Size]) -> "StaticBatch":
         """What earlier images leave at the padding stays there: it counts for nothing."""
@@ -135,6 +139,8 @@ class _Graph:
             # Other threads, such as those of a data loader, may go on using CUDA meanwhile.
             with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self.result, self._read = batch.run(detect)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 "this model cannot be recorded as a CUDA graph: something in it waits for the device or copies from "
@@ -145,6 +151,11 @@ class _Graph:
         self.batch.fill(images, sizes)
         self.graph.replay()
         return self.result
+
+
+def any_has(model: nn.Module, name: str) -> bool:
+    """Whether any module has an attribute of that name that is on, such as the ``use_rel_pos`` of Detectron2's ViT."""
+    return any(getattr(module, name, False) for module in model.modules())
 
 
 def canvas_of(sizes: Sequence[Size], divisor: int) -> Size:

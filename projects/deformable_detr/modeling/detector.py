@@ -261,8 +261,8 @@ class SetPredictionDetector(nn.Module):
             _check_ground_truth(boxes, labels, self.num_classes, x)
             height, width = instances.image_size
             low, high = np.split(boxes / np.array([width, height, width, height], dtype=boxes.dtype), 2, axis=1)
-            boxes = torch.from_numpy(np.concatenate(((low + high) / 2, high - low), axis=1))
-            targets.append({"labels": torch.from_numpy(labels).to(self.device), "boxes": boxes.to(self.device)})
+            target = {"labels": labels, "boxes": np.concatenate(((low + high) / 2, high - low), axis=1)}
+            targets.append({key: torch.from_numpy(a).to(self.device, non_blocking=True) for key, a in target.items()})
         return targets
 
     def inference(

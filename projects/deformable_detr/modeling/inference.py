@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..layers.ms_deform_attn import pixel_sizes
 from .cells import get_cells, get_sampled_pixels
-from .cuda_graphs import GraphCache, canvas_of, common_type
+from .cuda_graphs import GraphCache, any_has, canvas_of, common_type
 from .detections import to_instances
 from .detector import SetPredictionDetector
 from .frozen_bn import fold_for_good
@@ -40,11 +40,12 @@ def prepare_for_inference(
         model: stays as it is; the copy does not see later changes of it.
         dtype: of weights and features, by default the model's. Points, boxes and scores are float32 in half precision
             too, and float64 in between for float64; scores and boxes of detections are float32.
-        cuda_graphs: record and replay CUDA graphs, by default on CUDA; see :class:`GraphCache` for when.
+        cuda_graphs: record and replay CUDA graphs, by default on CUDA but for a ViT of relative positions, which
+            cannot be recorded; see :class:`GraphCache` for when.
 
     Raises:
         TypeError: if the model is no :class:`SetPredictionDetector`.
-        ValueError: on a ``dtype`` that is not floating point, or on ``cuda_graphs`` without CUDA.
+        ValueError: on a ``dtype`` that is not floating point, or on ``cuda_graphs`` without CUDA or for such a ViT.
     """
     if not isinstance(model, SetPredictionDetector):
         raise TypeError(f"prepare_for_inference needs a DeformableDETR or a DETR, got {type(model).__name__}")
@@ -54,13 +55,18 @@ def prepare_for_inference(
     on_cuda = model.device.type == "cuda"
     if cuda_graphs and not on_cuda:
         raise ValueError(f"cuda_graphs needs a model on CUDA, this one is on {model.device}")
+    can_record = on_cuda and not any_has(model, "use_rel_pos")
+    if cuda_graphs and not can_record:
+        raise ValueError(
+            "cuda_graphs does not go with a ViT of relative positions (use_rel_pos), whose indices come from the host"
+        )
     # Without the criterion, which may be large and is of no use.
     detector = copy.deepcopy(model, {id(model.criterion): None}).eval().requires_grad_(False)
     # Folded before it is rounded; and the pixels' mean is not rounded at all.
     fold_for_good(detector.backbone)
     detector.to(dtype)
     detector.pixel_mean, detector.pixel_std = model.pixel_mean.clone(), model.pixel_std.clone()
-    return PreparedDETR(detector, cuda_graphs=on_cuda if cuda_graphs is None else cuda_graphs)
+    return PreparedDETR(detector, cuda_graphs=can_record if cuda_graphs is None else cuda_graphs)
 
 
 class Batch(NamedTuple):

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..layers.precision import autocast_dtype
-from .cuda_graphs import Recordings, Size, StaticBatch, canvas_of, common_type
+from .cuda_graphs import Recordings, Size, StaticBatch, any_has, canvas_of, common_type
 from .matcher import PaddedTargets, Target, pad_targets
 from .padding import padding_mask
 from .step_weights import ready_weights
@@ -369,11 +369,11 @@ def check_recordable(model: nn.Module) -> None:
     Raises:
         ValueError: naming what stands against it.
     """
-    checkpoints = any(getattr(module, "activation_checkpoint", False) for module in model.modules())
     against = {
         "compile_for_training (MODEL.DEFORMABLE_DETR.COMPILE, train.compile)": model.is_compiled,
         "padding_invariant (MODEL.DEFORMABLE_DETR.PADDING_INVARIANT)": model.padding_invariant,
-        "activation_checkpoint (MODEL.DEFORMABLE_DETR.ACTIVATION_CHECKPOINT)": checkpoints,
+        "activation_checkpoint (MODEL.DEFORMABLE_DETR.ACTIVATION_CHECKPOINT)": any_has(model, "activation_checkpoint"),
+        "a ViT of relative positions (use_rel_pos)": any_has(model, "use_rel_pos"),
         "a module with hooks, which are not replayed,": any(map(has_hooks, model.modules())),
         # Of several processes one may record while another does not, and so wait for it in vain.
         "a batch norm that exchanges statistics with other processes": any(map(_is_synchronised, model.modules())),

@@ -93,7 +93,7 @@ class TrainingLoop(SimpleTrainer):
         return self.model if self.ema is None else self.ema.model
 
     def run_step(self) -> None:
-        """One iteration; it waits for the device once, to read all losses together."""
+        """One iteration; it waits for the device in the matcher of every part, and to read all losses together."""
         assert self.model.training, "the model was switched to evaluation mode"
         start = time.perf_counter()
         batch = self._next_batch()

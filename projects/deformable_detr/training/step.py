@@ -75,7 +75,7 @@ class Step:
         those of the whole batch, up to rounding and what padding and batch statistics change.
 
         Returns:
-            Losses of the whole batch, detached; nothing here waits for the device.
+            Losses of the whole batch, detached. The matcher waits for the device in every part, and nothing else does.
         """
         seed_generators(self.seed, STEP, self.iteration, self.rank)
         parts = self.micro_batches()
