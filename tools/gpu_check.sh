@@ -111,14 +111,15 @@ run_sanitize() {
     # PyTorch's cache of memory would hide what is read or written behind the end of a tensor.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     local failed=0 only_ours=(--kernel-regex kns=deformable_detr) which tools=(memcheck racecheck initcheck)
-    which="cuda and (every_head_dimension and (-30- or -32-) or deterministic or one_query_per_pixel and -3])"
+    which="cuda and (every_head_dimension and (-30- or -32-) or deterministic or one_query_per_pixel and -3]"
+    which+=" or many_tiles and bfloat16 and 4 or a_decoder_equals and bfloat16 and (-0.499 or -0.35))"
     declare -A processes
     for tool in "${tools[@]}"; do
         # It has to see who writes what our kernels read.
         if [ $tool = initcheck ]; then only_ours=(); fi
         timeout --kill-after 5 $((limit - 10)) compute-sanitizer --tool $tool --target-processes all \
             "${only_ours[@]}" --error-exitcode 9 "${pytest[@]}" -k "$which" \
-            tests/layers/test_ms_deform_attn_gradients.py > "$work/$tool.txt" 2>&1 &
+            tests/layers/test_ms_deform_attn_gradients.py tests/layers/test_ms_deform_attn_cuda.py > "$work/$tool.txt" 2>&1 &
         processes[$tool]=$!
     done
     for tool in "${tools[@]}"; do

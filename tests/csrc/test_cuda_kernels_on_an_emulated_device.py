@@ -1,5 +1,5 @@
 """The CUDA kernels run on the CPU: each thread of a block is a fiber (cuda_emulation.h). Finds wrong indices, missing
-barriers and wrong sums without a GPU; tells nothing about speed or about races between blocks."""
+barriers, races within a block and wrong sums without a GPU; tells nothing about speed or races between blocks."""
 
 import ctypes
 import dataclasses
@@ -291,3 +291,55 @@ def test_deterministic_sums_say_when_a_gradient_is_not_finite(emulate, make_case
     grad_output[0, 0, 0] = math.inf
     gradient, *_ = backward(emulate, case, 1, 32, grad_output=grad_output, deterministic=True)
     assert gradient.isnan().all()
+
+
+@pytest.fixture(scope="module")
+def race(tmp_path_factory):
+    """A function that runs a kernel under ThreadSanitizer and returns what it reports."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path_factory.mktemp("race") / "race"
+    source = Path(__file__).with_name("race_ms_deform_attn.cpp")
+    flags = ["-std=c++20", "-O1", "-g", "-w", "-DEMULATE_SM_90", *(f"-I{path}" for path in include_paths())]
+    done = subprocess.run(
+        [*compiler, "-fsanitize=thread", *flags, source, "-o", program], capture_output=True, text=True
+    )
+    if "tsan" in done.stderr:
+        pytest.skip("the compiler comes without ThreadSanitizer")
+    assert done.returncode == 0, done.stderr
+    # It knows a few places where a program may lie, fewer than the system chooses among.
+    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
+
+    def run_race(arguments, *, is_ordered=True):
+        command = [*fixed, program, str(int(is_ordered)), *arguments.split()]
+        environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if "unexpected memory mapping" in done.stderr or "setarch: failed" in done.stderr:
+            pytest.skip("ThreadSanitizer does not run here")
+        assert done.returncode == (66 if "WARNING: ThreadSanitizer: data race" in done.stderr else 0), done.stderr
+        return done.stderr
+
+    return run_race
+
+
+# Pass, type, vector, lanes (SORTED, OWNED), N, M, Lq, P, how far locations lie apart, levels.
+RACES = {
+    "forward": "forward 1 4 8 1 1 0 4 1.2 9 17 3 3",
+    "forward of few queries": "forward 2 8 4 1 1 7 3 1.2 9 17",
+    "forward of two heads": "forward 2 8 4 1 2 0 9 1.2 9 17 20 4",
+    "backward": "backward 1 4 8 1 1 0 4 1.2 9 17",
+    "backward of few queries": "backward 1 4 8 1 1 5 2 1.2 5 7 3 4",
+    "sorted": "backward 1 4 0 1 1 0 6 1.3 17 20 4 5 0 3 1 1",
+    "sorted, in 16 bits": "backward 2 4 0 1 2 0 4 0.2 16 16 3 3",
+    "owned": "backward 1 4 1 1 2 150 4 1.2 20 33 5 4",
+    "owned, cells for a block": "backward 1 4 1 1 1 150 4 0.02 20 33",
+    "owned, cells for a warp": "backward 1 4 1 1 1 200 4 0.15 20 33",
+    "owned, in 16 bits": "backward 2 4 1 1 1 600 4 0.3 9 40",
+}
+
+
+@pytest.mark.parametrize("arguments", RACES.values(), ids=RACES.keys())
+def test_threads_of_a_block_meet_at_a_barrier_before_one_reads_what_another_wrote(race, arguments):
+    assert race(arguments) == ""
+    assert "data race" in race(arguments, is_ordered=False)
