@@ -104,9 +104,10 @@ def build_model(cfg: CfgNode | DictConfig, device: str | torch.device = "cpu") -
 
 
 def _resize(cfg: CfgNode | DictConfig) -> T.Augmentation:
-    if isinstance(cfg, CfgNode):
+    run = RunConfig(cfg)
+    if run.lazy_node("model") is None:
         return T.AugmentationList(augmentation_from_config(cfg, is_train=False))
-    augmentations = RunConfig(cfg).lazy_node("dataloader.test.mapper.augmentations")
+    augmentations = run.lazy_node("dataloader.test.mapper.augmentations")
     if augmentations is None:
         raise ValueError(
             "the configuration has no dataloader.test.mapper.augmentations, which say how images are resized for the "
