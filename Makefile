@@ -25,8 +25,9 @@ setup: $(OPERATOR)
 demo: $(OPERATOR)
 	$(BIN)/python tools/demo.py
 
+# A process for each core, as a test uses one. Neighbours stay together, so that few build what they share twice.
 test: lint $(OPERATOR)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # Not part of `make test`, which runs the same tests at a small size.
 stress: $(OPERATOR)

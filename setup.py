@@ -222,6 +222,7 @@ setup(
         "test": [
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis",
             "transformers>=4.57,<4.58",
             "timm",

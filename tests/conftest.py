@@ -25,6 +25,11 @@ CATEGORIES = ({"id": 9, "name": "disc"}, {"id": 3, "name": "square"}, {"id": 4, 
 # Tiny models gain nothing from a second thread, and on a busy machine waiting for it takes longer than the work.
 torch.set_num_threads(1)
 
+# Autograd counts devices at its first backward pass, and where it finds one no process can be forked after it. Without
+# a GPU it finds the one that FakeTensorMode pretends, if a test has been in it before.
+if not torch.cuda.is_available():
+    torch.zeros((), requires_grad=True).backward()
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("dataset") and not COCO_VAL.is_file():

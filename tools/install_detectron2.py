@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
+import importlib.machinery
 import importlib.util
 import os
 import subprocess
@@ -314,7 +315,8 @@ def build_wheel(source: str, folder: Path) -> Path:
 
 def run_pip(*arguments: str, capture: bool = False, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """Run pip in the running interpreter's environment, with ``env`` added to the variables."""
-    if importlib.util.find_spec("pip") is None:
+    # Asked by another way, setuptools takes it that pip runs, and gives up its own distutils in this process.
+    if importlib.machinery.PathFinder.find_spec("pip") is None:
         raise InstallError(
             f"{sys.executable} has no pip. Get it by {sys.executable} -m ensurepip, or, in an environment of uv's, by "
             "uv pip install pip."

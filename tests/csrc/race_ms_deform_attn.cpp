@@ -34,7 +34,7 @@ int run_one(bool forward, int type, int vector, int lanes, int64_t N, int64_t M,
   std::vector<float> grad_value(value.size()), grad_locations(locations.size()), grad_weights(weights.size());
   return deformable_detr::emulate(type, vector, lanes, sizes, shapes.data(), strides, value.data(), locations.data(),
                                   weights.data(), forward ? output.data() : nullptr, grad_output.data(),
-                                  grad_value.data(), grad_locations.data(), grad_weights.data(), 0, 0.0f);
+                                  grad_value.data(), grad_locations.data(), grad_weights.data(), 0, 0.0f, 99 << 10);
 }
 
 }  // namespace

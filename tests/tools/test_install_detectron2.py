@@ -162,7 +162,7 @@ def test_an_unreachable_index_is_one_clear_sentence(tmp_path, index_folder):
 
 
 def test_an_environment_without_pip_is_told_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pip", None)
+    monkeypatch.setattr(sys, "path", [])
     with pytest.raises(InstallError, match="has no pip. Get it by .* -m ensurepip.* uv pip install pip"):
         installer.fetch_sdist(tmp_path)
 
