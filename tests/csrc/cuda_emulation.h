@@ -3,8 +3,8 @@
 // written yet. A warp goes on as far as it can before the next one starts. Shared memory starts as garbage in every
 // block.
 //
-// Built with -fsanitize=thread, every fiber is a thread to ThreadSanitizer too, and nothing but __syncthreads and
-// __syncwarp puts one's work before another's: it reports what is only right by the order in which fibers ran.
+// With WATCH_RACES and -fsanitize=thread every fiber is a thread to ThreadSanitizer too, and nothing but __syncthreads
+// and __syncwarp puts one's work before another's: it reports what is only right by the order in which fibers ran.
 #pragma once
 
 #include <math.h>
@@ -23,7 +23,7 @@
 #include <type_traits>
 #include <vector>
 
-#ifdef __SANITIZE_THREAD__
+#ifdef WATCH_RACES
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
@@ -86,7 +86,7 @@ inline bool has_order = true;  // without it barriers are none to ThreadSanitize
 
 UNWATCHED inline Index current() { return {running}; }
 
-#ifdef __SANITIZE_THREAD__
+#ifdef WATCH_RACES
 
 inline ucontext_t scheduler;
 inline void* watched_scheduler;

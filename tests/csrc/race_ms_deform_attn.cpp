@@ -5,6 +5,7 @@
 #include <random>
 #include <string>
 
+#define WATCH_RACES
 #include "emulated_ms_deform_attn.cpp"
 
 namespace {

@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,17 +23,22 @@ SORTED, OWNED = 0, 1  # in place of the number of threads per row: the backward 
 SHAPES = ((9, 17), (18, 3), (0, 2), (1, 3))
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
-def emulate(request, tmp_path_factory):
-    """A function that runs a kernel, compiled for the C++ equivalent of an architecture."""
+def compile_emulation(source, output, *flags):
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:
         pytest.skip("no C++ compiler")
+    flags = ["-std=c++20", "-O1", "-w", *(f"-I{path}" for path in include_paths()), *flags]
+    command = [*compiler, *flags, Path(__file__).with_name(source), "-o", output]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+def emulate(request, tmp_path_factory):
+    """A function that runs a kernel, compiled for the C++ equivalent of an architecture."""
     library = tmp_path_factory.mktemp("emulation") / "kernels.so"
-    source = Path(__file__).with_name("emulated_ms_deform_attn.cpp")
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", *(f"-I{path}" for path in include_paths())]
-    flags += ["-DEMULATE_SM_90"] * (request.param == "sm_90")
-    subprocess.run([*compiler, *flags, str(source), "-o", str(library)], check=True)
+    flags = ["-fPIC", "-shared", *["-DEMULATE_SM_90"] * (request.param == "sm_90")]
+    done = compile_emulation("emulated_ms_deform_attn.cpp", library, *flags)
+    assert done.returncode == 0, done.stderr
     function = ctypes.CDLL(str(library)).emulate
     function.argtypes = [ctypes.c_int] * 3 + [ctypes.c_void_p] * 11 + [ctypes.c_int, ctypes.c_float, ctypes.c_int64]
     return function
@@ -296,16 +302,10 @@ def test_deterministic_sums_say_when_a_gradient_is_not_finite(emulate, make_case
 @pytest.fixture(scope="module")
 def race(tmp_path_factory):
     """A function that runs a kernel under ThreadSanitizer and returns what it reports."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if shutil.which(compiler[0]) is None:
-        pytest.skip("no C++ compiler")
     program = tmp_path_factory.mktemp("race") / "race"
-    source = Path(__file__).with_name("race_ms_deform_attn.cpp")
-    flags = ["-std=c++20", "-O1", "-g", "-w", "-DEMULATE_SM_90", *(f"-I{path}" for path in include_paths())]
-    done = subprocess.run(
-        [*compiler, "-fsanitize=thread", *flags, source, "-o", program], capture_output=True, text=True
-    )
-    if "tsan" in done.stderr:
+    done = compile_emulation("race_ms_deform_attn.cpp", program, "-g", "-fsanitize=thread", "-DEMULATE_SM_90")
+    # The linker's words for its library. Other errors, of what it has to offer too, are ours.
+    if re.search(r"cannot find -ltsan|tsan\S*: No such file", done.stderr):
         pytest.skip("the compiler comes without ThreadSanitizer")
     assert done.returncode == 0, done.stderr
     # It knows a few places where a program may lie, fewer than the system chooses among.
