@@ -88,14 +88,18 @@ class RunConfig:
             return default
         if name.endswith("_datasets"):
             return (value,) if isinstance(value, str) else tuple(value)
-        if name == "milestones" and self._is_yaml:
-            has_steps = self.cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR"
-            return (*value, self.get("max_iter")) if has_steps else default
         if name == "milestones":
-            end = self._find("lr_multiplier.scheduler.num_updates")
-            milestones = (*value, end) if end is not None else tuple(value)
-            return milestones if len(milestones) > 1 else default
+            return self._with_end(value) or default
         return value
+
+    def _with_end(self, milestones: Sequence[int]) -> tuple[int, ...]:
+        """Return the drops and the end of a schedule; nothing of one without steps."""
+        if self._is_yaml:
+            has_steps = self.cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR"
+            return (*milestones, self.get("max_iter")) if has_steps else ()
+        end = self._find("lr_multiplier.scheduler.num_updates")
+        milestones = (*milestones, end) if end is not None else tuple(milestones)
+        return milestones if len(milestones) > 1 else ()
 
     def set(self, name: str, value: Any) -> None:
         """Set a setting to a value of the form in which :meth:`get` returns it.

@@ -129,10 +129,10 @@ def drop_overlap(train: CocoData, val: CocoData) -> None:
     # Most files differ in their sizes, and most others in how they begin: few are read as a whole.
     for key in (os.path.getsize, partial(_digest, length=_BEGINNING)):
         in_train, in_val = _with_common_key(train, in_train, val, in_val, key)
-    in_val = {_digest(val.path(image)): image for image in in_val}
+    twins = {_digest(val.path(image)): image for image in in_val}
     shared = set()
     for image in in_train:
-        if twin := in_val.get(_digest(train.path(image))):
+        if twin := twins.get(_digest(train.path(image))):
             case = f"{image['file_name']} is {twin['file_name']} of {val.json_file}"
             train.problems.add("image that is also in the validation data", case, repair="left out of training")
             shared.add(image["id"])

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -159,11 +160,20 @@ def _without_polygons(folder: Folder, temporary: Path) -> Path:
     # supervision knows the rows of key points by their length, and leaves the points out.
     if folder.data_yaml is not None and "kpt_shape" in yaml.safe_load(folder.data_yaml.read_text(encoding="utf-8")):
         return folder.labels
-    paths = list(folder.labels.glob(f"*.{suffix}"))
-    changed = {path: text for path in paths if (text := boxes_of(path.read_bytes())) != path.read_bytes()}
-    for path in paths if changed else ():
-        (temporary / path.name).write_bytes(changed.get(path) or path.read_bytes())
-    return temporary if changed else folder.labels
+    changed, others = {}, []
+    for path in folder.labels.glob(f"*.{suffix}"):
+        text = path.read_bytes()
+        if (boxes := boxes_of(text)) != text:
+            changed[path.name] = boxes
+        else:
+            others.append(path)
+    if not changed:
+        return folder.labels
+    for name, boxes in changed.items():
+        (temporary / name).write_bytes(boxes)
+    for path in others:
+        shutil.copyfile(path, temporary / path.name)
+    return temporary
 
 
 def _boxes(text: bytes) -> bytes:
